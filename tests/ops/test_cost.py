@@ -1,0 +1,120 @@
+"""The two promises of the design: no [N, V] tensor, and the minimum number of matrix products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support import make_problem
+from unisd_kernels import linear_divergence, linear_logprobs, unisd_loss
+
+N, H, V = 96, 8, 509
+WORKSPACE = 64 << 10  # 16 rows of two float32 [V] buffers
+
+
+class Meter(TorchDispatchMode):
+    """Counts multiply-adds of matrix products and the largest tensor made."""
+
+    def __init__(self):
+        super().__init__()
+        self.multiply_adds = 0
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[:2] if name == "mm" else args[1:3]
+            self.multiply_adds += a.shape[0] * a.shape[1] * b.shape[1]
+        elif name in ("matmul", "bmm", "linear"):
+            raise AssertionError(f"{name} is not counted")
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def problem(**options):
+    return make_problem(lengths=(40, 0, 56), hidden_size=H, vocab_size=V, **options).to(torch.float32)
+
+
+def measure(function, leaves):
+    with Meter() as meter:
+        out = function()
+        if leaves:
+            torch.autograd.grad(out, leaves)
+    return meter.multiply_adds / (N * H * V), meter.largest
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("frozen_head", "num_auxiliary", "negative", "options", "products"),
+    [
+        (True, 3, True, {}, 7),  # K + 4
+        (True, 3, True, {"clip_cap": 0.5, "feature_weight": 0.1}, 7),
+        (True, 0, False, {}, 3),
+        (True, 0, False, {"clip_quantile": 0.9}, 3),
+        (True, 0, True, {}, 4),
+        (False, 0, False, {}, 4),
+        (False, 3, True, {"clip_cap": 0.5}, 8),
+        (False, 0, False, {"clip_quantile": 0.9}, 6),  # documented: the cap is needed before dW is summed
+    ],
+)
+def test_unisd_loss(frozen_head, num_auxiliary, negative, options, products, beta):
+    p = problem(frozen_head=frozen_head, num_auxiliary=num_auxiliary, negative=negative)
+    count, largest = measure(
+        lambda: unisd_loss(**p.arguments(), beta=beta, workspace_bytes=WORKSPACE, **options).loss, p.leaves
+    )
+    assert count == products
+    assert 4 * largest <= WORKSPACE < 4 * N * V / 2
+
+
+@pytest.mark.parametrize(("frozen_head", "products"), [(True, 3), (False, 6)])
+def test_linear_divergence(frozen_head, products):
+    p = problem(frozen_head=frozen_head)
+    count, largest = measure(
+        lambda: linear_divergence(
+            p.student_hidden, p.student_head, p.teacher_hidden, p.teacher_head, workspace_bytes=WORKSPACE
+        ).sum(),
+        p.leaves,
+    )
+    assert count == products
+    assert 4 * largest <= WORKSPACE < 4 * N * V / 2
+
+
+@pytest.mark.parametrize(
+    ("gradient", "frozen_head", "entropy", "products"),
+    [(False, True, True, 1), (True, True, False, 2), (True, True, True, 3), (True, False, False, 4)],
+)
+def test_linear_logprobs(gradient, frozen_head, entropy, products):
+    p = problem(frozen_head=frozen_head)
+
+    def function():
+        with torch.set_grad_enabled(gradient):
+            return linear_logprobs(
+                p.student_hidden, p.student_head, p.target_ids, return_entropy=entropy, workspace_bytes=WORKSPACE
+            ).logprobs.sum()
+
+    count, largest = measure(function, p.leaves if gradient else [])
+    assert count == products
+    assert 4 * largest <= WORKSPACE < 4 * N * V / 2
+
+
+def test_a_frozen_head_costs_no_weight_gradient():
+    p = problem(frozen_head=True)
+    unisd_loss(**p.arguments(), workspace_bytes=WORKSPACE).loss.backward()
+    assert p.student_head.weight.grad is None
+
+
+def test_no_gradient_no_backward_product():
+    p = problem(frozen_head=True, num_auxiliary=0, negative=False)
+    with torch.no_grad():
+        count, _ = measure(lambda: unisd_loss(**p.arguments(), workspace_bytes=WORKSPACE).loss, [])
+    assert count == 2
+
+
+def test_a_tiny_workspace_is_refused():
+    p = problem()
+    with pytest.raises(ValueError, match="workspace_bytes=100 is too small"):
+        unisd_loss(**p.arguments(), workspace_bytes=100)

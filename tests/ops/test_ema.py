@@ -1,0 +1,91 @@
+"""`ema_update_`: exact in float32, does not stall in 16 bits, refuses what would."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from unisd_kernels import ema_update_, reference
+
+DECAY, STEPS = 0.999, 600
+
+
+def drift_to_target(dtype, **options):
+    """Average towards a fixed target for many steps; returns (relative error against float64, share of the way)."""
+    generator = torch.Generator().manual_seed(1)
+    start = (torch.rand(4000, generator=generator) + 0.5).to(dtype)
+    target = start.float() * 1.05
+    teacher, exact = [start.clone()], [start.double()]
+    for _ in range(STEPS):
+        ema_update_(teacher, [target], DECAY, **options) if options or dtype == torch.float32 else (
+            reference.ema_update_(teacher, [target], DECAY)
+        )
+        reference.ema_update_(exact, [target], DECAY)
+    way = (teacher[0].double() - start.double()).sum() / (exact[0] - start.double()).sum()
+    return float(((teacher[0].double() - exact[0]).abs() / exact[0]).mean()), float(way)
+
+
+def test_float32_follows_the_formula():
+    error, way = drift_to_target(torch.float32)
+    assert error < 1e-6
+    assert way == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_do_not_stall(dtype):
+    half_ulp = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    _, naive = drift_to_target(dtype)
+    assert naive < 0.2  # the trap this function exists for
+    error, way = drift_to_target(dtype, compensation=[torch.zeros(4000, dtype=dtype)])
+    assert error < half_ulp
+    assert way == pytest.approx(1.0, abs=0.02)
+    error, way = drift_to_target(dtype, rounding="stochastic", generator=torch.Generator().manual_seed(0))
+    assert error < 3 * half_ulp
+    assert way == pytest.approx(1.0, abs=0.02)
+
+
+def test_stochastic_rounding_is_unbiased_and_seeded():
+    value = torch.full((20000,), 1.0 + 2**-9)  # a quarter of the way between two bfloat16 neighbours
+    results = []
+    for _ in range(2):
+        teacher = [torch.ones(20000, dtype=torch.bfloat16)]
+        ema_update_(teacher, [value], 0.0, rounding="stochastic", generator=torch.Generator().manual_seed(3))
+        results.append(teacher[0])
+    assert torch.equal(*results)
+    assert set(results[0].unique().tolist()) == {1.0, 1.0 + 2**-7}
+    assert float(results[0].float().mean()) == pytest.approx(1.0 + 2**-9, abs=1.5e-4)
+
+
+def test_mixed_dtypes_and_shapes():
+    teacher = [torch.ones(2, 3), torch.ones((), dtype=torch.float64)]
+    ema_update_(teacher, [torch.zeros(2, 3, dtype=torch.bfloat16), torch.tensor(3.0)], 0.75)
+    assert torch.equal(teacher[0], torch.full((2, 3), 0.75))
+    assert float(teacher[1]) == 1.5
+
+
+def test_teacher_parameters_may_require_gradients():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    ema_update_([parameter], [torch.nn.Parameter(torch.zeros(3))], 0.5)
+    assert parameter.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (([torch.ones(2)], [], 0.5), {}, ValueError, "1 tensors but student has 0"),
+        (([torch.ones(2)], [torch.ones(3)], 0.5), {}, ValueError, r"tensor 0: teacher has shape \(2,\)"),
+        (([torch.ones(2)], [torch.ones(2)], 1.5), {}, ValueError, r"decay must be in \[0, 1\], got 1.5"),
+        (([torch.ones(2).bfloat16()], [torch.ones(2)], 0.5), {}, ValueError, "stalls"),
+        (([torch.ones(2).long()], [torch.ones(2)], 0.5), {}, TypeError, "floating-point"),
+        (([torch.ones(2)], [torch.ones(2)], 0.5), {"rounding": "up"}, ValueError, "got 'up'"),
+        (
+            ([torch.ones(2).half()], [torch.ones(2)], 0.5),
+            {"compensation": [torch.zeros(2)]},
+            ValueError,
+            "compensation is torch.float32",
+        ),
+    ],
+)
+def test_bad_input(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        ema_update_(*arguments, **options)

@@ -1,0 +1,110 @@
+"""Implementations by name: which exist, which can run here, which one an operation takes.
+
+`impl=` on an operation beats the environment variable `UNISD_IMPL`, which beats the automatic choice. A named
+implementation that cannot run raises; the automatic choice takes the first of `_PREFERENCE` that can.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from unisd_kernels.tiles.base import Tiles
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute the operations.
+
+    Attributes:
+        name: what `impl=` takes.
+        description: one line.
+        devices: device types it runs on; empty for every one.
+        unavailable: returns why it cannot run in this environment, or None.
+        tiles: makes its tile filling; None for the dense reference.
+    """
+
+    name: str
+    description: str
+    devices: tuple[str, ...]
+    unavailable: Callable[[], str | None]
+    tiles: Callable[[], Tiles] | None
+
+    def reason_against(self, device: torch.device) -> str | None:
+        """Why it cannot run on this device, or None if it can."""
+        if self.devices and device.type not in self.devices:
+            return f"runs on {', '.join(self.devices)}, not on {device.type}"
+        return self.unavailable()
+
+
+def _torch_tiles() -> Tiles:
+    from unisd_kernels.tiles.torch import TorchTiles
+
+    return TorchTiles()
+
+
+_IMPLEMENTATIONS: dict[str, Implementation] = {
+    implementation.name: implementation
+    for implementation in (
+        Implementation("torch", "memory-bounded, PyTorch operations on tiles", (), lambda: None, _torch_tiles),
+        Implementation("reference", "dense definitions; holds [N, V]; for checking", (), lambda: None, None),
+    )
+}
+_PREFERENCE = ("torch",)
+
+
+def resolve(impl: str | None, device: torch.device) -> Implementation:
+    """The implementation an operation on `device` takes.
+
+    Raises:
+        ValueError: an unknown name (the message lists the known ones).
+        RuntimeError: a known implementation that was asked for by name and cannot run; the message says why.
+    """
+    source = "impl"
+    if impl is None:
+        impl = os.environ.get("UNISD_IMPL") or None
+        source = "UNISD_IMPL"
+    if impl is not None:
+        if impl not in _IMPLEMENTATIONS:
+            raise ValueError(f"{source} must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
+        reason = _IMPLEMENTATIONS[impl].reason_against(device)
+        if reason is not None:
+            raise RuntimeError(f"{source}={impl!r} cannot be used on {device}: {reason}")
+        return _IMPLEMENTATIONS[impl]
+    for name in _PREFERENCE:
+        if _IMPLEMENTATIONS[name].reason_against(device) is None:
+            return _IMPLEMENTATIONS[name]
+    raise RuntimeError(f"no implementation can run on {device}:\n{explain(device)}")
+
+
+def available(device: torch.device | str | None = None) -> dict[str, bool]:
+    """For each implementation, can it run on `device` (default: CUDA if there is one, else the CPU)?"""
+    target = _device(device)
+    return {name: entry.reason_against(target) is None for name, entry in _IMPLEMENTATIONS.items()}
+
+
+def explain(device: torch.device | str | None = None) -> str:
+    """Which implementation is taken on `device`, and for each of the others why not, as lines of text."""
+    target = _device(device)
+    forced = os.environ.get("UNISD_IMPL")
+    chosen = next((name for name in _PREFERENCE if _IMPLEMENTATIONS[name].reason_against(target) is None), None)
+    lines = [f"implementations on {target}" + (f" (UNISD_IMPL={forced})" if forced else "") + ":"]
+    for name, entry in _IMPLEMENTATIONS.items():
+        reason = entry.reason_against(target)
+        if reason is not None:
+            state = f"unavailable: {reason}"
+        elif name == (forced or chosen):
+            state = "used by default"
+        else:
+            state = f"available with impl={name!r}"
+        lines.append(f"  {name:<10} {state} ({entry.description})")
+    return "\n".join(lines)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)

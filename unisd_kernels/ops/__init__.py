@@ -1,0 +1,1 @@
+"""One file an operation: the public function, its autograd, the choice of implementation."""

@@ -1,0 +1,70 @@
+"""`agreement_weights`: per-token weights from how far several scorings of the same tokens agree."""
+
+from __future__ import annotations
+
+import torch
+
+from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
+from unisd_kernels.reference.agreement import disagreement, sequence_weight, token_weight
+from unisd_kernels.results import AgreementWeights
+from unisd_kernels.spec import check_choice, check_number
+from unisd_kernels.validation import check_cu_seqlens
+
+
+@torch.no_grad()
+def agreement_weights(
+    logprobs: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    level: str = "token",
+    statistic: str = "variance",
+    gamma: float = 0.01,
+    quantile: float = 0.95,
+) -> AgreementWeights:
+    """Weight tokens by the agreement of K auxiliary scorings of the sampled token.
+
+        token     d_n = Var_k(lp) (unbiased; 0 when K = 1) or max_k - min_k
+                  w_n = max(1 / (1 + gamma min(d_n / max(quantile_0.95(d), 1e-6), 10)), 0.01)
+        sequence  s_kb = mean of lp over the sequence's tokens;  d_b = Var_k(s) (biased) or max_k - min_k
+                  w_b = max(exp(-gamma d_b), 1e-6), given to all its tokens
+
+    Args:
+        logprobs: [K, N] log-probabilities of the sampled tokens under K contexts, in nats, scored at temperature 1
+            (`linear_logprobs`). K = 0 gives weights of one.
+        cu_seqlens: [B + 1] offsets of the sequences.
+        level: "token" or "sequence".
+        statistic: "variance" or "range".
+        gamma: >= 0; how strongly disagreement counts.
+        quantile: of the token-level scale, over all N tokens of this call. In a gradient-accumulation loop that is
+            the micro-batch; score the whole batch first if it must be the batch.
+
+    Returns:
+        AgreementWeights(weights [N], disagreement [N] or [B]), float32 (float64 for float64 input), no gradient.
+        Nothing is read back to the host.
+
+    Raises:
+        ValueError, TypeError: shapes or values that do not fit, saying what was got.
+
+    Source: DESIGN section 2; UniSD, arXiv 2605.06597.
+    """
+    if not isinstance(logprobs, torch.Tensor) or logprobs.dim() != 2 or not logprobs.is_floating_point():
+        got = tuple(logprobs.shape) if isinstance(logprobs, torch.Tensor) else type(logprobs).__name__
+        raise ValueError(f"logprobs must be a floating-point tensor [K, N], got {got}; stack the K views")
+    num_views, num_rows = logprobs.shape
+    check_cu_seqlens(cu_seqlens, num_rows, logprobs.device)
+    check_choice("level", level, ("token", "sequence"))
+    check_choice("statistic", statistic, ("variance", "range"))
+    check_number("gamma", gamma, low=0.0)
+    check_number("quantile", quantile, low=0.0, high=1.0)
+    logprobs = logprobs if logprobs.dtype == torch.float64 else logprobs.float()
+    num_sequences = cu_seqlens.numel() - 1
+    if num_views == 0:
+        size = num_rows if level == "token" else num_sequences
+        return AgreementWeights(logprobs.new_ones(num_rows), logprobs.new_zeros(size))
+    if level == "token":
+        spread = disagreement(logprobs, statistic, unbiased=True)
+        return AgreementWeights(token_weight(spread, gamma, quantile), spread)
+    ids = sequence_ids(cu_seqlens, num_rows)
+    means = sequence_sums(logprobs, ids, num_sequences) / sequence_lengths(cu_seqlens).clamp(min=1)
+    spread = disagreement(means, statistic, unbiased=False)
+    return AgreementWeights(sequence_weight(spread, gamma)[ids], spread)

@@ -1,0 +1,152 @@
+"""`linear_divergence`: per-token divergence of two models from their hidden states, without the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from unisd_kernels import reference
+from unisd_kernels.dispatch import resolve
+from unisd_kernels.heads import LMHead
+from unisd_kernels.spec import check_number
+from unisd_kernels.tiles import driver
+from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, Tiles
+from unisd_kernels.tiles.projection import Projection
+from unisd_kernels.validation import (
+    autocast_operands,
+    check_heads_match,
+    check_hidden,
+    check_same_rows,
+    check_workspace,
+)
+
+
+def linear_divergence(
+    student_hidden: torch.Tensor,
+    student_head: LMHead,
+    teacher_hidden: torch.Tensor,
+    teacher_head: LMHead,
+    *,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    impl: str | None = None,
+    workspace_bytes: int | None = None,
+) -> torch.Tensor:
+    """Divergence between teacher and student at each row, differentiable with any upstream weights.
+
+        beta = 0      D = KL(p_t || p_s)                                forward KL
+        beta = 1      D = KL(p_s || p_t)                                reverse KL
+        0 < beta < 1  D = beta KL(p_t || m) + (1 - beta) KL(p_s || m),  m = (1 - beta) p_s + beta p_t
+
+    with p = softmax(softcap_c(a (h W^T + b)) / tau) of each model's own head. No gradient reaches the teacher.
+
+    With a frozen student head token n's gradient reaches only row n of `student_hidden`, so the forward computes
+    the rows dD_n/dh_n while the logits exist (3 matrix products in all) and the backward multiplies them by the
+    upstream vector: weights, masks, clipping and any normalization applied to the result are exact. With a trainable
+    head those weights must be known before they are summed over tokens, so the backward recomputes the logits
+    (2 + 4 products); `unisd_loss`, which knows its weights, needs 4.
+
+    Args:
+        student_hidden: [N, H_s]. May require a gradient.
+        student_head: see `LMHead`; weight and bias get a gradient if they require one.
+        teacher_hidden: [N, H_t]; its own width, scale and cap are fine, only the number of columns must agree.
+        teacher_head: the teacher's head.
+        beta: in [0, 1].
+        temperature: tau > 0, of both distributions.
+        impl: implementation by name; None chooses.
+        workspace_bytes: bound on the logits held at a time; None for the default.
+
+    Returns:
+        [N] float32 (float64 for float64 inputs), nats, >= 0.
+
+    Saved for backward: frozen head: [N, H_s] in float32. Trainable head: the inputs.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or values that do not fit, saying what was got.
+
+    Source: DESIGN sections 2 and 3; `beta` as in GKD, arXiv 2306.13649.
+    """
+    check_hidden("student_hidden", student_hidden, student_head, "student_head")
+    check_hidden("teacher_hidden", teacher_hidden, teacher_head, "teacher_head")
+    check_same_rows("teacher_hidden", teacher_hidden, student_hidden.shape[0])
+    check_heads_match(student_head, teacher_head)
+    check_number("beta", beta, low=0.0, high=1.0)
+    check_number("temperature", temperature, low=0.0, open_low=True)
+    check_workspace(workspace_bytes)
+    implementation = resolve(impl, student_hidden.device)
+    student_hidden, student_head = autocast_operands(student_hidden, student_head)
+    teacher_hidden, teacher_head = autocast_operands(teacher_hidden, teacher_head)
+    if implementation.tiles is None:
+        with torch.autocast(student_hidden.device.type, enabled=False):
+            return reference.linear_divergence(
+                student_hidden, student_head, teacher_hidden, teacher_head, beta, temperature
+            )
+    return _LinearDivergence.apply(
+        student_hidden,
+        student_head.active_weight,
+        student_head.active_bias,
+        LogitTransform.of(student_head, temperature),
+        Projection.of(teacher_hidden, teacher_head, temperature),
+        float(beta),
+        driver.wanted_gradients(student_hidden, student_head.active_weight, student_head.active_bias),
+        implementation.tiles(),
+        workspace_bytes or driver.default_workspace_bytes(student_hidden.device),
+    )
+
+
+class _LinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        transform: LogitTransform,
+        teacher: Projection,
+        beta: float,
+        wanted: driver.Wanted,
+        tiles: Tiles,
+        workspace: int,
+    ) -> torch.Tensor:
+        student = Projection(hidden, weight, bias, transform).detach()
+        ctx.frozen_head = not wanted.head
+        ctx.hidden_dtype = hidden.dtype
+        if ctx.frozen_head:
+            rows, gradients = driver.divergence(student, teacher, None, beta, tiles, workspace, wanted)
+            ctx.save_for_backward(gradients.hidden)
+        else:
+            rows, _ = driver.divergence(student, teacher, None, beta, tiles, workspace)
+            ctx.settings = (transform, teacher.transform, beta, tiles, workspace)
+            ctx.save_for_backward(hidden, weight, bias, teacher.hidden, teacher.weight, teacher.bias)
+        return rows.divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.frozen_head:
+            (row_gradients,) = ctx.saved_tensors
+            return ((row_gradients * upstream.unsqueeze(-1)).to(ctx.hidden_dtype), *(None,) * 8)
+        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = ctx.saved_tensors
+        transform, teacher_transform, beta, tiles, workspace = ctx.settings
+
+        def row_weights(rows: slice, statistics: DivergenceRows) -> tuple[torch.Tensor, None]:
+            return upstream[rows], None
+
+        gradients = driver.divergence(
+            Projection(hidden, weight, bias, transform),
+            Projection(teacher_hidden, teacher_weight, teacher_bias, teacher_transform),
+            None,
+            beta,
+            tiles,
+            workspace,
+            driver.Wanted(*ctx.needs_input_grad[:3]),
+            row_weights,
+        ).gradients
+        return (
+            None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),
+            None if gradients.weight is None else gradients.weight.to(weight.dtype),
+            None if gradients.bias is None else gradients.bias.to(weight.dtype),
+            *(None,) * 6,
+        )

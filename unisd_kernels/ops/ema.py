@@ -1,0 +1,104 @@
+"""`ema_update_`: the moving average of the teacher's weights, in a form that does not stall in 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from unisd_kernels.spec import check_choice, check_number
+
+
+@torch.no_grad()
+def ema_update_(
+    teacher: Iterable[torch.Tensor],
+    student: Iterable[torch.Tensor],
+    decay: float,
+    *,
+    rounding: str | None = None,
+    compensation: Sequence[torch.Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """`theta_t = decay theta_t + (1 - decay) theta_s`, in place.
+
+    A 16-bit teacher stalls under this formula once the increment is below half an ulp (bfloat16 keeps 8 bits, so with
+    decay 0.98 a relative difference under 20% already moves nothing). The arithmetic here is float32 in every
+    case; what differs is where the low bits go:
+
+    - float32 and float64 teachers (recommended: float32 shadow weights, whatever the student's dtype): plain.
+    - 16-bit teacher with `compensation`: one 16-bit tensor a parameter holds what rounding dropped and is added back
+      at the next update (deterministic; 16 to 22 bits in effect).
+    - 16-bit teacher with `rounding="stochastic"`: up or down with the probability that makes the expectation exact
+      (no extra memory; seeded through `generator`, whose state belongs in a checkpoint).
+    - a 16-bit teacher with neither is refused.
+
+    Args:
+        teacher: parameters or buffers to update.
+        student: as many, of the same shapes; any floating dtype.
+        decay: in [0, 1].
+        rounding: None or "stochastic".
+        compensation: as many tensors as the teacher, same shapes and dtypes, initially zero; updated in place.
+        generator: for stochastic rounding, on the teacher's device.
+
+    Raises:
+        ValueError, TypeError: counts, shapes or dtypes that do not fit; a 16-bit teacher that would stall.
+
+    Source: DESIGN section 2. Compensated summation: Kahan 1965; stochastic rounding: Gupta et al., arXiv 1502.02551.
+    """
+    check_number("decay", decay, low=0.0, high=1.0)
+    if rounding is not None:
+        check_choice("rounding", rounding, ("stochastic",))
+        if compensation is not None:
+            raise ValueError("give either rounding='stochastic' or compensation, not both")
+    targets, sources = list(teacher), list(student)
+    if len(targets) != len(sources):
+        raise ValueError(f"teacher has {len(targets)} tensors but student has {len(sources)}")
+    if compensation is not None and len(compensation) != len(targets):
+        raise ValueError(f"compensation has {len(compensation)} tensors but teacher has {len(targets)}")
+    for position, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        if target.shape != source.shape:
+            raise ValueError(
+                f"tensor {position}: teacher has shape {tuple(target.shape)} but student {tuple(source.shape)}"
+            )
+        if not target.is_floating_point() or not source.is_floating_point():
+            raise TypeError(f"tensor {position}: only floating-point tensors are averaged, got {target.dtype}")
+        if target.dtype in (torch.bfloat16, torch.float16) and rounding is None and compensation is None:
+            raise ValueError(
+                f"tensor {position}: a {target.dtype} teacher stalls (increments below half an ulp are lost). Keep it "
+                "in float32, or give compensation=[torch.zeros_like(p) ...] or rounding='stochastic'"
+            )
+        if compensation is not None and (
+            compensation[position].shape != target.shape or compensation[position].dtype != target.dtype
+        ):
+            raise ValueError(
+                f"tensor {position}: compensation is {compensation[position].dtype} "
+                f"{tuple(compensation[position].shape)}, the teacher {target.dtype} {tuple(target.shape)}"
+            )
+
+    plain = [i for i, target in enumerate(targets) if target.dtype in (torch.float32, torch.float64)]
+    if plain:
+        torch._foreach_lerp_([targets[i] for i in plain], [sources[i].to(targets[i]) for i in plain], 1.0 - decay)
+    for i in sorted(set(range(len(targets))) - set(plain)):
+        target, source = targets[i], sources[i].to(device=targets[i].device, dtype=torch.float32)
+        value = target.float()
+        if compensation is not None:
+            value.add_(compensation[i].float())
+            value.lerp_(source, 1.0 - decay)
+            target.copy_(value)
+            compensation[i].copy_(value.sub_(target.float()))
+        else:
+            value.lerp_(source, 1.0 - decay)
+            target.copy_(_round_stochastically(value, target.dtype, generator))
+
+
+def _round_stochastically(value: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> torch.Tensor:
+    """Round float32 to a 16-bit neighbour, up with the probability of the fraction that lies below."""
+    nearest = value.to(dtype)
+    wide = nearest.float()
+    # The neighbour on the other side of `value`; where `value` is representable both are the same.
+    direction = torch.where(value > wide, torch.inf, -torch.inf).to(dtype)
+    other = torch.nextafter(nearest, direction)
+    gap = (other.float() - wide).abs()
+    fraction = torch.where(gap > 0, (value - wide).abs() / gap, torch.zeros_like(gap))
+    draw = torch.rand(value.shape, generator=generator, device=value.device, dtype=torch.float32)
+    return torch.where(draw < fraction, other, nearest)

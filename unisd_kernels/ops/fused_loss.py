@@ -1,0 +1,292 @@
+"""The memory-bounded form of the UniSD loss: gradients are made in the forward, while the logits exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from unisd_kernels.ops.agreement import agreement_weights
+from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
+from unisd_kernels.reference.clipping import clip_cap_from_quantile
+from unisd_kernels.results import UniSDLoss
+from unisd_kernels.spec import LossInputs, LossSpec
+from unisd_kernels.tiles import driver
+from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, Tiles
+from unisd_kernels.tiles.projection import Projection, accumulator_dtype
+
+# Feature matching widens this many bytes of hidden states at a time.
+_FEATURE_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that the autograd function needs besides the tensors it differentiates."""
+
+    transform: LogitTransform
+    teacher: Projection
+    target_ids: torch.Tensor
+    negative_logprobs: torch.Tensor | None
+    divergence_scale: torch.Tensor  # [N]: dL / d min(D_n, cap) before divergence_weight
+    mean_scale: torch.Tensor  # [N]: dL / dC_n and dL / dF_n before their weights
+    spec: LossSpec
+    wanted: driver.Wanted
+    tiles: Tiles
+    workspace: int
+
+
+def fused_unisd_loss(inputs: LossInputs, spec: LossSpec, tiles: Tiles, workspace: int) -> UniSDLoss:
+    """`unisd_loss` for checked inputs."""
+    target_ids = inputs.target_ids.long()
+
+    def score(hidden: torch.Tensor, head: Any, temperature: float) -> torch.Tensor:
+        projection = Projection.of(hidden, head, temperature)
+        return driver.score(projection, target_ids, tiles, workspace).logprobs
+
+    negative = None
+    if inputs.negative_hidden is not None:
+        negative = score(inputs.negative_hidden, inputs.negative_head or inputs.teacher_head, spec.temperature)
+    dtype = accumulator_dtype(inputs.student_hidden.dtype)
+    weights = torch.ones(inputs.num_rows, dtype=dtype, device=inputs.student_hidden.device)
+    auxiliary = spread = None
+    if inputs.auxiliary_hidden:
+        head = inputs.auxiliary_head or inputs.teacher_head
+        auxiliary = torch.stack([score(hidden, head, 1.0) for hidden in inputs.auxiliary_hidden])
+        weights, spread = agreement_weights(
+            auxiliary,
+            inputs.cu_seqlens,
+            level=spec.agreement,
+            statistic=spec.agreement_statistic,
+            gamma=spec.agreement_gamma,
+        )
+    if inputs.token_weights is not None:
+        weights = weights * inputs.token_weights.to(dtype)
+
+    divergence_scale, mean_scale = _row_scales(inputs, spec, weights)
+    student = (inputs.student_hidden, inputs.student_head.active_weight, inputs.student_head.active_bias)
+    plan = _Plan(
+        LogitTransform.of(inputs.student_head, spec.temperature),
+        Projection.of(inputs.teacher_hidden, inputs.teacher_head, spec.temperature),
+        target_ids,
+        negative,
+        divergence_scale,
+        mean_scale,
+        spec,
+        driver.wanted_gradients(*student),
+        tiles,
+        workspace,
+    )
+    (
+        loss,
+        divergence_loss,
+        contrastive_loss,
+        feature_loss,
+        divergence,
+        clipped,
+        student_logprobs,
+        teacher_logprobs,
+        student_entropy,
+        teacher_entropy,
+        contrastive,
+        features,
+    ) = _UniSDLoss.apply(*student, plan)
+    return UniSDLoss(
+        loss=loss,
+        divergence_loss=divergence_loss,
+        contrastive_loss=contrastive_loss,
+        feature_loss=feature_loss,
+        divergence=divergence,
+        clipped=clipped,
+        weights=weights,
+        student_logprobs=student_logprobs,
+        teacher_logprobs=teacher_logprobs,
+        student_entropy=student_entropy,
+        teacher_entropy=teacher_entropy,
+        negative_logprobs=negative,
+        contrastive=contrastive,
+        feature_distance=features,
+        auxiliary_logprobs=auxiliary,
+        disagreement=spread,
+    )
+
+
+def _row_scales(inputs: LossInputs, spec: LossSpec, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reduction as row weights: L = sum_n divergence_scale_n D_n + mean_scale_n (...), both [N]."""
+    num_rows, num_sequences = inputs.num_rows, inputs.num_sequences
+    weighted = spec.resolved_weight_normalization(bool(inputs.auxiliary_hidden)) == "weighted"
+    if spec.normalization == "sequence":
+        ids = sequence_ids(inputs.cu_seqlens, num_rows)
+        lengths = sequence_lengths(inputs.cu_seqlens).to(weights.dtype)
+        totals = sequence_sums(weights, ids, num_sequences) if weighted else lengths
+        groups = max(num_sequences, 1)
+        divergence_scale = weights / (totals.clamp(min=1.0)[ids] * groups)
+        mean_scale = 1.0 / (lengths.clamp(min=1.0)[ids] * groups)
+        local = num_sequences
+    else:
+        total = weights.sum().clamp(min=1.0) if weighted else max(num_rows, 1)
+        divergence_scale = weights / total
+        mean_scale = torch.full_like(weights, 1.0 / max(num_rows, 1))
+        local = num_rows
+    if inputs.num_items is None:
+        return divergence_scale, mean_scale
+    share = local / inputs.num_items
+    return divergence_scale * share, mean_scale * share
+
+
+class _UniSDLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: _Plan
+    ) -> tuple[torch.Tensor | None, ...]:
+        student = Projection(hidden, weight, bias, plan.transform).detach()
+        rows, gradients, unit, clipped, contrastive = _divergence_and_contrastive(student, plan)
+
+        spec = plan.spec
+        features = None
+        if spec.feature_weight > 0:
+            features = _feature_matching(student, plan, gradients.hidden, unit)
+        kept = rows.divergence
+        if clipped is not None:
+            kept = torch.where(clipped.mask, clipped.cap, kept)
+        zero = torch.zeros((), dtype=student.dtype, device=hidden.device)
+        divergence_loss = (plan.divergence_scale * kept).sum()
+        contrastive_loss = zero if contrastive is None else (plan.mean_scale * contrastive).sum()
+        feature_loss = zero.clone() if features is None else (plan.mean_scale * features).sum()
+        loss = (
+            spec.divergence_weight * divergence_loss
+            + spec.contrastive_weight * contrastive_loss
+            + spec.feature_weight * feature_loss
+        )
+        statistics = (
+            divergence_loss,
+            contrastive_loss,
+            feature_loss,
+            rows.divergence,
+            torch.zeros_like(rows.divergence, dtype=torch.bool) if clipped is None else clipped.mask,
+            rows.student_logprobs,
+            rows.teacher_logprobs,
+            rows.student_entropy,
+            rows.teacher_entropy,
+            contrastive,
+            features,
+        )
+        ctx.mark_non_differentiable(*(value for value in statistics if value is not None))
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.save_for_backward(*gradients, unit)
+        return (loss, *statistics)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 4
+        hidden, weight, bias, unit = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        scale = upstream * unit
+        return (
+            None if hidden is None else (hidden * scale).to(hidden_dtype),
+            None if weight is None else (weight * scale).to(weight_dtype),
+            None if bias is None else (bias * scale).to(weight_dtype),
+            None,
+        )
+
+
+@dataclass(frozen=True)
+class _Clipped:
+    cap: torch.Tensor
+    mask: torch.Tensor  # [N] bool
+
+
+def _divergence_and_contrastive(
+    student: Projection, plan: _Plan
+) -> tuple[DivergenceRows, driver.Gradients, torch.Tensor, _Clipped | None, torch.Tensor | None]:
+    """Statistics, gradients in units of `unit`, the clipped rows, and C [N]."""
+    spec, wanted, negative = plan.spec, plan.wanted, plan.negative_logprobs
+    divergence_coefficient = plan.divergence_scale * spec.divergence_weight
+    contrastive_coefficient = plan.mean_scale * spec.contrastive_weight
+    unit = _unit(plan, divergence_coefficient, contrastive_coefficient)
+
+    cap = None
+    if spec.clip_cap is not None:
+        cap = torch.full((), spec.clip_cap, dtype=student.dtype, device=unit.device)
+    # With a frozen head and no other term in the logits' gradient, weights and clip mask may wait until the rows of
+    # dD/dh exist; it saves a pass over the logits, and for a quantile cap a whole walk.
+    deferred = wanted.hidden and not wanted.head and negative is None
+    if spec.clip_quantile is not None and not deferred and wanted.any and student.hidden.shape[0]:
+        first = driver.divergence(student, plan.teacher, None, spec.beta, plan.tiles, plan.workspace)
+        cap = clip_cap_from_quantile(first.rows.divergence, spec.clip_quantile)
+
+    def row_weights(rows: slice, statistics: DivergenceRows) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if deferred:
+            return None, None
+        weight = divergence_coefficient[rows] / unit
+        if cap is not None:
+            weight = weight.masked_fill(statistics.divergence > cap, 0.0)
+        if negative is None:
+            return weight, None
+        value, sign = _hinge(statistics, negative[rows], spec.contrastive_margin)
+        return weight, (contrastive_coefficient[rows] / unit) * (value > 0) * sign
+
+    rows, gradients = driver.divergence(
+        student,
+        plan.teacher,
+        plan.target_ids,
+        spec.beta,
+        plan.tiles,
+        plan.workspace,
+        wanted,
+        row_weights,
+        spec.return_entropy,
+    )
+    if spec.clip_quantile is not None and cap is None and student.hidden.shape[0]:
+        cap = clip_cap_from_quantile(rows.divergence, spec.clip_quantile)
+    clipped = None if cap is None else _Clipped(cap, rows.divergence > cap)
+    if deferred:
+        weight = divergence_coefficient / unit
+        if clipped is not None:
+            weight = weight.masked_fill(clipped.mask, 0.0)
+        assert gradients.hidden is not None
+        gradients.hidden.mul_(weight.unsqueeze(-1))
+    contrastive = None
+    if negative is not None:
+        contrastive = _hinge(rows, negative, spec.contrastive_margin)[0]
+    return rows, gradients, unit, clipped, contrastive
+
+
+def _unit(plan: _Plan, divergence_coefficient: torch.Tensor, contrastive_coefficient: torch.Tensor) -> torch.Tensor:
+    """The largest row coefficient: gradients are formed relative to it and scaled at the end, so that 1 / (number of
+    tokens) does not push a float16 gradient tile into its subnormals. 0-dim, stays on the device."""
+    largest = torch.ones((), dtype=plan.divergence_scale.dtype, device=plan.divergence_scale.device)
+    if plan.divergence_scale.numel():
+        largest = torch.maximum(divergence_coefficient.abs().amax(), contrastive_coefficient.abs().amax())
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
+
+
+def _hinge(statistics: DivergenceRows, negative: torch.Tensor, margin: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """C and the derivative of its argument with respect to the student's log-probability."""
+    assert statistics.student_logprobs is not None
+    assert statistics.teacher_logprobs is not None
+    to_teacher = statistics.student_logprobs - statistics.teacher_logprobs
+    to_negative = statistics.student_logprobs - negative
+    value = torch.relu(margin + to_teacher.abs() - to_negative.abs())
+    return value, to_teacher.sign() - to_negative.sign()
+
+
+def _feature_matching(
+    student: Projection, plan: _Plan, gradient: torch.Tensor | None, unit: torch.Tensor
+) -> torch.Tensor:
+    """F [N]; adds its gradient, in units of `unit`, to `gradient`."""
+    num_rows, width = student.hidden.shape
+    distance = torch.zeros(num_rows, dtype=student.dtype, device=student.hidden.device)
+    coefficient = plan.mean_scale * (plan.spec.feature_weight * 2.0 / width) / unit
+    step = max(1, _FEATURE_CHUNK_BYTES // (student.dtype.itemsize * width))
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        difference = student.hidden[rows].to(student.dtype) - plan.teacher.hidden[rows].to(student.dtype)
+        distance[rows] = torch.linalg.vecdot(difference, difference) / width
+        if gradient is not None:
+            gradient[rows].addcmul_(difference, coefficient[rows].unsqueeze(-1))
+    return distance

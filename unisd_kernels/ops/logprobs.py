@@ -1,0 +1,174 @@
+"""`linear_logprobs`: log-probability, log-sum-exp and entropy from hidden states, without the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from unisd_kernels import reference
+from unisd_kernels.dispatch import resolve
+from unisd_kernels.heads import LMHead
+from unisd_kernels.results import LinearLogProbs
+from unisd_kernels.spec import check_number
+from unisd_kernels.tiles import driver
+from unisd_kernels.tiles.base import LogitTransform, Tiles
+from unisd_kernels.tiles.projection import Projection
+from unisd_kernels.validation import autocast_operands, check_hidden, check_target_ids, check_workspace
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    head: LMHead,
+    target_ids: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    impl: str | None = None,
+    workspace_bytes: int | None = None,
+) -> LinearLogProbs:
+    """Score one target id a row, without holding the [N, V] logits.
+
+        z = softcap_c(a (h W^T + b)) / tau,  logp(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_j p_j z_j
+
+    One matrix product without gradient (an online log-sum-exp over vocabulary tiles). With a gradient to a frozen
+    head's hidden states and no entropy it is two in total: both statistics' row gradients are linear in the row
+    `(p W)_n`, which is computed in the forward and scaled in the backward. Otherwise the backward recomputes the
+    logits: one product more, plus one for each gradient.
+
+    Args:
+        hidden: [N, H] rows in the head's dtype: float32, float64, bfloat16 or float16. May require a gradient.
+        head: see `LMHead`; its weight and bias get a gradient if they require one.
+        target_ids: [N] int64 or int32, in [0, V).
+        temperature: tau > 0.
+        return_entropy: also return the entropy.
+        impl: implementation by name (`unisd_kernels.available()`); None chooses.
+        workspace_bytes: bound on the logits held at a time; None for the default (`docs/design.md`).
+
+    Returns:
+        LinearLogProbs(logprobs, logsumexp, entropy), each [N] float32 (float64 for float64 inputs), in nats; each
+        differentiable.
+
+    Saved for backward: frozen head, no entropy: [N, H] row gradients in float32, the weight and target ids;
+    otherwise the inputs and three [N] statistics.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or values that do not fit, saying what was got.
+
+    Source: DESIGN section 2; the online log-sum-exp is Milakov and Gimelshein, arXiv 1805.02867.
+    """
+    check_hidden("hidden", hidden, head, "head")
+    check_target_ids(target_ids, hidden.shape[0], head.num_columns, hidden.device)
+    check_number("temperature", temperature, low=0.0, open_low=True)
+    check_workspace(workspace_bytes)
+    implementation = resolve(impl, hidden.device)
+    hidden, head = autocast_operands(hidden, head)
+    if implementation.tiles is None:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return reference.linear_logprobs(hidden, head, target_ids, temperature, return_entropy)
+    target_ids = target_ids.long()
+    tiles = implementation.tiles()
+    workspace = workspace_bytes or driver.default_workspace_bytes(hidden.device)
+    weight, bias = head.active_weight, head.active_bias
+    wanted = driver.wanted_gradients(hidden, weight, bias)
+    transform = LogitTransform.of(head, temperature)
+    if not wanted.any:
+        projection = Projection(hidden, weight, bias, transform).detach()
+        return LinearLogProbs(*driver.score(projection, target_ids, tiles, workspace, return_entropy))
+    if not wanted.head and not return_entropy:
+        logprobs, logsumexp = _FrozenHeadLogProbs.apply(hidden, weight, bias, target_ids, transform, tiles, workspace)
+        return LinearLogProbs(logprobs, logsumexp, None)
+    outputs = _LinearLogProbs.apply(hidden, weight, bias, target_ids, transform, return_entropy, tiles, workspace)
+    return LinearLogProbs(*outputs)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """With a trainable head, or an entropy to differentiate: the backward recomputes the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target_ids: torch.Tensor,
+        transform: LogitTransform,
+        return_entropy: bool,
+        tiles: Tiles,
+        workspace: int,
+    ) -> tuple[torch.Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.settings = (transform, tiles, workspace)
+        projection = Projection(hidden, weight, bias, transform).detach()
+        scores = driver.score(projection, target_ids, tiles, workspace, return_entropy)
+        ctx.save_for_backward(hidden, weight, bias, target_ids, *scores)
+        return tuple(scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if all(gradient is None for gradient in upstream):
+            return (None,) * 8
+        hidden, weight, bias, target_ids, *statistics = ctx.saved_tensors
+        transform, tiles, workspace = ctx.settings
+        logprob_weight, logsumexp_weight, entropy_weight = upstream
+        gradients = driver.logprob_gradients(
+            Projection(hidden, weight, bias, transform),
+            target_ids,
+            driver.Scores(*statistics),
+            logprob_weight,
+            logsumexp_weight,
+            entropy_weight,
+            driver.Wanted(*ctx.needs_input_grad[:3]),
+            tiles,
+            workspace,
+        )
+        return (
+            None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),
+            None if gradients.weight is None else gradients.weight.to(weight.dtype),
+            None if gradients.bias is None else gradients.bias.to(weight.dtype),
+            *(None,) * 5,
+        )
+
+
+class _FrozenHeadLogProbs(torch.autograd.Function):
+    """With a frozen head: the row gradients are made in the forward, the backward scales rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target_ids: torch.Tensor,
+        transform: LogitTransform,
+        tiles: Tiles,
+        workspace: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.transform = transform
+        projection = Projection(hidden, weight, bias, transform).detach()
+        scores, gradient = driver.score_with_gradient(projection, target_ids, tiles, workspace)
+        ctx.save_for_backward(hidden, weight, target_ids, scores.logprobs, scores.logsumexp, gradient)
+        return scores.logprobs, scores.logsumexp
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, logprob_weight: torch.Tensor | None, logsumexp_weight: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        if logprob_weight is None and logsumexp_weight is None:
+            return (None,) * 7
+        hidden, weight, target_ids, logprobs, logsumexp, gradient = ctx.saved_tensors
+        on_logsumexp = torch.zeros_like(logsumexp)
+        if logsumexp_weight is not None:
+            on_logsumexp = on_logsumexp + logsumexp_weight
+        if logprob_weight is not None:
+            on_logsumexp = on_logsumexp - logprob_weight
+        result = gradient * on_logsumexp.unsqueeze(-1)
+        if logprob_weight is not None:
+            projection = Projection(hidden, weight, None, ctx.transform)
+            target_gradient = projection.target_gradient(target_ids, logprobs + logsumexp)
+            result.addcmul_(target_gradient, logprob_weight.unsqueeze(-1))
+        return (result.to(hidden.dtype), *(None,) * 6)

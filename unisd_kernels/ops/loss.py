@@ -1,0 +1,265 @@
+"""`unisd_loss`: every mechanism of UniSD in one call, at the minimum number of matrix products."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from unisd_kernels import reference
+from unisd_kernels.dispatch import resolve
+from unisd_kernels.heads import LMHead
+from unisd_kernels.ops.fused_loss import fused_unisd_loss
+from unisd_kernels.results import UniSDLoss
+from unisd_kernels.spec import (
+    AgreementLevel,
+    AgreementStatistic,
+    LossInputs,
+    LossSpec,
+    Normalization,
+    WeightNormalization,
+)
+from unisd_kernels.tiles import driver
+from unisd_kernels.validation import (
+    autocast_operands,
+    check_cu_seqlens,
+    check_heads_match,
+    check_hidden,
+    check_same_rows,
+    check_target_ids,
+    check_workspace,
+)
+
+
+def unisd_loss(
+    student_hidden: torch.Tensor,
+    student_head: LMHead,
+    teacher_hidden: torch.Tensor,
+    teacher_head: LMHead,
+    target_ids: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    auxiliary_hidden: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    auxiliary_head: LMHead | None = None,
+    negative_hidden: torch.Tensor | None = None,
+    negative_head: LMHead | None = None,
+    token_weights: torch.Tensor | None = None,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    clip_cap: float | None = None,
+    clip_quantile: float | None = None,
+    agreement: AgreementLevel = "token",
+    agreement_statistic: AgreementStatistic = "variance",
+    agreement_gamma: float = 0.01,
+    weight_normalization: WeightNormalization | None = None,
+    contrastive_weight: float = 0.1,
+    contrastive_margin: float = 0.5,
+    feature_weight: float = 0.0,
+    divergence_weight: float = 1.0,
+    normalization: Normalization = "sequence",
+    num_items: float | torch.Tensor | None = None,
+    return_entropy: bool = True,
+    impl: str | None = None,
+    workspace_bytes: int | None = None,
+) -> UniSDLoss:
+    """The UniSD self-distillation loss of packed completion tokens, from hidden states, without any [N, V] tensor.
+
+        L = divergence_weight  mean_b [ sum_{n in b} min(D_n, cap) w_n / max(sum_{n in b} w_n, 1) ]
+          + contrastive_weight mean_b [ mean_{n in b} relu(margin + |lp_s - lp_t| - |lp_s - lp_n|) ]
+          + feature_weight     mean_b [ mean_{n in b} mean_h (h_s - h_t)^2 ]
+
+    D_n is the divergence of `linear_divergence`, w_n the agreement weight of `agreement_weights` times
+    `token_weights`, lp the log-probability of the sampled token. A mechanism is on when its input is given
+    (`auxiliary_hidden`, `negative_hidden`) or its setting is (`clip_*`, `feature_weight` > 0). An empty sequence
+    contributes 0; without any row the loss is 0 with zero gradients and a warning.
+
+    Matrix products of 2 N H V FLOPs: K + 1 scorings, student, teacher, and the gradient to the hidden states: K + 4
+    with a frozen head, one more with a trainable one (its dW). Only `clip_quantile` together with a trainable head
+    or a negative context costs two more, since the cap is then needed before the gradient.
+
+    Args:
+        student_hidden: [N, H_s], the last hidden state (the one that enters the head) that predicts each completion
+            token: float32, float64, bfloat16 or float16. Statistics are float32 (float64) whatever it is.
+        student_head: see `LMHead`; weight and bias get a gradient if they require one.
+        teacher_hidden: [N, H_t] of the same tokens under the teacher's context. Never gets a gradient.
+        teacher_head: the teacher's head; the same number of columns as the student's.
+        target_ids: [N] the sampled tokens, int64 or int32 in [0, V).
+        cu_seqlens: [B + 1] int32 or int64 offsets of the sequences in the rows (`pack_rows` makes them).
+        auxiliary_hidden: K tensors [N, H] (or one [K, N, H]) of the same tokens under auxiliary contexts.
+        auxiliary_head: their head; None for the teacher's.
+        negative_hidden: [N, H] of the same tokens under the negative context.
+        negative_head: its head; None for the teacher's.
+        token_weights: [N] extra weights on the divergence, >= 0, no gradient (e.g. from `agreement_weights`).
+        beta: 0 forward KL, 1 reverse KL, between: generalized Jensen-Shannon.
+        temperature: tau > 0 of divergence and contrastive term. Agreement is always scored at 1.
+        clip_cap: constant cap on D_n in nats (the clip preset uses 10.0).
+        clip_quantile: instead, cap = max(this quantile of D over the N tokens, 1e-6).
+        agreement: "token" or "sequence"; with `agreement_statistic` "variance" or "range" and `agreement_gamma`.
+        weight_normalization: "weighted" divides by max(sum w, 1), "count" by the number of tokens. None: "count" for
+            sequence-level agreement (where "weighted" would cancel the weights), else "weighted".
+        contrastive_weight, contrastive_margin, feature_weight, divergence_weight: as in the equation.
+        normalization: "sequence" as above, or "token": one sum over all tokens by one count (or sum of weights).
+        num_items: for gradient accumulation and data parallelism: the number of sequences (or, with "token",
+            tokens) of the whole batch. The result is then this call's share, so that shares add up to the whole.
+        return_entropy: also return the entropies of student and teacher.
+        impl: implementation by name (`unisd_kernels.available()`); None chooses.
+        workspace_bytes: bound on the logits held at a time; None for the default.
+
+    Returns:
+        UniSDLoss; `loss` is the only differentiable field.
+
+    Saved for backward: the gradients themselves, in float32: [N, H_s], and [V, H_s] and [V] for a trainable head.
+        The backward multiplies them by the upstream scalar. Double backward is not supported and raises.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or values that do not fit, saying what was got. On an
+            accelerator, values of `target_ids` and `cu_seqlens` are checked by device-side assertions.
+
+    A NaN or infinity in the inputs gives a NaN loss; on a CPU a warning names the tensor.
+
+    Source: DESIGN section 2; UniSD, arXiv 2605.06597.
+    """
+    spec = LossSpec(
+        beta=beta,
+        temperature=temperature,
+        clip_cap=clip_cap,
+        clip_quantile=clip_quantile,
+        agreement=agreement,
+        agreement_statistic=agreement_statistic,
+        agreement_gamma=agreement_gamma,
+        weight_normalization=weight_normalization,
+        contrastive_weight=contrastive_weight,
+        contrastive_margin=contrastive_margin,
+        feature_weight=feature_weight,
+        divergence_weight=divergence_weight,
+        normalization=normalization,
+        return_entropy=return_entropy,
+    )
+    inputs = LossInputs(
+        student_hidden=student_hidden,
+        student_head=student_head,
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
+        target_ids=target_ids,
+        cu_seqlens=cu_seqlens,
+        auxiliary_hidden=_views(auxiliary_hidden),
+        auxiliary_head=auxiliary_head,
+        negative_hidden=negative_hidden,
+        negative_head=negative_head,
+        token_weights=token_weights,
+        num_items=num_items,
+    )
+    _check(inputs, spec)
+    check_workspace(workspace_bytes)
+    implementation = resolve(impl, student_hidden.device)
+    if inputs.num_rows == 0:
+        warnings.warn(
+            "unisd_loss got no rows (every completion token is masked): the loss is 0 with zero gradients",
+            stacklevel=2,
+        )
+    inputs = _under_autocast(inputs)
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        if implementation.tiles is None:
+            result = reference.unisd_loss(inputs, spec)
+        else:
+            workspace = workspace_bytes or driver.default_workspace_bytes(student_hidden.device)
+            result = fused_unisd_loss(inputs, spec, implementation.tiles(), workspace)
+    if result.loss.device.type == "cpu" and not bool(torch.isfinite(result.loss)):
+        warnings.warn(f"unisd_loss is {float(result.loss)}: {_blame(inputs)}", stacklevel=2)
+    return result
+
+
+def _views(auxiliary_hidden: torch.Tensor | Sequence[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
+    if auxiliary_hidden is None:
+        return ()
+    if isinstance(auxiliary_hidden, torch.Tensor):
+        if auxiliary_hidden.dim() != 3:
+            raise ValueError(
+                "auxiliary_hidden must have shape [K, N, H] or be K tensors [N, H], got "
+                f"{tuple(auxiliary_hidden.shape)}"
+            )
+        return auxiliary_hidden.unbind(0)
+    return tuple(auxiliary_hidden)
+
+
+def _check(inputs: LossInputs, spec: LossSpec) -> None:
+    check_hidden("student_hidden", inputs.student_hidden, inputs.student_head, "student_head")
+    num_rows, device = inputs.num_rows, inputs.student_hidden.device
+    others: list[tuple[str, torch.Tensor, LMHead, str]] = [
+        ("teacher_hidden", inputs.teacher_hidden, inputs.teacher_head, "teacher_head")
+    ]
+    if inputs.negative_hidden is not None:
+        head_name = "teacher_head" if inputs.negative_head is None else "negative_head"
+        head = inputs.negative_head or inputs.teacher_head
+        others.append(("negative_hidden", inputs.negative_hidden, head, head_name))
+    for k, hidden in enumerate(inputs.auxiliary_hidden):
+        head_name = "teacher_head" if inputs.auxiliary_head is None else "auxiliary_head"
+        others.append((f"auxiliary_hidden[{k}]", hidden, inputs.auxiliary_head or inputs.teacher_head, head_name))
+    for name, hidden, head, head_name in others:
+        check_hidden(name, hidden, head, head_name)
+        check_same_rows(name, hidden, num_rows)
+        check_heads_match(inputs.student_head, head, head_name)
+        if hidden.device != device:
+            raise ValueError(f"{name} is on {hidden.device} but student_hidden is on {device}; move one of them")
+    check_target_ids(inputs.target_ids, num_rows, inputs.student_head.num_columns, device)
+    check_cu_seqlens(inputs.cu_seqlens, num_rows, device)
+    if spec.feature_weight > 0 and inputs.student_hidden.shape != inputs.teacher_hidden.shape:
+        raise ValueError(
+            f"feature matching compares hidden states of one width, got {tuple(inputs.student_hidden.shape)} and "
+            f"{tuple(inputs.teacher_hidden.shape)}; set feature_weight=0 for models of different width"
+        )
+    weights = inputs.token_weights
+    if weights is not None:
+        if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
+            raise TypeError("token_weights must be a floating-point torch.Tensor [N]")
+        if weights.shape != (num_rows,):
+            raise ValueError(f"token_weights must have shape [{num_rows}], got {tuple(weights.shape)}")
+        if weights.requires_grad:
+            raise ValueError("token_weights must not require a gradient (no gradient flows through weights); detach it")
+    if isinstance(inputs.num_items, (int, float)) and not inputs.num_items > 0:
+        raise ValueError(f"num_items must be > 0, got {inputs.num_items}")
+
+
+def _under_autocast(inputs: LossInputs) -> LossInputs:
+    if not torch.is_autocast_enabled(inputs.student_hidden.device.type):
+        return inputs
+    student_hidden, student_head = autocast_operands(inputs.student_hidden, inputs.student_head)
+    teacher_hidden, teacher_head = autocast_operands(inputs.teacher_hidden, inputs.teacher_head)
+    auxiliary_head, negative_head = inputs.auxiliary_head, inputs.negative_head
+    if auxiliary_head is not None:
+        auxiliary_head = autocast_operands(inputs.teacher_hidden, auxiliary_head)[1]
+    if negative_head is not None:
+        negative_head = autocast_operands(inputs.teacher_hidden, negative_head)[1]
+    dtype = student_hidden.dtype
+    return LossInputs(
+        student_hidden=student_hidden,
+        student_head=student_head,
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
+        target_ids=inputs.target_ids,
+        cu_seqlens=inputs.cu_seqlens,
+        auxiliary_hidden=tuple(hidden.to(dtype) for hidden in inputs.auxiliary_hidden),
+        auxiliary_head=auxiliary_head,
+        negative_hidden=None if inputs.negative_hidden is None else inputs.negative_hidden.to(dtype),
+        negative_head=negative_head,
+        token_weights=inputs.token_weights,
+        num_items=inputs.num_items,
+    )
+
+
+def _blame(inputs: LossInputs) -> str:
+    """Name the inputs that are not finite."""
+    tensors = {
+        "student_hidden": inputs.student_hidden,
+        "teacher_hidden": inputs.teacher_hidden,
+        "negative_hidden": inputs.negative_hidden,
+        "student_head.weight": inputs.student_head.weight,
+        "teacher_head.weight": inputs.teacher_head.weight,
+        "token_weights": inputs.token_weights,
+        **{f"auxiliary_hidden[{k}]": hidden for k, hidden in enumerate(inputs.auxiliary_hidden)},
+    }
+    bad = [name for name, tensor in tensors.items() if tensor is not None and not bool(tensor.isfinite().all())]
+    if not bad:
+        return "the inputs are finite, so logits overflowed"
+    return f"not finite: {', '.join(bad)}"

@@ -1,0 +1,140 @@
+"""The UniSD objective of DESIGN section 2, term by term, sequence by sequence."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from unisd_kernels.reference.agreement import agreement_weights
+from unisd_kernels.reference.clipping import clip_cap_from_quantile, clip_divergence
+from unisd_kernels.reference.contrastive import contrastive_hinge
+from unisd_kernels.reference.divergence import linear_divergence
+from unisd_kernels.reference.features import feature_distance
+from unisd_kernels.reference.logprobs import linear_logprobs, statistics_dtype
+from unisd_kernels.results import UniSDLoss
+from unisd_kernels.spec import LossInputs, LossSpec
+
+
+def reduce_per_token(
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    normalization: str,
+    weights: torch.Tensor | None = None,
+    weight_normalization: str = "count",
+) -> torch.Tensor:
+    """Weighted per-token values [N] to a scalar.
+
+    Per group of tokens (one sequence, or with `normalization="token"` the whole batch):
+    `sum(values * weights) / denominator`, where the denominator is `max(sum(weights), 1)` ("weighted") or
+    `max(number of tokens, 1)` ("count"); then the mean over the groups. An empty sequence contributes 0 to that mean.
+    """
+    if weights is None:
+        weights = torch.ones_like(values)
+    bounds = cu_seqlens.tolist() if normalization == "sequence" else [0, values.shape[0]]
+    groups = []
+    for start, end in pairwise(bounds):
+        group_weights = weights[start:end]
+        total = group_weights.sum() if weight_normalization == "weighted" else group_weights.new_tensor(end - start)
+        groups.append((values[start:end] * group_weights).sum() / total.clamp(min=1.0))
+    return torch.stack(groups).mean() if groups else values.sum()
+
+
+def unisd_loss(inputs: LossInputs, spec: LossSpec) -> UniSDLoss:
+    """Dense UniSD loss; arguments and result as in `unisd_kernels.unisd_loss`."""
+    dtype = statistics_dtype(inputs.student_hidden.dtype)
+    student = linear_logprobs(
+        inputs.student_hidden, inputs.student_head, inputs.target_ids, spec.temperature, spec.return_entropy
+    )
+    with torch.no_grad():
+        teacher = linear_logprobs(
+            inputs.teacher_hidden, inputs.teacher_head, inputs.target_ids, spec.temperature, spec.return_entropy
+        )
+        negative = None
+        if inputs.negative_hidden is not None:
+            head = inputs.negative_head or inputs.teacher_head
+            negative = linear_logprobs(inputs.negative_hidden, head, inputs.target_ids, spec.temperature).logprobs
+        auxiliary = None
+        if inputs.auxiliary_hidden:
+            head = inputs.auxiliary_head or inputs.teacher_head
+            # Agreement is always scored at temperature 1, whatever the training temperature.
+            auxiliary = torch.stack(
+                [linear_logprobs(hidden, head, inputs.target_ids).logprobs for hidden in inputs.auxiliary_hidden]
+            )
+
+    divergence = linear_divergence(
+        inputs.student_hidden,
+        inputs.student_head,
+        inputs.teacher_hidden,
+        inputs.teacher_head,
+        spec.beta,
+        spec.temperature,
+    )
+    clipped = torch.zeros_like(divergence, dtype=torch.bool)
+    kept = divergence
+    if divergence.numel() and (spec.clip_cap is not None or spec.clip_quantile is not None):
+        if spec.clip_quantile is not None:
+            cap: float | torch.Tensor = clip_cap_from_quantile(divergence, spec.clip_quantile)
+        else:
+            cap = float(spec.clip_cap)  # type: ignore[arg-type]
+        clipped = divergence.detach() > cap
+        kept = clip_divergence(divergence, cap)
+
+    weights = torch.ones_like(divergence)
+    spread = None
+    if auxiliary is not None:
+        weights, spread = agreement_weights(
+            auxiliary,
+            inputs.cu_seqlens,
+            level=spec.agreement,
+            statistic=spec.agreement_statistic,
+            gamma=spec.agreement_gamma,
+        )
+    if inputs.token_weights is not None:
+        weights = weights * inputs.token_weights.to(dtype)
+
+    divergence_loss = reduce_per_token(
+        kept,
+        inputs.cu_seqlens,
+        spec.normalization,
+        weights,
+        spec.resolved_weight_normalization(auxiliary is not None),
+    )
+    contrastive = None
+    contrastive_loss = torch.zeros((), dtype=dtype, device=divergence.device)
+    if negative is not None:
+        contrastive = contrastive_hinge(student.logprobs, teacher.logprobs, negative, spec.contrastive_margin)
+        contrastive_loss = reduce_per_token(contrastive, inputs.cu_seqlens, spec.normalization)
+    features = None
+    feature_loss = torch.zeros((), dtype=dtype, device=divergence.device)
+    if spec.feature_weight > 0:
+        features = feature_distance(inputs.student_hidden, inputs.teacher_hidden)
+        feature_loss = reduce_per_token(features, inputs.cu_seqlens, spec.normalization)
+
+    loss = (
+        spec.divergence_weight * divergence_loss
+        + spec.contrastive_weight * contrastive_loss
+        + spec.feature_weight * feature_loss
+    )
+    share: float | torch.Tensor = 1.0
+    if inputs.num_items is not None:
+        local = inputs.num_sequences if spec.normalization == "sequence" else inputs.num_rows
+        share = local / inputs.num_items
+    return UniSDLoss(
+        loss=loss * share,
+        divergence_loss=(divergence_loss * share).detach(),
+        contrastive_loss=(contrastive_loss * share).detach(),
+        feature_loss=(feature_loss * share).detach(),
+        divergence=divergence.detach(),
+        clipped=clipped,
+        weights=weights,
+        student_logprobs=student.logprobs.detach(),
+        teacher_logprobs=teacher.logprobs,
+        student_entropy=student.entropy.detach() if student.entropy is not None else None,
+        teacher_entropy=teacher.entropy,
+        negative_logprobs=negative,
+        contrastive=contrastive.detach() if contrastive is not None else None,
+        feature_distance=features.detach() if features is not None else None,
+        auxiliary_logprobs=auxiliary,
+        disagreement=spread,
+    )

@@ -1,0 +1,105 @@
+"""The settings and tensors of one `unisd_loss` call, checked once and passed whole to every implementation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from unisd_kernels.heads import LMHead
+
+AgreementLevel = Literal["token", "sequence"]
+AgreementStatistic = Literal["variance", "range"]
+Normalization = Literal["sequence", "token"]
+WeightNormalization = Literal["weighted", "count"]
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(name: str, value: float, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False):
+    """Raise unless `value` is a finite number in [low, high] (or ]low, high] with `open_low`)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+        if math.isinf(low) and math.isinf(high):
+            wanted = "finite"
+        elif math.isinf(high):
+            wanted = f"{'>' if open_low else '>='} {low:g}"
+        else:
+            wanted = f"in {']' if open_low else '['}{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Hyper-parameters of `unisd_loss`; see its docstring for the meaning of each."""
+
+    beta: float = 0.0
+    temperature: float = 1.0
+    clip_cap: float | None = None
+    clip_quantile: float | None = None
+    agreement: AgreementLevel = "token"
+    agreement_statistic: AgreementStatistic = "variance"
+    agreement_gamma: float = 0.01
+    weight_normalization: WeightNormalization | None = None
+    contrastive_weight: float = 0.1
+    contrastive_margin: float = 0.5
+    feature_weight: float = 0.0
+    divergence_weight: float = 1.0
+    normalization: Normalization = "sequence"
+    return_entropy: bool = True
+
+    def __post_init__(self) -> None:
+        check_number("beta", self.beta, low=0.0, high=1.0)
+        check_number("temperature", self.temperature, low=0.0, open_low=True)
+        if self.clip_cap is not None and self.clip_quantile is not None:
+            raise ValueError("clip_cap and clip_quantile exclude each other: give one of them")
+        if self.clip_cap is not None:
+            check_number("clip_cap", self.clip_cap, low=0.0, open_low=True)
+        if self.clip_quantile is not None:
+            check_number("clip_quantile", self.clip_quantile, low=0.0, high=1.0)
+        check_choice("agreement", self.agreement, ("token", "sequence"))
+        check_choice("agreement_statistic", self.agreement_statistic, ("variance", "range"))
+        check_choice("normalization", self.normalization, ("sequence", "token"))
+        if self.weight_normalization is not None:
+            check_choice("weight_normalization", self.weight_normalization, ("weighted", "count"))
+        for name in ("agreement_gamma", "contrastive_weight", "feature_weight", "divergence_weight"):
+            check_number(name, getattr(self, name), low=0.0)
+        check_number("contrastive_margin", self.contrastive_margin)
+
+    def resolved_weight_normalization(self, has_agreement: bool) -> WeightNormalization:
+        """Dividing by sum(w) makes a sequence-level weight cancel, so there the default is the token count."""
+        if self.weight_normalization is not None:
+            return self.weight_normalization
+        return "count" if has_agreement and self.agreement == "sequence" else "weighted"
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Tensors of `unisd_loss`, all with N packed rows (see its docstring)."""
+
+    student_hidden: torch.Tensor
+    student_head: LMHead
+    teacher_hidden: torch.Tensor
+    teacher_head: LMHead
+    target_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    auxiliary_hidden: tuple[torch.Tensor, ...] = ()
+    auxiliary_head: LMHead | None = None
+    negative_hidden: torch.Tensor | None = None
+    negative_head: LMHead | None = None
+    token_weights: torch.Tensor | None = None
+    num_items: float | torch.Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.student_hidden.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1

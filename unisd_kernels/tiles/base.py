@@ -1,0 +1,122 @@
+"""The interface between the driver and a filling: the few operations that touch [rows, columns] logits.
+
+A filling implements `Tiles`. The driver makes the tiles with matrix products and walks rows and columns; it never
+looks at a logit. `tiles/torch.py` is the plain PyTorch filling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from unisd_kernels.heads import LMHead
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """From the raw product `x = h W^T + b` to the logit `z = softcap_c(a x) / tau`."""
+
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+
+    @classmethod
+    def of(cls, head: LMHead, temperature: float) -> LogitTransform:
+        return cls(head.logit_scale, head.softcap, temperature)
+
+    @property
+    def product_scale(self) -> float:
+        """What the raw product is multiplied by before the tile is handed over: all of the transform without a cap,
+        and the argument of the tanh with one. Matrix products apply it for free (`alpha`)."""
+        return self.logit_scale / (self.temperature if self.softcap is None else self.softcap)
+
+    @property
+    def tanh_scale(self) -> float | None:
+        """`c / tau`, by which the tanh is multiplied; None without a cap."""
+        return None if self.softcap is None else self.softcap / self.temperature
+
+    @property
+    def gradient_scale(self) -> float:
+        """`a / tau`: the constant part of `dz / dx`. It is applied to the small result, not to the tile."""
+        return self.logit_scale / self.temperature
+
+
+class TileLogSumExp(NamedTuple):
+    """Per row of a [rows, columns] tile."""
+
+    logsumexp: torch.Tensor
+    mean_logit: torch.Tensor | None  # sum_j softmax_j z_j within the tile; for the entropy
+
+
+class SoftmaxRows(NamedTuple):
+    """Statistics of complete rows, [rows]."""
+
+    logsumexp: torch.Tensor
+    target_logits: torch.Tensor
+
+
+class DivergenceRows(NamedTuple):
+    """Statistics of complete rows; all [rows] and float32 (float64 for float64)."""
+
+    divergence: torch.Tensor
+    student_logprobs: torch.Tensor | None
+    teacher_logprobs: torch.Tensor | None
+    student_entropy: torch.Tensor | None
+    teacher_entropy: torch.Tensor | None
+
+
+class Tiles(Protocol):
+    """A filling. Tiles arrive as `product_scale * (h W^T + b)`, contiguous, float32 or float64, and may be
+    overwritten."""
+
+    name: str
+
+    def block_rows(self, num_columns: int, device: torch.device) -> int | None:
+        """How many rows of a chunk to hand over at a time (cache blocking), or None for the whole chunk."""
+
+    def log_sum_exp(self, tile: torch.Tensor, transform: LogitTransform, want_mean: bool) -> TileLogSumExp:
+        """Log-sum-exp of each row of a tile that may cover only part of the vocabulary. Leaves the logits `z` in the
+        tile, from which the driver gathers the targets'."""
+
+    def softmax(self, tile: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor) -> SoftmaxRows:
+        """Overwrite complete rows with `p_j * d z_j / d (a x_j / tau)`, the gradient of their log-sum-exp with respect
+        to `a x / tau`."""
+
+    def logprob_gradient(
+        self,
+        tile: torch.Tensor,
+        transform: LogitTransform,
+        logsumexp: torch.Tensor,
+        target_ids: torch.Tensor,
+        logprob_weight: torch.Tensor | None,
+        logsumexp_weight: torch.Tensor | None,
+        entropy: torch.Tensor | None,
+        entropy_weight: torch.Tensor | None,
+    ) -> None:
+        """Overwrite complete rows with the gradient of `sum_n weight_n * statistic_n` with respect to `a x / tau`
+        (the constant `gradient_scale` is left to the caller)."""
+
+    def divergence(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        student_transform: LogitTransform,
+        teacher_transform: LogitTransform,
+        target_ids: torch.Tensor | None,
+        beta: float,
+        want_entropy: bool,
+    ) -> tuple[DivergenceRows, Any]:
+        """Statistics of complete rows, and a state for `divergence_gradient`. Both tiles may be overwritten."""
+
+    def divergence_gradient(
+        self,
+        student: torch.Tensor,
+        state: Any,
+        target_ids: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        logprob_weight: torch.Tensor | None,
+    ) -> None:
+        """Write the gradient of `sum_n weight_n D_n + logprob_weight_n logp_n(y_n)` with respect to `a x / tau` of
+        the student into the student's tile. A weight of None is one (`weight`) or absent (`logprob_weight`)."""

@@ -1,0 +1,322 @@
+"""The loops over row chunks and vocabulary tiles. Nothing of size [N, V] is ever held.
+
+Two walks:
+
+- `score`: statistics that do not need a whole row at once (log-sum-exp, target log-probability, entropy) go over
+  vocabulary tiles with an online log-sum-exp. One matrix product.
+- `divergence` and `logprob_gradients`: a chunk of complete rows at a time, so that the gradient with respect to the
+  logits can be formed while they exist. Student and teacher logits plus the gradient's product back to the hidden
+  state: three matrix products, four with a trainable head.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+from unisd_kernels.tiles.base import DivergenceRows, Tiles
+from unisd_kernels.tiles.projection import Projection
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+# Scoring tiles: wide enough for an efficient product, small enough to stay near the cache.
+_SCORE_TILE_BYTES = 32 << 20
+_SCORE_TILE_ROWS = 2048
+
+
+class Scores(NamedTuple):
+    """[N] statistics of `score`."""
+
+    logprobs: torch.Tensor
+    logsumexp: torch.Tensor
+    entropy: torch.Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Of a student projection, in the accumulator's dtype; None where not asked for."""
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients to compute. With none, no gradient tile is formed and no product is spent on it."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias
+
+    def allocate(self, projection: Projection) -> Gradients:
+        def zeros(like: torch.Tensor | None) -> torch.Tensor:
+            assert like is not None
+            return torch.zeros(like.shape, dtype=projection.dtype, device=like.device)
+
+        return Gradients(
+            zeros(projection.hidden) if self.hidden else None,
+            zeros(projection.weight) if self.weight else None,
+            zeros(projection.bias) if self.bias else None,
+        )
+
+
+def wanted_gradients(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Wanted:
+    """What autograd will ask for. Taken outside the autograd function: inside it `needs_input_grad` is also true
+    under `no_grad`."""
+    if not torch.is_grad_enabled():
+        return Wanted()
+    return Wanted(hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+
+
+def _exactly(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Neither recorded by autograd nor rounded by autocast, in the forward and in the backward alike."""
+
+    @functools.wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        projection = args[0]
+        assert isinstance(projection, Projection)
+        with torch.no_grad(), torch.autocast(projection.hidden.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+# From the rows of a block and their statistics to (weight of D, weight of the student's log-probability), each [rows]
+# or None. Called once a block, while its logits exist.
+RowWeights = Callable[[slice, DivergenceRows], tuple[torch.Tensor | None, torch.Tensor | None]]
+
+
+def unit_row_weights(rows: slice, statistics: DivergenceRows) -> tuple[None, None]:
+    """The plain per-token gradient dD_n / dh_n; weights are applied to its rows afterwards."""
+    return None, None
+
+
+def default_workspace_bytes(device: torch.device) -> int:
+    """112 MiB on a CPU, 512 MiB on an accelerator: see docs/design.md for the measurements behind it."""
+    return (112 << 20) if device.type == "cpu" else (512 << 20)
+
+
+def chunk_rows(num_rows: int, num_columns: int, itemsize: int, workspace_bytes: int, buffers: int) -> int:
+    """Rows of a chunk such that `buffers` tiles of complete rows fit the workspace; chunks come out equally large.
+
+    Raises:
+        ValueError: not even one row fits.
+    """
+    row_bytes = buffers * num_columns * itemsize
+    most = workspace_bytes // row_bytes
+    if most < 1:
+        raise ValueError(
+            f"workspace_bytes={workspace_bytes} is too small: one row of {buffers} x {num_columns} logits takes "
+            f"{row_bytes} bytes. Give at least that, better 64 times as much"
+        )
+    if num_rows <= most:
+        return max(num_rows, 1)
+    chunks = -(-num_rows // most)
+    return -(-num_rows // chunks)
+
+
+def _spans(total: int, step: int) -> Iterator[slice]:
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+def _blocks(rows: slice, step: int | None) -> Iterator[tuple[slice, slice]]:
+    """Blocks of a chunk, as (rows of the whole, rows of the chunk)."""
+    length = rows.stop - rows.start
+    for local in _spans(length, step or length):
+        yield slice(rows.start + local.start, rows.start + local.stop), local
+
+
+@_exactly
+def score(
+    projection: Projection,
+    target_ids: torch.Tensor,
+    tiles: Tiles,
+    workspace_bytes: int,
+    want_entropy: bool = False,
+) -> Scores:
+    """Log-probability of the target, log-sum-exp and (if wanted) entropy of each row, by an online log-sum-exp."""
+    num_rows, num_columns = projection.hidden.shape[0], projection.num_columns
+    device, dtype = projection.hidden.device, projection.dtype
+    logsumexp = torch.full((num_rows,), -torch.inf, dtype=dtype, device=device)
+    target_logits = torch.zeros(num_rows, dtype=dtype, device=device)
+    mean_logit = torch.zeros(num_rows, dtype=dtype, device=device) if want_entropy else None
+
+    tile_bytes = workspace_bytes if device.type != "cpu" else min(workspace_bytes, _SCORE_TILE_BYTES)
+    rows_step = max(1, min(num_rows, _SCORE_TILE_ROWS))
+    columns_step = max(1, min(num_columns, tile_bytes // (rows_step * dtype.itemsize)))
+    buffer = torch.empty(rows_step * columns_step, dtype=dtype, device=device)
+    for rows in _spans(num_rows, rows_step):
+        for columns in _spans(num_columns, columns_step):
+            width = columns.stop - columns.start
+            tile = buffer[: (rows.stop - rows.start) * width].view(-1, width)
+            projection.logits(rows, tile, columns.start, columns.stop)
+            for block, local in _blocks(rows, tiles.block_rows(width, device)):
+                part = tiles.log_sum_exp(tile[local], projection.transform, want_entropy)
+                before = logsumexp[block]
+                after = torch.logaddexp(before, part.logsumexp)
+                if mean_logit is not None:
+                    assert part.mean_logit is not None
+                    mean_logit[block] = (
+                        mean_logit[block] * (before - after).exp() + part.mean_logit * (part.logsumexp - after).exp()
+                    )
+                logsumexp[block] = after
+            index = target_ids[rows] - columns.start
+            inside = (index >= 0) & (index < width)
+            found = tile.gather(-1, index.clamp(0, width - 1).unsqueeze(-1)).squeeze(-1)
+            target_logits[rows] = torch.where(inside, found, target_logits[rows])
+    entropy = None if mean_logit is None else logsumexp - mean_logit
+    return Scores(target_logits - logsumexp, logsumexp, entropy)
+
+
+@_exactly
+def score_with_gradient(
+    projection: Projection, target_ids: torch.Tensor, tiles: Tiles, workspace_bytes: int
+) -> tuple[Scores, torch.Tensor]:
+    """Scores without entropy, and `d logsumexp_n / dh_n` [N, H] (two matrix products).
+
+    The gradient of the log-probability is that of the target's logit, a row of the weight, less this one: so any
+    upstream weights on either statistic are row scalings afterwards.
+    """
+    num_rows, device, dtype = projection.hidden.shape[0], projection.hidden.device, projection.dtype
+    logsumexp = torch.zeros(num_rows, dtype=dtype, device=device)
+    target_logits = torch.zeros(num_rows, dtype=dtype, device=device)
+    gradient = torch.zeros(projection.hidden.shape, dtype=dtype, device=device)
+    step = chunk_rows(num_rows, projection.num_columns, dtype.itemsize, workspace_bytes, 1)
+    buffer = torch.empty(step, projection.num_columns, dtype=dtype, device=device)
+    for rows in _spans(num_rows, step):
+        tile = buffer[: rows.stop - rows.start]
+        projection.logits(rows, tile)
+        for block, local in _blocks(rows, tiles.block_rows(projection.num_columns, device)):
+            part = tiles.softmax(tile[local], projection.transform, target_ids[block])
+            logsumexp[block] = part.logsumexp
+            target_logits[block] = part.target_logits
+        projection.hidden_gradient(tile, gradient[rows])
+    return Scores(target_logits - logsumexp, logsumexp, None), gradient
+
+
+@_exactly
+def logprob_gradients(
+    projection: Projection,
+    target_ids: torch.Tensor,
+    scores: Scores,
+    logprob_weight: torch.Tensor | None,
+    logsumexp_weight: torch.Tensor | None,
+    entropy_weight: torch.Tensor | None,
+    wanted: Wanted,
+    tiles: Tiles,
+    workspace_bytes: int,
+) -> Gradients:
+    """Gradient of `sum_n` weight times statistic over all rows, from recomputed logits (weights [N] or None)."""
+    gradients = wanted.allocate(projection)
+    num_rows, device = projection.hidden.shape[0], projection.hidden.device
+
+    def part(values: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+        return None if values is None else values[rows]
+
+    step = chunk_rows(num_rows, projection.num_columns, projection.dtype.itemsize, workspace_bytes, 1)
+    buffer = torch.empty(step, projection.num_columns, dtype=projection.dtype, device=device)
+    for rows in _spans(num_rows, step):
+        tile = buffer[: rows.stop - rows.start]
+        projection.logits(rows, tile)
+        for block, local in _blocks(rows, tiles.block_rows(projection.num_columns, device)):
+            tiles.logprob_gradient(
+                tile[local],
+                projection.transform,
+                scores.logsumexp[block],
+                target_ids[block],
+                part(logprob_weight, block),
+                part(logsumexp_weight, block),
+                part(scores.entropy, block),
+                part(entropy_weight, block),
+            )
+        _accumulate(projection, tile, rows, gradients)
+    return gradients
+
+
+class DivergencePass(NamedTuple):
+    """The result of `divergence`: [N] statistics and the gradients that were asked for."""
+
+    rows: DivergenceRows
+    gradients: Gradients
+
+
+@_exactly
+def divergence(
+    student: Projection,
+    teacher: Projection,
+    target_ids: torch.Tensor | None,
+    beta: float,
+    tiles: Tiles,
+    workspace_bytes: int,
+    wanted: Wanted = Wanted(),
+    row_weights: RowWeights = unit_row_weights,
+    want_entropy: bool = False,
+) -> DivergencePass:
+    """Divergence of each row and, in the same walk, the gradient of `sum_n w_n D_n + c_n logp_n(y_n)`.
+
+    Matrix products: 2, plus 1 for the hidden gradient, plus 1 for the weight gradient.
+    """
+    num_rows, num_columns = student.hidden.shape[0], student.num_columns
+    device, dtype = student.hidden.device, student.dtype
+    gradients = wanted.allocate(student)
+    names = ["divergence"]
+    if target_ids is not None:
+        names += ["student_logprobs", "teacher_logprobs"]
+    if want_entropy:
+        names += ["student_entropy", "teacher_entropy"]
+    results = {name: torch.zeros(num_rows, dtype=dtype, device=device) for name in names}
+
+    if num_rows:
+        step = chunk_rows(num_rows, num_columns, dtype.itemsize, workspace_bytes, 2)
+        block_rows = tiles.block_rows(num_columns, device)
+        student_buffer = torch.empty(step, num_columns, dtype=dtype, device=device)
+        teacher_buffer = torch.empty(step, num_columns, dtype=dtype, device=device)
+        for rows in _spans(num_rows, step):
+            student_tile = student_buffer[: rows.stop - rows.start]
+            teacher_tile = teacher_buffer[: rows.stop - rows.start]
+            student.logits(rows, student_tile)
+            teacher.logits(rows, teacher_tile)
+            for block, local in _blocks(rows, block_rows):
+                targets = None if target_ids is None else target_ids[block]
+                statistics, state = tiles.divergence(
+                    student_tile[local],
+                    teacher_tile[local],
+                    student.transform,
+                    teacher.transform,
+                    targets,
+                    beta,
+                    want_entropy,
+                )
+                for name in names:
+                    results[name][block] = getattr(statistics, name)
+                if wanted.any:
+                    weight, logprob_weight = row_weights(block, statistics)
+                    tiles.divergence_gradient(student_tile[local], state, targets, weight, logprob_weight)
+            _accumulate(student, student_tile, rows, gradients)
+    return DivergencePass(
+        DivergenceRows(**{name: results.get(name) for name in DivergenceRows._fields}),  # type: ignore[arg-type]
+        gradients,
+    )
+
+
+def _accumulate(projection: Projection, tile: torch.Tensor, rows: slice, gradients: Gradients) -> None:
+    if gradients.hidden is not None:
+        projection.hidden_gradient(tile, gradients.hidden[rows])
+    if gradients.weight is not None:
+        projection.add_weight_gradient(tile, rows, gradients.weight)
+    if gradients.bias is not None:
+        projection.add_bias_gradient(tile, gradients.bias)

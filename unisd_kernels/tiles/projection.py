@@ -1,0 +1,123 @@
+"""The matrix products around a tile: hidden rows to logits, and a gradient tile back to hidden, weight and bias.
+
+Operands keep their dtype where the device can accumulate and return float32 (CUDA); elsewhere 16-bit operands are
+widened, the weight a slice of columns at a time. Logits and gradients are never rounded to 16 bits before a
+statistic is taken from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from unisd_kernels.heads import LMHead
+from unisd_kernels.tiles.base import LogitTransform
+
+# A widened slice of a 16-bit weight takes at most this much.
+_WIDENED_BYTES = 16 << 20
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else accumulates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Hidden rows and the head they go through, without autograd."""
+
+    hidden: torch.Tensor  # [N, H]
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None  # [V]
+    transform: LogitTransform
+
+    @classmethod
+    def of(cls, hidden: torch.Tensor, head: LMHead, temperature: float) -> Projection:
+        return cls(hidden, head.active_weight, head.active_bias, LogitTransform.of(head, temperature)).detach()
+
+    def detach(self) -> Projection:
+        bias = None if self.bias is None else self.bias.detach()
+        return Projection(self.hidden.detach(), self.weight.detach(), bias, self.transform)
+
+    @property
+    def num_columns(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits, statistics and accumulators."""
+        return accumulator_dtype(self.hidden.dtype)
+
+    @property
+    def _mixed_product(self) -> bool:
+        """Can the device multiply 16-bit operands into a float32 result?"""
+        return self.hidden.dtype in (torch.bfloat16, torch.float16) and self.hidden.device.type == "cuda"
+
+    def _slices(self, start: int, end: int) -> list[tuple[int, int]]:
+        if self._mixed_product or self.weight.dtype == self.dtype:
+            return [(start, end)]
+        step = max(1, _WIDENED_BYTES // (self.dtype.itemsize * self.weight.shape[1]))
+        return [(low, min(low + step, end)) for low in range(start, end, step)]
+
+    def logits(self, rows: slice, out: torch.Tensor, start: int = 0, end: int | None = None) -> None:
+        """`out = product_scale * (h W^T + b)` for some rows and the columns [start, end)."""
+        end = self.num_columns if end is None else end
+        scale = self.transform.product_scale
+        hidden = self.hidden[rows]
+        if self._mixed_product:
+            torch.mm(hidden, self.weight[start:end].T, out_dtype=self.dtype, out=out)
+            if self.bias is not None:
+                out.add_(self.bias[start:end])
+            if scale != 1.0:
+                out.mul_(scale)
+            return
+        hidden = hidden.to(self.dtype)
+        for low, high in self._slices(start, end):
+            columns = out[:, low - start : high - start]
+            weight = self.weight[low:high].to(self.dtype)
+            if self.bias is not None:
+                bias = self.bias[low:high].to(self.dtype)
+                torch.addmm(bias, hidden, weight.T, beta=scale, alpha=scale, out=columns)
+            elif scale != 1.0:
+                torch.addmm(columns, hidden, weight.T, beta=0.0, alpha=scale, out=columns)
+            else:
+                torch.mm(hidden, weight.T, out=columns)
+
+    def target_gradient(self, target_ids: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
+        """`dz_y / dh` for one target id a row, [N, H]."""
+        gradient = self.weight.index_select(0, target_ids).to(self.dtype)
+        if self.transform.tanh_scale is not None:
+            gradient.mul_((1.0 - (target_logits / self.transform.tanh_scale).square()).unsqueeze(-1))
+        return gradient.mul_(self.transform.gradient_scale)
+
+    def hidden_gradient(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
+        """`out = gradient_scale * G W` for complete rows; `gradient` is [rows, V], `out` [rows, H]."""
+        scale = self.transform.gradient_scale
+        if self._mixed_product:
+            torch.mm(gradient.to(self.weight.dtype), self.weight, out_dtype=self.dtype, out=out)
+            if scale != 1.0:
+                out.mul_(scale)
+            return
+        beta = 0.0
+        for low, high in self._slices(0, self.num_columns):
+            weight = self.weight[low:high].to(self.dtype)
+            torch.addmm(out, gradient[:, low:high], weight, beta=beta, alpha=scale, out=out)
+            beta = 1.0
+
+    def add_weight_gradient(self, gradient: torch.Tensor, rows: slice, out: torch.Tensor) -> None:
+        """`out += gradient_scale * G^T h`; `out` is [V, H] in the accumulator's dtype."""
+        scale = self.transform.gradient_scale
+        if self._mixed_product:
+            narrow = gradient.to(self.hidden.dtype)
+            # A product with a float32 addend is not offered for 16-bit operands, so it goes through a slice.
+            step = max(1, _WIDENED_BYTES // (4 * out.shape[1]))
+            for low in range(0, out.shape[0], step):
+                part = torch.mm(narrow[:, low : low + step].T, self.hidden[rows], out_dtype=self.dtype)
+                out[low : low + step].add_(part, alpha=scale)
+            return
+        out.addmm_(gradient.T, self.hidden[rows].to(self.dtype), alpha=scale)
+
+    def add_bias_gradient(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
+        """`out += gradient_scale * sum_rows G`."""
+        out.add_(gradient.sum(0), alpha=self.transform.gradient_scale)

@@ -1,0 +1,181 @@
+"""The PyTorch filling: any device, any of torch's floating types, no compiler."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, SoftmaxRows, TileLogSumExp
+
+# Elementwise passes on a CPU run over blocks of this many bytes, so that a block is still in the cache at the next
+# pass. Anything from 0.5 to 4 MiB timed alike; below that the cost of starting an operation shows.
+_CPU_BLOCK_BYTES = 2 << 20
+# Elsewhere blocks only bound the temporaries of the elementwise operations.
+_DEVICE_BLOCK_BYTES = 64 << 20
+
+# e^60 = 1e26 dwarfs any (1 - beta) / beta that is not absurd, and is far from float32's overflow at e^88.
+_LARGE_DELTA = 60.0
+
+
+class DivergenceState(NamedTuple):
+    """What `divergence_gradient` needs besides the tile."""
+
+    student_probs: torch.Tensor
+    factor: torch.Tensor | None  # the gradient is student_probs * factor; None: it stands in the tile (beta = 0)
+    cap_gradient: torch.Tensor | None  # 1 - tanh^2, with a soft cap
+
+
+class TorchTiles:
+    """See `unisd_kernels.tiles.base.Tiles`."""
+
+    name = "torch"
+
+    def block_rows(self, num_columns: int, device: torch.device) -> int | None:
+        block_bytes = _CPU_BLOCK_BYTES if device.type == "cpu" else _DEVICE_BLOCK_BYTES
+        return max(1, block_bytes // (4 * num_columns))
+
+    def log_sum_exp(self, tile: torch.Tensor, transform: LogitTransform, want_mean: bool) -> TileLogSumExp:
+        _finish_logits(tile, transform)
+        highest = tile.amax(-1, keepdim=True)
+        shifted = tile - highest
+        mean = None
+        if want_mean:
+            exponentials = shifted.exp()
+            total = exponentials.sum(-1)
+            mean = _row_dot(exponentials, shifted) / total + highest.squeeze(-1)
+        else:
+            total = shifted.exp_().sum(-1)
+        return TileLogSumExp(highest.squeeze(-1) + total.log(), mean)
+
+    def softmax(self, tile: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor) -> SoftmaxRows:
+        logsumexp = self.log_sum_exp(tile, transform, want_mean=False).logsumexp
+        target_logits = tile.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
+        cap_gradient = _cap_gradient(tile, transform)
+        tile.sub_(logsumexp.unsqueeze(-1)).exp_()
+        if cap_gradient is not None:
+            tile.mul_(cap_gradient)
+        return SoftmaxRows(logsumexp, target_logits)
+
+    def logprob_gradient(
+        self,
+        tile: torch.Tensor,
+        transform: LogitTransform,
+        logsumexp: torch.Tensor,
+        target_ids: torch.Tensor,
+        logprob_weight: torch.Tensor | None,
+        logsumexp_weight: torch.Tensor | None,
+        entropy: torch.Tensor | None,
+        entropy_weight: torch.Tensor | None,
+    ) -> None:
+        _finish_logits(tile, transform)
+        cap_gradient = _cap_gradient(tile, transform)
+        # d logp_y / dz = 1[y] - p,   d lse / dz = p,   d entropy / dz = -p (log p + entropy)
+        probs_weight = torch.zeros_like(logsumexp)
+        if logprob_weight is not None:
+            probs_weight = probs_weight - logprob_weight
+        if logsumexp_weight is not None:
+            probs_weight = probs_weight + logsumexp_weight
+        tile.sub_(logsumexp.unsqueeze(-1))
+        if entropy_weight is not None:
+            assert entropy is not None
+            probs = tile.exp()
+            tile.add_(entropy.unsqueeze(-1)).mul_(entropy_weight.unsqueeze(-1)).neg_()
+            tile.add_(probs_weight.unsqueeze(-1)).mul_(probs)
+        else:
+            tile.exp_().mul_(probs_weight.unsqueeze(-1))
+        if logprob_weight is not None:
+            tile.scatter_add_(-1, target_ids.unsqueeze(-1), logprob_weight.to(tile.dtype).unsqueeze(-1))
+        if cap_gradient is not None:
+            tile.mul_(cap_gradient)
+
+    def divergence(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        student_transform: LogitTransform,
+        teacher_transform: LogitTransform,
+        target_ids: torch.Tensor | None,
+        beta: float,
+        want_entropy: bool,
+    ) -> tuple[DivergenceRows, DivergenceState]:
+        _finish_logits(student, student_transform)
+        _finish_logits(teacher, teacher_transform)
+        cap_gradient = _cap_gradient(student, student_transform)
+        # log_softmax reads and writes row by row, so writing over its input is safe.
+        torch.log_softmax(student, -1, out=student)
+        torch.log_softmax(teacher, -1, out=teacher)
+        student_logprobs = teacher_logprobs = student_entropy = teacher_entropy = None
+        if target_ids is not None:
+            index = target_ids.unsqueeze(-1)
+            student_logprobs = student.gather(-1, index).squeeze(-1)
+            teacher_logprobs = teacher.gather(-1, index).squeeze(-1)
+
+        teacher_probs = teacher.exp()
+        if want_entropy:
+            teacher_entropy = -_row_dot(teacher_probs, teacher)
+        delta = teacher.sub_(student)  # log p_t - log p_s
+        student_probs = student.exp()
+        if want_entropy:
+            student_entropy = -_row_dot(student_probs, student)
+        # From here on the student's tile holds p_s - p_t: the gradient for beta = 0, and for the others a term that
+        # sums to zero but for rounding. Adding it cancels the first-order effect on D of the rounding of the two
+        # log-sum-exps, which otherwise drowns a small D (at D = 4e-6: error 4e-4 instead of 4e-2, V = 49152).
+        # Summed after the subtraction: the difference of two sums has a hundred times the rounding.
+        torch.sub(student_probs, teacher_probs, out=student)
+        factor = None
+        if beta == 0.0:
+            divergence = _row_dot(teacher_probs, delta) + student.sum(-1)
+        elif beta == 1.0:
+            divergence = -(_row_dot(student_probs, delta) + student.sum(-1))
+            factor = delta.add_(divergence.unsqueeze(-1)).neg_()
+        else:
+            # u = log(m / p_s) = log((1 - beta) + beta e^delta), so log p_s - log m = -u and log p_t - log m =
+            # delta - u. Finite for every finite delta, so nothing is NaN where both probabilities underflow; beyond
+            # the bound u is delta + log(beta) to the last bit.
+            bounded = delta.clamp(max=_LARGE_DELTA)
+            u = torch.expm1(bounded).mul_(beta).log1p_().add_(torch.sub(delta, bounded, out=bounded))
+            kl_teacher = _row_dot(teacher_probs, delta.sub_(u))
+            kl_student = -_row_dot(student_probs, u)
+            divergence = beta * kl_teacher + (1.0 - beta) * kl_student
+            factor = u.add_(kl_student.unsqueeze(-1)).mul_(beta - 1.0)
+        # A divergence is not negative; below zero there is only rounding. clamp keeps NaN.
+        rows = DivergenceRows(
+            divergence.clamp(min=0.0), student_logprobs, teacher_logprobs, student_entropy, teacher_entropy
+        )
+        return rows, DivergenceState(student_probs, factor, cap_gradient)
+
+    def divergence_gradient(
+        self,
+        student: torch.Tensor,
+        state: DivergenceState,
+        target_ids: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        logprob_weight: torch.Tensor | None,
+    ) -> None:
+        if state.factor is not None:
+            torch.mul(state.student_probs, state.factor, out=student)
+        if weight is not None:
+            student.mul_(weight.unsqueeze(-1))
+        if logprob_weight is not None:
+            student.addcmul_(state.student_probs, logprob_weight.unsqueeze(-1), value=-1.0)
+        if logprob_weight is not None:
+            assert target_ids is not None
+            student.scatter_add_(-1, target_ids.unsqueeze(-1), logprob_weight.unsqueeze(-1))
+        if state.cap_gradient is not None:
+            student.mul_(state.cap_gradient)
+
+
+def _finish_logits(tile: torch.Tensor, transform: LogitTransform) -> None:
+    if transform.tanh_scale is not None:
+        tile.tanh_().mul_(transform.tanh_scale)
+
+
+def _cap_gradient(logits: torch.Tensor, transform: LogitTransform) -> torch.Tensor | None:
+    if transform.tanh_scale is None:
+        return None
+    return 1.0 - (logits / transform.tanh_scale).square_()
+
+
+def _row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vecdot(a, b)

@@ -1,0 +1,119 @@
+"""Checks of what users pass in. Every message says what was got and what to do about it.
+
+Checks of values (are all ids inside the vocabulary?) read the tensor, so on an accelerator they would stall the
+queue. There they become device-side assertions, which report without a synchronization.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from unisd_kernels.heads import LMHead
+
+
+def check_hidden(name: str, hidden: torch.Tensor, head: LMHead, head_name: str) -> None:
+    """A [N, H] hidden state that fits its head in width, dtype and device."""
+    if not isinstance(hidden, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor [N, H], got {type(hidden).__name__}")
+    if not isinstance(head, LMHead):
+        raise TypeError(
+            f"{head_name} must be an LMHead, got {type(head).__name__}; use LMHead(weight) or LMHead.from_model(model)"
+        )
+    if hidden.dim() != 2:
+        raise ValueError(
+            f"{name} must have shape [N, H] (packed valid rows), got {tuple(hidden.shape)}; "
+            "pack padded [B, T, H] states with unisd_kernels.pack_rows(mask, hidden, ids)"
+        )
+    if not hidden.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {hidden.dtype}")
+    if hidden.shape[1] != head.hidden_size:
+        raise ValueError(
+            f"{name} has hidden size {hidden.shape[1]} but {head_name} expects {head.hidden_size} "
+            f"(its weight is {tuple(head.weight.shape)})"
+        )
+    if hidden.device != head.weight.device:
+        raise ValueError(f"{name} is on {hidden.device} but {head_name} is on {head.weight.device}; move one of them")
+    if hidden.dtype != head.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(
+            f"{name} is {hidden.dtype} but {head_name} is {head.weight.dtype}; convert one of them, "
+            "or run under torch.autocast"
+        )
+
+
+def check_same_rows(name: str, tensor: torch.Tensor, num_rows: int) -> None:
+    if tensor.shape[0] != num_rows:
+        raise ValueError(
+            f"{name} has {tensor.shape[0]} rows but student_hidden has {num_rows}; every view must score the same "
+            "packed completion tokens"
+        )
+
+
+def check_heads_match(student: LMHead, teacher: LMHead, name: str = "teacher_head") -> None:
+    if student.num_columns != teacher.num_columns:
+        raise ValueError(
+            f"student_head has {student.num_columns} columns but {name} has {teacher.num_columns}; if one of them is "
+            "padded, pass LMHead(..., vocab_size=<number of real tokens>) for both"
+        )
+
+
+def check_target_ids(target_ids: torch.Tensor, num_rows: int, num_columns: int, device: torch.device) -> None:
+    if not isinstance(target_ids, torch.Tensor):
+        raise TypeError(f"target_ids must be a torch.Tensor [N], got {type(target_ids).__name__}")
+    if target_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target_ids must be int64 or int32, got {target_ids.dtype}")
+    if target_ids.shape != (num_rows,):
+        raise ValueError(f"target_ids must have shape [{num_rows}], one id a row, got {tuple(target_ids.shape)}")
+    if target_ids.device != device:
+        raise ValueError(f"target_ids is on {target_ids.device} but the hidden states are on {device}")
+    if num_rows == 0:
+        return
+    if device.type == "cpu":
+        low, high = int(target_ids.min()), int(target_ids.max())
+        if low < 0 or high >= num_columns:
+            raise ValueError(
+                f"target_ids must lie in [0, {num_columns}), got values from {low} to {high}; drop ignored positions "
+                "(-100) before packing, and check that tokenizer and head belong together"
+            )
+    else:
+        torch._assert_async(
+            ((target_ids >= 0) & (target_ids < num_columns)).all(), f"target_ids outside [0, {num_columns})"
+        )
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, num_rows: int, device: torch.device) -> None:
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise TypeError(f"cu_seqlens must be a torch.Tensor [B + 1], got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must have shape [B + 1], got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} but the hidden states are on {device}")
+    proper = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_rows) & (cu_seqlens.diff() >= 0).all()
+    if device.type != "cpu":
+        torch._assert_async(proper, f"cu_seqlens must rise from 0 to {num_rows}")
+    elif not bool(proper):
+        raise ValueError(
+            f"cu_seqlens must start at 0, end at the number of rows ({num_rows}) and never fall, "
+            f"got {cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else cu_seqlens}"
+        )
+
+
+def check_workspace(workspace_bytes: int | None) -> None:
+    if workspace_bytes is None:
+        return
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes must be an int or None, got {type(workspace_bytes).__name__}")
+    if workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes must be > 0, got {workspace_bytes}")
+
+
+def autocast_operands(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]:
+    """What autocast would feed a linear layer: both operands in the autocast dtype. Differentiable; the identity
+    outside autocast and for float64."""
+    device_type = hidden.device.type
+    if not torch.is_autocast_enabled(device_type) or hidden.dtype == torch.float64:
+        return hidden, head
+    dtype = torch.get_autocast_dtype(device_type)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return hidden.to(dtype), LMHead(head.weight.to(dtype), bias, head.logit_scale, head.softcap, head.vocab_size)
