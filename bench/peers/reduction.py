@@ -1,0 +1,29 @@
+"""From per-token statistics to the UniSD* loss, for contenders that offer only the statistics."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.cases import Inputs
+from unisd_kernels.reference import agreement_weights, contrastive_hinge, feature_distance
+from unisd_kernels.reference.loss import reduce_per_token
+
+
+def combine(
+    inputs: Inputs,
+    divergence: torch.Tensor,
+    student_logprobs: torch.Tensor,
+    teacher_logprobs: torch.Tensor,
+    negative_logprobs: torch.Tensor,
+    auxiliary_logprobs: torch.Tensor,
+) -> torch.Tensor:
+    """All arguments [N] but the last, [K, N]."""
+    options, cu_seqlens = inputs.case.options, inputs.cu_seqlens
+    weights = agreement_weights(auxiliary_logprobs, cu_seqlens, gamma=options["agreement_gamma"]).weights
+    hinge = contrastive_hinge(student_logprobs, teacher_logprobs, negative_logprobs, options["contrastive_margin"])
+    features = feature_distance(inputs.student_hidden, inputs.teacher_hidden)
+    return (
+        reduce_per_token(divergence, cu_seqlens, "sequence", weights, "weighted")
+        + options["contrastive_weight"] * reduce_per_token(hinge, cu_seqlens, "sequence")
+        + options["feature_weight"] * reduce_per_token(features, cu_seqlens, "sequence")
+    )
