@@ -1,0 +1,39 @@
+# Every target makes what it needs: on a bare machine with Python >= 3.10 and make, `make demo` and `make test` are
+# all there is to run. The environment lives in .venv; versions are pinned in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint bench clean install
+
+install: $(STAMP)
+
+# torch first and alone: a plain `pip install .` with build isolation, or a looser pin, may fetch another torch.
+$(STAMP): pyproject.toml setup.py constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (once; a few minutes)"
+	@$(PIP) install -q -c constraints.txt --upgrade pip "setuptools>=77" wheel
+	@$(PIP) install -q -c constraints.txt torch numpy
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,bench,dev]" pytest-xdist
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/unisd demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m bench --case unisd_star_cpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .benchmarks runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
