@@ -56,6 +56,7 @@ def measure(function, leaves):
         (True, 0, False, {}, 3),
         (True, 0, False, {"clip_quantile": 0.9}, 3),
         (True, 0, True, {}, 4),
+        (True, 0, False, {"divergence_weight": 0.0, "feature_weight": 1.0}, 2),  # statistics only
         (False, 0, False, {}, 4),
         (False, 3, True, {"clip_cap": 0.5}, 8),
         (False, 0, False, {"clip_quantile": 0.9}, 6),  # documented: the cap is needed before dW is summed

@@ -40,7 +40,8 @@ def test_sixteen_bits_do_not_stall(dtype):
     assert error < half_ulp
     assert way == pytest.approx(1.0, abs=0.02)
     error, way = drift_to_target(dtype, rounding="stochastic", generator=torch.Generator().manual_seed(0))
-    assert error < 3 * half_ulp
+    # Unbiased, but a random walk of one ulp at a time: some ulps of noise on each weight.
+    assert error < 6 * half_ulp
     assert way == pytest.approx(1.0, abs=0.02)
 
 

@@ -144,9 +144,4 @@ class _LinearDivergence(torch.autograd.Function):
             driver.Wanted(*ctx.needs_input_grad[:3]),
             row_weights,
         ).gradients
-        return (
-            None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),
-            None if gradients.weight is None else gradients.weight.to(weight.dtype),
-            None if gradients.bias is None else gradients.bias.to(weight.dtype),
-            *(None,) * 6,
-        )
+        return (*gradients.scaled(None, hidden.dtype, weight.dtype), *(None,) * 6)

@@ -183,15 +183,8 @@ class _UniSDLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if upstream is None:
             return (None,) * 4
-        hidden, weight, bias, unit = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
-        scale = upstream * unit
-        return (
-            None if hidden is None else (hidden * scale).to(hidden_dtype),
-            None if weight is None else (weight * scale).to(weight_dtype),
-            None if bias is None else (bias * scale).to(weight_dtype),
-            None,
-        )
+        *gradients, unit = ctx.saved_tensors
+        return (*driver.Gradients(*gradients).scaled(upstream * unit, *ctx.dtypes), None)
 
 
 @dataclass(frozen=True)
@@ -230,6 +223,8 @@ def _divergence_and_contrastive(
         value, sign = _hinge(statistics, negative[rows], spec.contrastive_margin)
         return weight, (contrastive_coefficient[rows] / unit) * (value > 0) * sign
 
+    # Feature matching alone: the logits serve statistics only.
+    in_logits = spec.divergence_weight > 0 or (negative is not None and spec.contrastive_weight > 0)
     rows, gradients = driver.divergence(
         student,
         plan.teacher,
@@ -237,10 +232,12 @@ def _divergence_and_contrastive(
         spec.beta,
         plan.tiles,
         plan.workspace,
-        wanted,
+        wanted if in_logits else driver.Wanted(),
         row_weights,
         spec.return_entropy,
     )
+    if not in_logits:
+        gradients = wanted.allocate(student)
     if spec.clip_quantile is not None and cap is None and student.hidden.shape[0]:
         cap = clip_cap_from_quantile(rows.divergence, spec.clip_quantile)
     clipped = None if cap is None else _Clipped(cap, rows.divergence > cap)

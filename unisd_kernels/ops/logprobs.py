@@ -124,12 +124,7 @@ class _LinearLogProbs(torch.autograd.Function):
             tiles,
             workspace,
         )
-        return (
-            None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),
-            None if gradients.weight is None else gradients.weight.to(weight.dtype),
-            None if gradients.bias is None else gradients.bias.to(weight.dtype),
-            *(None,) * 5,
-        )
+        return (*gradients.scaled(None, hidden.dtype, weight.dtype), *(None,) * 5)
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):

@@ -44,6 +44,18 @@ class Gradients(NamedTuple):
     weight: torch.Tensor | None
     bias: torch.Tensor | None
 
+    def scaled(
+        self, scale: torch.Tensor | None, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
+    ) -> tuple[torch.Tensor | None, ...]:
+        """In the dtypes of what they are the gradients of, times a 0-dim scale; for the backward to return."""
+
+        def finish(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+            if gradient is None:
+                return None
+            return (gradient if scale is None else gradient * scale).to(dtype)
+
+        return finish(self.hidden, hidden_dtype), finish(self.weight, weight_dtype), finish(self.bias, weight_dtype)
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -105,8 +117,8 @@ def unit_row_weights(rows: slice, statistics: DivergenceRows) -> tuple[None, Non
 
 
 def default_workspace_bytes(device: torch.device) -> int:
-    """112 MiB on a CPU, 512 MiB on an accelerator: see docs/design.md for the measurements behind it."""
-    return (112 << 20) if device.type == "cpu" else (512 << 20)
+    """64 MiB on a CPU, 512 MiB on an accelerator; docs/design.md says what was measured."""
+    return (64 << 20) if device.type == "cpu" else (512 << 20)
 
 
 def chunk_rows(num_rows: int, num_columns: int, itemsize: int, workspace_bytes: int, buffers: int) -> int:
