@@ -1,0 +1,18 @@
+"""What a trained model can do, and what it still can: procedural accuracy, perplexity, retention.
+
+`unisd.evaluation.report` (which needs matplotlib) writes them down.
+"""
+
+from unisd.evaluation.perplexity import CompletionScores, completion_scores
+from unisd.evaluation.procedural import ProceduralScores, StepScores, evaluate_procedural
+from unisd.evaluation.retention import RetentionScores, evaluate_retention
+
+__all__ = [
+    "CompletionScores",
+    "ProceduralScores",
+    "RetentionScores",
+    "StepScores",
+    "completion_scores",
+    "evaluate_procedural",
+    "evaluate_retention",
+]

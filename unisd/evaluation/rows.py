@@ -1,0 +1,165 @@
+"""From prompts and completions to the hidden states of the completion's rows.
+
+What is scored is teacher-forced text, so the batches are padded on the right: positions then start at 0 in every row
+without position ids, and a causal model cannot see the padding. Logits are left to `unisd_kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unisd_kernels import pack_rows
+
+Prompt = str | Sequence[dict[str, Any]]
+"""A plain string, or the messages of a conversation."""
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of a prompt (as the model would see it when generating) and of a completion."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+@dataclass(frozen=True)
+class ScoringBatch:
+    """B right-padded pairs.
+
+    Attributes:
+        indices: place of each pair in the sequence that was batched.
+        input_ids, attention_mask: [B, L].
+        predicts: [B, L] bool, True at the positions whose next token is a completion token.
+        target_ids: [N], those next tokens, sequence by sequence.
+        lengths: completion tokens of each pair; they sum to N.
+    """
+
+    indices: list[int]
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    predicts: torch.Tensor
+    target_ids: torch.Tensor
+    lengths: list[int]
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Ids of a prompt: a string as it is, messages through the chat template, up to where the reply begins."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def encode_pairs(
+    tokenizer: Any, prompts: Sequence[Prompt], completions: Sequence[str], *, include_eos: bool = True
+) -> list[EncodedPair]:
+    """Ids of each pair; the completion is tokenized by itself and ends with the EOS token if `include_eos`.
+
+    Raises:
+        ValueError: not as many completions as prompts, a pair without a token in one of them, or no EOS token.
+    """
+    if len(prompts) != len(completions):
+        raise ValueError(f"got {len(prompts)} prompts and {len(completions)} completions; they must pair up.")
+    if include_eos and tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token or pass include_eos=False.")
+    ending = [tokenizer.eos_token_id] if include_eos else []
+    pairs = []
+    for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        pair = EncodedPair(
+            encode_prompt(tokenizer, prompt),
+            [*tokenizer(completion, add_special_tokens=False)["input_ids"], *ending],
+        )
+        if not pair.prompt_ids or not pair.completion_ids:
+            raise ValueError(
+                f"pair {place} has {len(pair.prompt_ids)} prompt and {len(pair.completion_ids)} completion tokens; "
+                "both need at least one (the first completion token is predicted from the last prompt token)."
+            )
+        pairs.append(pair)
+    return pairs
+
+
+def scoring_batches(
+    pairs: Sequence[EncodedPair], batch_size: int, device: torch.device | str = "cpu"
+) -> Iterator[ScoringBatch]:
+    """Batches of at most `batch_size` pairs, similar lengths together (less padding)."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    order = sorted(range(len(pairs)), key=lambda place: len(pairs[place].prompt_ids) + len(pairs[place].completion_ids))
+    for start in range(0, len(order), batch_size):
+        yield _batch(pairs, order[start : start + batch_size], device)
+
+
+def hidden_rows(model: Any, batch: ScoringBatch) -> torch.Tensor:
+    """[N, H] hidden states (after the final norm) from which `batch.target_ids` are predicted.
+
+    Raises:
+        ValueError: a model whose backbone cannot be run without its head, or a prompt-learning adapter (it would be
+            left out silently).
+    """
+    output = _backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return pack_rows(batch.predicts, output.last_hidden_state)[0]
+
+
+def model_device(model: Any) -> torch.device:
+    """Where the inputs of the model belong."""
+    return model.get_input_embeddings().weight.device
+
+
+@contextmanager
+def scoring_mode(model: Any) -> Iterator[None]:
+    """Eval mode and no gradients; afterwards every module is back in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def is_peft(model: Any) -> bool:
+    """Whether the model is a PEFT model, whose adapter can be switched off."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def _backbone(model: Any) -> Any:
+    causal = model
+    if is_peft(model):
+        if any(config.is_prompt_learning for config in model.peft_config.values()):
+            raise ValueError(
+                "prompt-learning adapters (prefix, prompt or p-tuning) are not supported, only LoRA-like ones."
+            )
+        causal = model.get_base_model()
+    backbone = getattr(causal, "base_model", causal)
+    if backbone is causal:
+        raise ValueError(f"{type(causal).__name__} has no backbone apart from its head (`base_model`).")
+    return backbone
+
+
+def _batch(pairs: Sequence[EncodedPair], indices: list[int], device: torch.device | str) -> ScoringBatch:
+    chosen = [pairs[index] for index in indices]
+    longest = max(len(pair.prompt_ids) + len(pair.completion_ids) for pair in chosen)
+    # Any id serves as padding: it is masked, and no valid position comes after it.
+    input_ids = torch.zeros(len(chosen), longest, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    predicts = torch.zeros(len(chosen), longest, dtype=torch.bool)
+    for row, pair in enumerate(chosen):
+        ids = pair.prompt_ids + pair.completion_ids
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+        predicts[row, len(pair.prompt_ids) - 1 : len(ids) - 1] = True
+    targets = torch.tensor([token for pair in chosen for token in pair.completion_ids])
+    return ScoringBatch(
+        indices=list(indices),
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        predicts=predicts.to(device),
+        target_ids=targets.to(device),
+        lengths=[len(pair.completion_ids) for pair in chosen],
+    )
