@@ -1,0 +1,257 @@
+"""`UniSDConfig`: every setting of a UniSD run, on top of TRL's `DistillationConfig`."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import SchedulerType
+from trl import DistillationConfig
+
+from unisd.presets import Preset, get_preset
+from unisd_kernels import available
+from unisd_kernels.spec import check_choice, check_number
+
+_EMA_MODES = ("none", "auto", "full", "adapter", "merged")
+
+
+def _from_preset(help_text: str) -> Any:
+    """A field that takes its value from the preset unless it is given."""
+    return field(default=None, metadata={"help": f"{help_text} Default: from the preset."})
+
+
+@dataclass
+class UniSDConfig(DistillationConfig):
+    """Settings of `UniSDTrainer`.
+
+    `preset` names a recipe (`unisd.presets.PRESETS`). The fields whose default is None take their value from it when
+    the config is built, so anything given explicitly, in Python, on the command line or in YAML, beats the preset.
+    After construction every field holds the value that is used. To go from one built config to another preset, build
+    a new one: `dataclasses.replace` would carry the old values over as explicit ones.
+
+    Everything of `trl.DistillationConfig` (rollouts, vLLM, batch sizes, logging, ...) works as there, except the
+    `teacher_model_*` fields, which are refused: the teacher is the model itself. Defaults that differ from TRL's are
+    the recipe's: forward KL (`beta=0`), temperature 0.7, learning rate 2e-5 with cosine decay and 10% warm-up, batches
+    of 4 with 4 accumulation steps.
+
+    Parameters:
+        preset: one of `unisd.presets.PRESETS`.
+        divergence_weight: weight of the divergence term, >= 0.
+        agreement: "none", "token" or "sequence": weights from K auxiliary contexts (column `auxiliary_prompts`).
+        agreement_gamma: >= 0.
+        agreement_statistic: "variance" or "range" of the K log-probabilities.
+        num_auxiliary: K; every row's `auxiliary_prompts` must hold as many.
+        agreement_fraction: q in ]0, 1]. Only the ceil(q B) sequences of a micro-batch with the highest mean teacher
+            entropy are scored under the K contexts; the others get weight 1. 1 is the paper. Costs one head product
+            for the entropies, saves (1 - q) K forwards; the share spent is logged as `unisd/auxiliary_share`.
+        weight_normalization: "auto", "weighted" (divide by max(sum w, 1)) or "count" (by the number of tokens). Auto
+            is "count" for sequence-level agreement, where "weighted" would cancel the weights, else "weighted".
+        contrastive_weight: >= 0; above 0 needs the column `negative_prompt`.
+        contrastive_margin: nats.
+        feature_weight: >= 0.
+        clip_cap: cap on a token's divergence in nats; 0 for none.
+        clip_quantile: instead, cap at this quantile of the micro-batch's divergences; 0 for none.
+        teacher: "self": the student's current weights (or their moving average, see `ema`); "base": the weights before
+            training (LoRA: adapter disabled, free; full fine-tuning: a frozen copy of the model).
+        ema: "none", "full", "adapter", "merged", or "auto" ("adapter" for a PEFT model, else "full"):
+            full: float32 average of all trained weights, in a copy of the model. 4 bytes a trained parameter, and
+                2 more for a 16-bit student. Not for PEFT models, whose base weights never move.
+            adapter: float32 averages of A and of B, each on its own, swapped in for the teacher's passes. Cheap,
+                but not the average of the product: mean(B) mean(A) != mean(B A).
+            merged: the exact average of the product scaling B A, kept dense in float32: 4 bytes an entry of every
+                weight that LoRA adapts (for all linear layers, as much as a float32 copy of them).
+        ema_decay: in [0, 1].
+        sync_steps: optimizer steps between updates of the average.
+        normalization: "sequence": mean over sequences of their token means; "token": mean over all tokens.
+        max_prompt_length: longest context (student's or any view's) in tokens; a longer one raises. Nothing is ever
+            truncated. None leaves only the model's own limit.
+        drift_probe_every: optimizer steps between measurements of the drift from the base model
+            (`unisd/drift_kl`, see `unisd.drift`); 0 turns it off.
+        impl: implementation of the kernels by name (`unisd_kernels.available()`); None chooses.
+        workspace_bytes: bound on the logits held at a time; None for the kernels' default.
+
+    Raises:
+        ValueError, TypeError: a value out of range, an unknown name, settings that exclude each other.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "The learning rate scheduler; see `transformers.SchedulerType`."}
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Warm-up: a number of steps, or below 1 the share of all steps."}
+    )
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Micro-batch size per device."})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches per optimizer step."})
+    temperature: float = field(
+        default=0.7, metadata={"help": "Temperature of sampling, divergence and contrastive term (agreement uses 1)."}
+    )
+    beta: float = field(
+        default=0.0, metadata={"help": "0 forward KL, 1 reverse KL, between: generalized Jensen-Shannon divergence."}
+    )
+
+    preset: str = field(
+        default="unisd_star",
+        metadata={
+            "help": "Recipe: sdft, agreement_token, agreement_sequence, ema, contrastive, match_joint, match_repr, "
+            "clip or unisd_star. Explicit settings beat it."
+        },
+    )
+    divergence_weight: float | None = _from_preset("Weight of the divergence term.")
+    agreement: str | None = _from_preset("Agreement weights: none, token or sequence.")
+    agreement_gamma: float | None = _from_preset("How strongly disagreement lowers a weight.")
+    agreement_statistic: str = field(
+        default="variance", metadata={"help": "Spread of the auxiliary log-probabilities: variance or range."}
+    )
+    num_auxiliary: int = field(default=3, metadata={"help": "Number K of auxiliary contexts per row."})
+    agreement_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Share of the most uncertain sequences that is scored under the auxiliary contexts, ]0, 1]."},
+    )
+    weight_normalization: str = field(
+        default="auto", metadata={"help": "Denominator of the weighted mean: auto, weighted or count."}
+    )
+    contrastive_weight: float | None = _from_preset("Weight of the contrastive term; 0 turns it off.")
+    contrastive_margin: float | None = _from_preset("Margin of the contrastive term in nats.")
+    feature_weight: float | None = _from_preset("Weight of feature matching; 0 turns it off.")
+    clip_cap: float | None = _from_preset("Cap on a token's divergence in nats; 0 turns it off.")
+    clip_quantile: float = field(
+        default=0.0, metadata={"help": "Cap a token's divergence at this quantile of the micro-batch; 0 turns it off."}
+    )
+    teacher: str = field(
+        default="self", metadata={"help": "Teacher's weights: self (see ema) or base (before training)."}
+    )
+    ema: str | None = _from_preset("Moving-average teacher: none, auto, full, adapter or merged.")
+    ema_decay: float | None = _from_preset("Weight of the old teacher at each update, in [0, 1].")
+    sync_steps: int = field(default=10, metadata={"help": "Optimizer steps between updates of the average."})
+    normalization: str = field(
+        default="sequence", metadata={"help": "Reduction: sequence (mean of token means) or token (one global mean)."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest context in tokens; a longer one raises. None: the model's limit."}
+    )
+    drift_probe_every: int = field(
+        default=50, metadata={"help": "Optimizer steps between measurements of the drift from the base; 0: never."}
+    )
+    impl: str | None = field(default=None, metadata={"help": "Implementation of the kernels by name; None chooses."})
+    workspace_bytes: int | None = field(
+        default=None, metadata={"help": "Bound in bytes on the logits held at a time; None for the default."}
+    )
+
+    def __post_init__(self) -> None:
+        self._resolve_preset()
+        self._validate()
+        super().__post_init__()
+
+    @property
+    def uses_agreement(self) -> bool:
+        """Whether rows need `auxiliary_prompts`."""
+        return self.agreement != "none"
+
+    @property
+    def uses_contrastive(self) -> bool:
+        """Whether rows need a `negative_prompt`."""
+        return bool(self.contrastive_weight)
+
+    @property
+    def resolved_weight_normalization(self) -> str:
+        """ "weighted" or "count"."""
+        if self.weight_normalization != "auto":
+            return self.weight_normalization
+        return "count" if self.agreement == "sequence" else "weighted"
+
+    def loss_settings(self) -> dict[str, Any]:
+        """The keyword arguments of `unisd_kernels.unisd_loss` that do not change during a run."""
+        return {
+            "beta": self.beta,
+            "temperature": self.temperature,
+            "clip_cap": self.clip_cap or None,
+            "clip_quantile": self.clip_quantile or None,
+            "agreement": self.agreement if self.uses_agreement else "token",
+            "agreement_statistic": self.agreement_statistic,
+            "agreement_gamma": self.agreement_gamma,
+            "weight_normalization": self.resolved_weight_normalization,
+            "contrastive_weight": self.contrastive_weight,
+            "contrastive_margin": self.contrastive_margin,
+            "feature_weight": self.feature_weight,
+            "divergence_weight": self.divergence_weight,
+            "normalization": self.normalization,
+            "impl": self.impl,
+            "workspace_bytes": self.workspace_bytes,
+        }
+
+    def _resolve_preset(self) -> None:
+        preset = get_preset(self.preset)
+        if self.clip_quantile and self.clip_cap is None:
+            self.clip_cap = 0.0  # the user's quantile takes the place of the preset's constant cap
+        given = {name for name in _preset_fields() if getattr(self, name) is not None}
+        changed = {name for name in given if getattr(self, name) != getattr(preset, name)}
+        for name in _preset_fields() - given:
+            setattr(self, name, getattr(preset, name))
+        self._warn_about_unused(changed)
+
+    def _warn_about_unused(self, changed: set[str]) -> None:
+        """Say which settings were given, differ from the preset and still do nothing."""
+        idle: dict[str, str] = {}
+        if self.agreement == "none":
+            idle["agreement_gamma"] = "agreement='none'"
+        if self.contrastive_weight == 0:
+            idle["contrastive_margin"] = "contrastive_weight=0"
+        if self.ema == "none":
+            idle["ema_decay"] = "ema='none'"
+        for name in sorted(changed & idle.keys()):
+            warnings.warn(f"{name}={getattr(self, name)} has no effect with {idle[name]}", stacklevel=5)
+        if self.agreement == "none" and self.agreement_fraction != 1.0:
+            warnings.warn("agreement_fraction has no effect with agreement='none'", stacklevel=5)
+
+    def _validate(self) -> None:
+        check_choice("agreement", self.agreement, ("none", "token", "sequence"))
+        check_choice("agreement_statistic", self.agreement_statistic, ("variance", "range"))
+        check_choice("weight_normalization", self.weight_normalization, ("auto", "weighted", "count"))
+        check_choice("teacher", self.teacher, ("self", "base"))
+        check_choice("ema", self.ema, _EMA_MODES)
+        if self.impl is not None:
+            check_choice("impl", self.impl, tuple(available("cpu")))
+        check_choice("normalization", self.normalization, ("sequence", "token"))
+        for name in ("divergence_weight", "agreement_gamma", "contrastive_weight", "feature_weight", "clip_cap"):
+            check_number(name, getattr(self, name), low=0.0)
+        check_number("contrastive_margin", self.contrastive_margin)  # type: ignore[arg-type]
+        check_number("clip_quantile", self.clip_quantile, low=0.0, high=1.0)
+        check_number("agreement_fraction", self.agreement_fraction, low=0.0, high=1.0, open_low=True)
+        check_number("ema_decay", self.ema_decay, low=0.0, high=1.0)  # type: ignore[arg-type]
+        check_number("temperature", self.temperature, low=0.0, open_low=True)
+        for name, low in (("num_auxiliary", 1), ("sync_steps", 1), ("drift_probe_every", 0)):
+            _check_integer(name, getattr(self, name), low)
+        for name in ("max_prompt_length", "workspace_bytes"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
+        if self.clip_cap and self.clip_quantile:
+            raise ValueError(
+                f"clip_cap={self.clip_cap} and clip_quantile={self.clip_quantile} exclude each other: set one to 0"
+            )
+        if self.teacher == "base" and self.ema != "none":
+            raise ValueError(
+                f"teacher='base' is a fixed teacher and cannot be a moving average (ema={self.ema!r}); set ema='none'"
+            )
+        if not (self.divergence_weight or self.contrastive_weight or self.feature_weight):
+            raise ValueError(
+                "divergence_weight, contrastive_weight and feature_weight are all 0: there is nothing to train on"
+            )
+        for name in ("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} was given, but UniSD distils a model from itself: its teacher is "
+                    "set with `teacher` and `ema`. Use trl.DistillationTrainer for another model as the teacher"
+                )
+
+
+def _preset_fields() -> set[str]:
+    return {entry.name for entry in fields(Preset)} - {"description"}
+
+
+def _check_integer(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name} must be >= {low}, got {value}")

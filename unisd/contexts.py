@@ -1,0 +1,218 @@
+"""The contexts under which a completion is re-scored: teacher, K auxiliary, negative.
+
+A row of the dataset holds
+
+    prompt                the question: a string, or chat messages
+    teacher_prompt        the question in its richer context, or instead
+    privileged_context    text to put into `TEACHER_TEMPLATE` together with the prompt
+    auxiliary_prompts     K other contexts of the same question (only with agreement)
+    negative_prompt       the question with a plausible wrong demonstration (only with the contrastive term)
+
+Every one of them is a prompt that ends where the completion begins. They are tokenized with TRL's own
+`_tokenize_prompts`, so chat template, tools and special tokens are those of the rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from trl.trainer.utils import pad
+
+Prompt = str | list[dict[str, Any]]
+
+TEACHER_TEMPLATE = (
+    "{prompt}\n\n"
+    "Here is a demonstration of a good answer to this:\n\n{privileged_context}\n\n"
+    "Now give an answer of your own, in your own words."
+)
+"""How a teacher prompt is built from `prompt` and `privileged_context`. In a conversation it takes the place of the
+content of the last message, which must be the user's; earlier messages stay as they are."""
+
+CONTEXT_COLUMNS = ("teacher_prompt", "privileged_context", "auxiliary_prompts", "negative_prompt")
+"""Columns that are kept besides `prompt`."""
+
+
+@dataclass(frozen=True)
+class ContextSpec:
+    """Which views a run needs.
+
+    Attributes:
+        num_auxiliary: K, 0 without agreement.
+        negative: whether a negative context is needed.
+        preset: name of the preset, for messages.
+    """
+
+    num_auxiliary: int
+    negative: bool
+    preset: str
+
+    def check_columns(self, columns: Iterable[str], where: str) -> None:
+        """Raise ValueError, naming the column, if one that is needed is missing."""
+        present = set(columns)
+        why = f"is needed by the mechanisms of preset {self.preset!r} (as configured), but {where} has only "
+        why += f"{', '.join(map(repr, sorted(present))) or 'no columns'}"
+        if "prompt" not in present:
+            raise ValueError(f"column 'prompt' {why}")
+        if not present & {"teacher_prompt", "privileged_context"}:
+            raise ValueError(f"column 'teacher_prompt' (or 'privileged_context') {why}")
+        if self.num_auxiliary and "auxiliary_prompts" not in present:
+            raise ValueError(f"column 'auxiliary_prompts' {why}; add it, or set agreement='none'")
+        if self.negative and "negative_prompt" not in present:
+            raise ValueError(f"column 'negative_prompt' {why}; add it, or set contrastive_weight=0")
+
+
+@dataclass(frozen=True)
+class LengthLimit:
+    """Longest admissible sequences, in tokens; None for no limit.
+
+    Attributes:
+        prompt: of a context (`max_prompt_length`).
+        total: of context and completion together (the model's `max_position_embeddings`).
+    """
+
+    prompt: int | None
+    total: int | None
+
+    def check(self, view: str, lengths: Sequence[int], completion_lengths: Sequence[int]) -> None:
+        """Raise ValueError if a context of this view is too long. Nothing is truncated: a truncated context would
+        be another question, and left truncation eats the system prompt and the demonstration first."""
+        for row, (length, completion) in enumerate(zip(lengths, completion_lengths, strict=True)):
+            if self.prompt is not None and length > self.prompt:
+                raise ValueError(
+                    f"the {view} of row {row} of the batch has {length} tokens, more than max_prompt_length="
+                    f"{self.prompt}; raise it, or drop such rows from the dataset (nothing is truncated)"
+                )
+            if self.total is not None and length + completion > self.total:
+                raise ValueError(
+                    f"the {view} of row {row} of the batch has {length} tokens and its completion {completion}, "
+                    f"together more than the model's {self.total} positions; drop such rows from the dataset or lower "
+                    "max_completion_length (nothing is truncated)"
+                )
+
+
+@dataclass(frozen=True)
+class RowViews:
+    """The prompts of a batch of B rows by view."""
+
+    teacher: list[Prompt]
+    auxiliary: list[list[Prompt]]  # [K][B]
+    negative: list[Prompt] | None
+
+    def named(self) -> list[tuple[str, list[Prompt]]]:
+        """(name for messages, prompts) of every view, teacher first."""
+        views = [("teacher prompt", self.teacher)]
+        views += [(f"auxiliary prompt {k}", prompts) for k, prompts in enumerate(self.auxiliary)]
+        return views if self.negative is None else [*views, ("negative prompt", self.negative)]
+
+
+def build_teacher_prompt(prompt: Prompt, privileged_context: str) -> Prompt:
+    """`TEACHER_TEMPLATE` filled in: a string for a string, messages for messages.
+
+    Raises:
+        ValueError: a conversation that does not end with a user message of plain text.
+        TypeError: a prompt that is neither, or a privileged context that is no string.
+    """
+    if not isinstance(privileged_context, str):
+        raise TypeError(f"privileged_context must be a string, got {type(privileged_context).__name__}")
+    if isinstance(prompt, str):
+        return TEACHER_TEMPLATE.format(prompt=prompt, privileged_context=privileged_context)
+    if not isinstance(prompt, list) or not prompt:
+        raise TypeError(f"prompt must be a string or a non-empty list of messages, got {prompt!r}")
+    *earlier, last = prompt
+    if last.get("role") != "user" or not isinstance(last.get("content"), str):
+        raise ValueError(
+            "privileged_context can only be put into a conversation that ends with a user message of plain text, got "
+            f"role {last.get('role')!r} with content of type {type(last.get('content')).__name__}; give the column "
+            "'teacher_prompt' instead"
+        )
+    content = TEACHER_TEMPLATE.format(prompt=last["content"], privileged_context=privileged_context)
+    return [*earlier, {**last, "content": content}]
+
+
+def collect_views(rows: Sequence[Mapping[str, Any]], spec: ContextSpec) -> RowViews:
+    """The prompts of every view of a batch. A row's `teacher_prompt` goes before its `privileged_context`.
+
+    Raises:
+        ValueError: a value that is missing in a row (naming the column), or another number of auxiliary prompts
+            than configured.
+    """
+    teacher, negative = [], []
+    auxiliary: list[list[Prompt]] = [[] for _ in range(spec.num_auxiliary)]
+    for position, row in enumerate(rows):
+        # A column that is there, but empty in this row, is missing just the same.
+        spec.check_columns((name for name, value in row.items() if value is not None), f"row {position} of the batch")
+        given = row.get("teacher_prompt")
+        teacher.append(build_teacher_prompt(row["prompt"], row["privileged_context"]) if given is None else given)
+        if spec.num_auxiliary:
+            prompts = row["auxiliary_prompts"]
+            if not isinstance(prompts, (list, tuple)) or len(prompts) != spec.num_auxiliary:
+                got = len(prompts) if isinstance(prompts, (list, tuple)) else type(prompts).__name__
+                raise ValueError(
+                    f"row {position} of the batch has {got} 'auxiliary_prompts' but num_auxiliary is "
+                    f"{spec.num_auxiliary}; give every row that many contexts, or set num_auxiliary"
+                )
+            for view, prompt in zip(auxiliary, prompts, strict=True):
+                view.append(prompt)
+        if spec.negative:
+            negative.append(row["negative_prompt"])
+    return RowViews(teacher, auxiliary, negative if spec.negative else None)
+
+
+def tokenize_views(
+    views: RowViews,
+    tokenize: Callable[[list[Prompt]], list[list[int]]],
+    completion_lengths: Sequence[int],
+    limit: LengthLimit,
+    *,
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """Left-padded ids and masks of every view, so that the completions appended to them align.
+
+    Args:
+        views: of B rows.
+        tokenize: prompts to lists of ids.
+        completion_lengths: [B] tokens of the completions, for the length check.
+        limit: see `LengthLimit`.
+        pad_token_id, pad_to_multiple_of: as in TRL.
+
+    Returns:
+        int64 tensors whose first dimension is B, so that TRL can shuffle and split them with the batch:
+        `teacher_prompt_ids`, `teacher_prompt_mask` [B, L_t]; with auxiliary views `auxiliary_prompt_ids`,
+        `auxiliary_prompt_mask` [B, K, L_a]; with a negative `negative_prompt_ids`, `negative_prompt_mask` [B, L_n].
+
+    Raises:
+        ValueError: a context that is too long or empty, a view that mixes strings and conversations.
+    """
+    ids: list[list[list[int]]] = []
+    for name, prompts in views.named():
+        if len({isinstance(prompt, str) for prompt in prompts}) > 1:
+            raise ValueError(f"the {name}s of one batch mix strings and conversations; use one form in a column")
+        tokens = tokenize(prompts)
+        lengths = [len(row) for row in tokens]
+        if 0 in lengths:
+            raise ValueError(f"the {name} of row {lengths.index(0)} of the batch is empty")
+        limit.check(name, lengths, completion_lengths)
+        ids.append(tokens)
+
+    def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        masks = [torch.ones_like(row) for row in tensors]
+        return (
+            pad(tensors, pad_token_id, padding_side="left", pad_to_multiple_of=pad_to_multiple_of),
+            pad(masks, 0, padding_side="left", pad_to_multiple_of=pad_to_multiple_of),
+        )
+
+    batch, num_auxiliary = len(views.teacher), len(views.auxiliary)
+    out: dict[str, torch.Tensor] = {}
+    out["teacher_prompt_ids"], out["teacher_prompt_mask"] = padded(ids[0])
+    if num_auxiliary:
+        flat = [ids[1 + k][b] for b in range(batch) for k in range(num_auxiliary)]
+        for name, tensor in zip(("auxiliary_prompt_ids", "auxiliary_prompt_mask"), padded(flat), strict=True):
+            out[name] = tensor.view(batch, num_auxiliary, -1)
+    if views.negative is not None:
+        out["negative_prompt_ids"], out["negative_prompt_mask"] = padded(ids[-1])
+    return out

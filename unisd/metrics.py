@@ -1,0 +1,125 @@
+"""Metrics of a run, summed on the device and read once per log.
+
+Reading a value back from an accelerator waits for it. One read per metric and micro-batch would stall the queue a dozen
+times a step, so values are added up where they are and leave the device together when the trainer logs.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+
+from unisd_kernels import UniSDLoss
+
+PREFIX = "unisd/"
+
+
+class MetricWindow:
+    """Means (over tokens, sequences or micro-batches) and minima since the last `flush`.
+
+    Sums and counts are kept apart, so a mean is the mean over all tokens of the window, whatever their number in
+    each micro-batch or process.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}  # name -> [sum, count]
+        self._minima: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, total: torch.Tensor, count: torch.Tensor | float) -> None:
+        """Add a 0-dim sum and the number of items it is over."""
+        total = total.detach().float()
+        entry = torch.stack([total, torch.as_tensor(count, dtype=torch.float32, device=total.device)])
+        self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
+    def add_values(self, name: str, values: torch.Tensor) -> None:
+        """Add the items of a tensor (bool or float)."""
+        self.add(name, values.detach().float().sum(), values.numel())
+
+    def add_minimum(self, name: str, values: torch.Tensor) -> None:
+        """Take the least item of a tensor into account; an empty one changes nothing."""
+        if values.numel() == 0:
+            least = torch.full((), math.inf, device=values.device)
+        else:
+            least = values.detach().float().amin()
+        self._minima[name] = torch.minimum(self._minima[name], least) if name in self._minima else least
+
+    def flush(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, tuple[float, float]]:
+        """Empty the window.
+
+        Args:
+            gather: concatenates a tensor over the processes along its first dimension (`Accelerator.gather`). Every
+                process must have added the same names.
+
+        Returns:
+            name -> (value, count); a mean over nothing and a minimum over nothing are left out.
+        """
+        if not self._sums:
+            return {}
+        local = torch.cat([torch.stack(list(self._sums.values())).flatten(), *map(_row, self._minima.values())])
+        rows = gather(local.unsqueeze(0)).tolist()  # the one read
+        names, minima = list(self._sums), list(self._minima)
+        self._sums, self._minima = {}, {}
+        out: dict[str, tuple[float, float]] = {}
+        for i, name in enumerate(names):
+            total, count = (sum(row[2 * i + j] for row in rows) for j in (0, 1))
+            if count > 0:
+                out[name] = (total / count, count)
+        for i, name in enumerate(minima):
+            least = min(row[2 * len(names) + i] for row in rows)
+            if not math.isinf(least):
+                out[name] = (least, 1.0)
+        return out
+
+
+def _row(scalar: torch.Tensor) -> torch.Tensor:
+    return scalar.reshape(1)
+
+
+def add_loss_statistics(
+    window: MetricWindow,
+    result: UniSDLoss,
+    *,
+    clips: bool,
+    agreement_weights: torch.Tensor | None,
+    disagreement: torch.Tensor | None,
+) -> None:
+    """Add what `unisd_loss` returned for one micro-batch.
+
+    Adds: `divergence` (mean over tokens, before clipping), `clipped_share`, `agreement_weight` and
+    `agreement_weight_min`, `disagreement`, `contrastive` and `contrastive_active` (share of tokens with C > 0),
+    `feature_distance`, `student_entropy`, `teacher_entropy`, and `nonfinite_share` (share of micro-batches whose loss
+    is NaN or infinite). Units are those of `UniSDLoss`; mechanisms that are off add nothing.
+    """
+    window.add_values("divergence", result.divergence)
+    if clips:
+        window.add_values("clipped_share", result.clipped)
+    if agreement_weights is not None:
+        window.add_values("agreement_weight", agreement_weights)
+        window.add_minimum("agreement_weight_min", agreement_weights)
+    if disagreement is not None:
+        window.add_values("disagreement", disagreement)
+    if result.contrastive is not None:
+        window.add_values("contrastive", result.contrastive)
+        window.add_values("contrastive_active", result.contrastive > 0)
+    if result.feature_distance is not None:
+        window.add_values("feature_distance", result.feature_distance)
+    if result.student_entropy is not None and result.teacher_entropy is not None:
+        window.add_values("student_entropy", result.student_entropy)
+        window.add_values("teacher_entropy", result.teacher_entropy)
+    window.add("nonfinite_share", (~result.loss.detach().isfinite()).float(), 1.0)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory use so far in GiB: of CUDA's allocator on that device, else the process's resident set (NaN on
+    Windows, which does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB elsewhere
