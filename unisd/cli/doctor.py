@@ -1,0 +1,108 @@
+"""`unisd doctor`: what is installed, what can run here and why, and whether its numbers are right."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib import metadata
+
+import torch
+
+import unisd_kernels
+from unisd_kernels import LMHead, available, explain, unisd_loss
+
+_PACKAGES = (
+    "unisd-kernels",
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "liger-kernel",
+)
+# Of a float32 loss and its gradient against float64, relative to the largest entry.
+_TOLERANCE = 1e-4
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="unisd doctor", description=__doc__)
+    parser.add_argument("--device", default=None, help="device to check (default: CUDA if there is one, else the CPU)")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    for name in _PACKAGES:
+        print(f"  {name:<14} {_version(name)}")
+    print("\ndevices:")
+    print(f"  cpu            {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        print(
+            f"  cuda:{index}         {properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+        )
+    if not torch.cuda.is_available():
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        print(f"  cuda           none (torch was built {built})")
+    print("\n" + explain(device))
+
+    print(f"\nself-test on {device}: UniSD* loss and gradient, float32 against the float64 reference")
+    failed = False
+    for name, usable in available(device).items():
+        if not usable:
+            print(f"  {name:<10} skipped (unavailable, see above)")
+            continue
+        error = self_test(name, device)
+        verdict = "ok" if error <= _TOLERANCE else f"WRONG, more than {_TOLERANCE:g}"
+        failed |= not error <= _TOLERANCE
+        print(f"  {name:<10} largest relative error {error:.1e}: {verdict}")
+    print("\nall well" if not failed else "\nthe self-test failed: do not train with this installation")
+    return int(failed)
+
+
+def self_test(impl: str, device: torch.device) -> float:
+    """Largest relative error of loss and gradient over three divergences."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight, hidden = normal(503, 32) / 2, normal(24, 32)
+    views = [hidden + normal(24, 32) * 0.3 for _ in range(5)]
+    target_ids = torch.randint(0, 503, (24,), generator=generator)
+    worst = 0.0
+    for beta in (0.0, 0.5, 1.0):
+        results = []
+        for dtype, name in ((torch.float64, "reference"), (torch.float32, impl)):
+            student = hidden.to(device, dtype).requires_grad_()
+            teacher, negative, *auxiliary = (view.to(device, dtype) for view in views)
+            result = unisd_loss(
+                student,
+                LMHead(weight.to(device, dtype)),
+                teacher,
+                LMHead(weight.to(device, dtype)),
+                target_ids.to(device),
+                torch.tensor([0, 10, 24], device=device),
+                auxiliary_hidden=auxiliary,
+                negative_hidden=negative,
+                feature_weight=0.1,
+                beta=beta,
+                impl=name,
+            )
+            (gradient,) = torch.autograd.grad(result.loss, student)
+            results.append((result.loss.detach().double(), gradient.double()))
+        for exact, ours in zip(*results, strict=True):
+            worst = max(worst, float((ours - exact).abs().max() / exact.abs().max()))
+    return worst
+
+
+def _version(name: str) -> str:
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+    if name == "unisd-kernels" and version != unisd_kernels.__version__:
+        return f"{version} (but the code imported is {unisd_kernels.__version__})"
+    return version
