@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch
 
 from bench.cases import CASES, Case, Inputs, make_inputs
 from bench.memory import extra_peak_bytes
-from bench.peers import PEERS
+from bench.peers import PEERS, Step
 from bench.timing import interleaved_seconds, median_ratio
 
 FLOOR = "gemm floor"
@@ -36,7 +37,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = _output_of("git", "rev-parse", "--short", "HEAD")
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -45,13 +46,24 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit,
         "cpu": cpu,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if device.type == "cuda"
+        else None,
         "command": "python -m bench " + " ".join(sys.argv[1:]),
     }
+
+
+def _output_of(*command: str) -> str | None:
+    """Standard output of a command; None if it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def measure_memory(case: str, peer: str, beta: float, device: str) -> int:
@@ -87,7 +99,7 @@ def gradient_error(step_gradient: torch.Tensor, inputs: Inputs, beta: float, row
             teacher_hidden=inputs.teacher_hidden[:rows].double(),
             teacher_head=wide,
             target_ids=inputs.target_ids[:rows],
-            cu_seqlens=torch.tensor([0, rows]),
+            cu_seqlens=torch.tensor([0, rows], device=hidden.device),
             negative_hidden=inputs.negative_hidden[:rows].double(),
             token_weights=weights,
             num_items=case.num_sequences,
@@ -106,26 +118,35 @@ def run(case: Case, device: torch.device, rounds: int, peers: list[str]) -> list
     rows = []
     for beta in case.beta:
         label = {0.0: "forward KL", 1.0: "reverse KL"}.get(beta, f"JSD beta={beta:g}")
-        steps, errors = {}, {}
+        steps: dict[str, Step] = {}
+        results: dict[str, dict[str, Any]] = {}
         for name in peers:
-            steps[name] = PEERS[name].build(inputs, beta)
-            gradient = steps[name]()[1]
-            errors[name] = None if gradient is None else gradient_error(gradient, inputs, beta, first_sequence)
+            results[name] = {"case": case.name, "divergence": label, "peer": name, "note": PEERS[name].note}
+            try:
+                step = PEERS[name].build(inputs, beta)
+                gradient = step()[1]
+            except torch.OutOfMemoryError:
+                results[name]["failure"] = "out of memory"
+                torch.cuda.empty_cache()
+                continue
+            except ImportError as error:
+                results[name]["failure"] = f"not installed: {error}"
+                continue
+            steps[name] = step
+            if gradient is not None:
+                results[name]["gradient_error"] = gradient_error(gradient, inputs, beta, first_sequence)
+            del gradient
+        for name, step in steps.items():
+            if name != FLOOR and device.type == "cuda":
+                results[name]["extra_peak_bytes"] = extra_peak_bytes(step, device)
+            elif name != FLOOR:
+                results[name]["extra_peak_bytes"] = measure_memory(case.name, name, beta, str(device))
         samples = interleaved_seconds(steps, rounds, device, partial(tqdm, desc=f"{case.name}, {label}"))
-        for name in peers:
-            rows.append(
-                {
-                    "case": case.name,
-                    "divergence": label,
-                    "peer": name,
-                    "ratio_to_floor": median_ratio(samples, name, FLOOR),
-                    "median_seconds": statistics.median(samples[name]),
-                    "samples_seconds": samples[name],
-                    "extra_peak_bytes": None if name == FLOOR else measure_memory(case.name, name, beta, str(device)),
-                    "gradient_error": errors[name],
-                    "note": PEERS[name].note,
-                }
-            )
+        for name in steps:
+            results[name]["ratio_to_floor"] = median_ratio(samples, name, FLOOR)
+            results[name]["median_seconds"] = statistics.median(samples[name])
+            results[name]["samples_seconds"] = samples[name]
+        rows.extend(results.values())
     return rows
 
 
@@ -139,8 +160,11 @@ def table(case: Case, rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        memory = "" if row["extra_peak_bytes"] is None else f"{row['extra_peak_bytes'] / 1e6:.0f} MB"
-        error = "" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}"
+        if "failure" in row:
+            lines.append(f"| {row['divergence']} | {row['peer']} | {row['failure']} | | |")
+            continue
+        memory = f"{row['extra_peak_bytes'] / 1e6:.0f} MB" if "extra_peak_bytes" in row else ""
+        error = f"{row['gradient_error']:.1e}" if "gradient_error" in row else ""
         lines.append(f"| {row['divergence']} | {row['peer']} | {row['ratio_to_floor']:.2f} | {memory} | {error} |")
     return "\n".join(lines)
 

@@ -55,6 +55,12 @@ CASES = {
         Case("unisd_star_cpu", 1024, 576, 49152),
         Case("qwen2.5-0.5b_cpu", 512, 896, 151936),
         Case("gemma3-270m_cpu", 512, 640, 262144),
+        # For one accelerator: Llama-3.1-8B, Qwen2.5-7B, Qwen2.5-0.5B, Gemma-3-4B.
+        Case("llama3.1-8b", 8192, 4096, 128256, dtype=torch.bfloat16),
+        Case("llama3.1-8b_trainable", 8192, 4096, 128256, frozen_head=False, dtype=torch.bfloat16),
+        Case("qwen2.5-7b", 8192, 3584, 152064, dtype=torch.bfloat16),
+        Case("qwen2.5-0.5b", 8192, 896, 151936, dtype=torch.bfloat16),
+        Case("gemma3-4b", 8192, 2560, 262208, dtype=torch.bfloat16),
         Case("smoke", 32, 16, 500),
     )
 }
