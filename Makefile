@@ -1,6 +1,8 @@
 # Every target makes what it needs: on a bare machine with Python >= 3.10 and make, `make demo` and `make test` are
 # all there is to run. The environment lives in .venv; versions are pinned in constraints.txt.
 PYTHON ?= python3
+# For example: make demo DEMO_ARGS="--seed 1 --output runs/seed1"
+DEMO_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -22,7 +24,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt Makefile
 
 demo: $(STAMP)
 	@# Passive waiting: on cores that are shared, spinning threads slow each other down several times over.
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/unisd demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/unisd demo $(DEMO_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n 2

@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--case", choices=sorted(CASES), default="unisd_star_cpu")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), default=list(PEERS))
     parser.add_argument("--output", type=Path, help="JSON file for everything, raw samples included")
     parser.add_argument("--memory-of", choices=sorted(PEERS), help=argparse.SUPPRESS)

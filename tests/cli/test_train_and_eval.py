@@ -76,3 +76,17 @@ def test_settings_that_do_not_exist_are_refused(tmp_path: Path, base: Path):
         main(["train", "--config", str(config)])
     with pytest.raises(ValueError, match="preset must be one of"):
         main(["train", "--config", str(write_config(tmp_path, base)), "--preset", "unisd"])
+
+
+def test_the_documented_file_is_valid():
+    from trl import TrlParser
+
+    from unisd.cli.train import DataArguments, ModelArguments
+    from unisd.config import UniSDConfig
+
+    path = Path(__file__).parents[2] / "docs" / "run.yaml"
+    parser = TrlParser((DataArguments, UniSDConfig, ModelArguments))
+    data, config, model = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true"])
+    assert data.procedural_steps == [1, 2, 3]
+    assert (config.preset, config.agreement_fraction, config.contrastive_weight) == ("unisd_star", 0.5, 0.01)
+    assert (model.lora_r, model.use_peft) == (16, True)

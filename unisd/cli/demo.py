@@ -20,7 +20,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from unisd.data.procedural import procedural_dataset, procedural_rows
 from unisd.evaluation import evaluate_procedural, evaluate_retention
-from unisd.evaluation.report import write_report
+from unisd.evaluation.report import environment, write_report
 from unisd.models import SMOLLM2, load_model
 
 STEPS_OF_TASKS = (1, 2)
@@ -92,6 +92,7 @@ def main(arguments: list[str]) -> int:
         "teacher_perplexity": shown,
         "retention": retention.as_dict(),
         "minutes": minutes,
+        "environment": environment(),
     }
     (options.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"\n{_verdict(before.overall, after.overall)}; {minutes:.1f} minutes")
