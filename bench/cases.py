@@ -51,7 +51,7 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        # SmolLM2-135M's head; the case DESIGN section 5 sets its CPU bars on.
+        # SmolLM2-135M's head; the case that the CPU bars are set on.
         Case("unisd_star_cpu", 1024, 576, 49152),
         Case("qwen2.5-0.5b_cpu", 512, 896, 151936),
         Case("gemma3-270m_cpu", 512, 640, 262144),

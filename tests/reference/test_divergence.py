@@ -54,7 +54,7 @@ def test_jsd_is_symmetric_and_bounded():
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_closed_form_gradient(beta):
-    """DESIGN section 2: the gradient with respect to the student's logits."""
+    """The gradient in closed form with respect to the student's logits."""
     z_s = (torch.randn(6, 11, dtype=torch.float64) * 2).requires_grad_()
     log_t = log_probs()
     log_s = torch.log_softmax(z_s, -1)

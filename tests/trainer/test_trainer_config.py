@@ -12,7 +12,7 @@ from tests.trainer import tiny_run
 from unisd.config import UniSDConfig
 from unisd.presets import PRESETS
 
-RECIPE = {  # DESIGN, "Recipe defaults"
+RECIPE = {  # the launcher of the paper's code
     "sdft": {"agreement": "none", "ema": "none", "contrastive_weight": 0, "feature_weight": 0, "clip_cap": 0},
     "agreement_token": {"agreement": "token", "agreement_gamma": 0.01, "num_auxiliary": 3},
     "agreement_sequence": {"agreement": "sequence", "agreement_gamma": 0.01, "ema": "none"},

@@ -45,7 +45,7 @@ def agreement_weights(
     Raises:
         ValueError, TypeError: shapes or values that do not fit, saying what was got.
 
-    Source: DESIGN section 2; UniSD, arXiv 2605.06597.
+    Source: docs/design.md; UniSD, arXiv 2605.06597.
     """
     if not isinstance(logprobs, torch.Tensor) or logprobs.dim() != 2 or not logprobs.is_floating_point():
         got = tuple(logprobs.shape) if isinstance(logprobs, torch.Tensor) else type(logprobs).__name__

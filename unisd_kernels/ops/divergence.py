@@ -66,7 +66,7 @@ def linear_divergence(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit, saying what was got.
 
-    Source: DESIGN sections 2 and 3; `beta` as in GKD, arXiv 2306.13649.
+    Source: docs/design.md; `beta` as in GKD, arXiv 2306.13649.
     """
     check_hidden("student_hidden", student_hidden, student_head, "student_head")
     check_hidden("teacher_hidden", teacher_hidden, teacher_head, "teacher_head")

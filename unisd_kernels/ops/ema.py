@@ -43,7 +43,7 @@ def ema_update_(
     Raises:
         ValueError, TypeError: counts, shapes or dtypes that do not fit; a 16-bit teacher that would stall.
 
-    Source: DESIGN section 2. Compensated summation: Kahan 1965; stochastic rounding: Gupta et al., arXiv 1502.02551.
+    Source: docs/design.md. Compensated summation: Kahan 1965; stochastic rounding: Gupta et al., arXiv 1502.02551.
     """
     check_number("decay", decay, low=0.0, high=1.0)
     if rounding is not None:

@@ -56,7 +56,7 @@ def linear_logprobs(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit, saying what was got.
 
-    Source: DESIGN section 2; the online log-sum-exp is Milakov and Gimelshein, arXiv 1805.02867.
+    Source: docs/design.md; the online log-sum-exp is Milakov and Gimelshein, arXiv 1805.02867.
     """
     check_hidden("hidden", hidden, head, "head")
     check_target_ids(target_ids, hidden.shape[0], head.num_columns, hidden.device)

@@ -118,7 +118,7 @@ def unisd_loss(
 
     A NaN or infinity in the inputs gives a NaN loss; on a CPU a warning names the tensor.
 
-    Source: DESIGN section 2; UniSD, arXiv 2605.06597.
+    Source: docs/design.md; UniSD, arXiv 2605.06597.
     """
     spec = LossSpec(
         beta=beta,

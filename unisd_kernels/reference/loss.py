@@ -1,4 +1,4 @@
-"""The UniSD objective of DESIGN section 2, term by term, sequence by sequence."""
+"""The UniSD objective of docs/design.md, term by term, sequence by sequence."""
 
 from __future__ import annotations
 
