@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 import torch
 
 import unisd_kernels
+from bench.__main__ import table
+from bench.cases import CASES
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,3 +54,19 @@ def test_public_names_are_documented():
     for name in unisd_kernels.__all__:
         if name not in ("__version__", "reference"):
             assert getattr(unisd_kernels, name).__doc__, name
+
+
+def test_figures_are_those_of_the_result_files():
+    text = (ROOT / "README.md").read_text()
+    result = json.loads((ROOT / "bench" / "results" / "cpu_unisd_star.json").read_text())
+    printed = table(CASES["unisd_star_cpu"], result["rows"]).splitlines()[2:]
+    assert "\n".join(printed) in text
+    demo = json.loads((ROOT / "bench" / "results" / "demo_cpu.json").read_text())
+    for run in demo["runs"]:
+        before, after = run["before"], run["after"]
+        line = (
+            f"| {run['seed']} | {before['perplexity']:.3f} -> {after['perplexity']:.3f} "
+            f"| {before['accuracy']:.0%} -> {after['accuracy']:.0%} "
+            f"| {run['retention']['kl']:.3f} nats a token | {run['minutes']:.1f} |"
+        )
+        assert line in text
