@@ -8,6 +8,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
+# The other end of the window of TRL in pyproject.toml; constraints.txt has the newest.
+OLDEST_TRL := 1.15.0
+OLDEST_TRL_DIR := $(CURDIR)/$(VENV)/trl-$(OLDEST_TRL)
+
 .PHONY: demo test lint bench clean install
 
 install: $(STAMP)
@@ -26,8 +30,14 @@ demo: $(STAMP)
 	@# Passive waiting: on cores that are shared, spinning threads slow each other down several times over.
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/unisd demo $(DEMO_ARGS)
 
-test: lint
+test: lint $(OLDEST_TRL_DIR)
 	$(BIN)/python -m pytest -n 2
+	@PYTHONPATH=$(OLDEST_TRL_DIR) $(BIN)/python -c 'import trl; print("the trainer again, with TRL", trl.__version__); assert trl.__version__ == "$(OLDEST_TRL)"'
+	PYTHONPATH=$(OLDEST_TRL_DIR) $(BIN)/python -m pytest -n 2 tests/trainer
+
+$(OLDEST_TRL_DIR): $(STAMP)
+	@$(PIP) install -q --no-deps --upgrade --target $@ trl==$(OLDEST_TRL)
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -201,3 +201,16 @@ def test_gradient_only_where_required():
     torch.testing.assert_close(a, b)
     with torch.no_grad():
         assert not unisd_loss(**problem.arguments()).loss.requires_grad
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_autocast_rounds_the_operands_and_nothing_else(impl):
+    problem = make_problem(hidden_size=17).to(torch.float32)
+    options = {"feature_weight": 0.3, "contrastive_margin": 2.0}
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, gradients = run(problem, options, impl)
+    expected, narrow_gradients = run(problem.to(torch.bfloat16), options, impl)
+    torch.testing.assert_close(ours.loss, expected.loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours.divergence, expected.divergence, rtol=1e-6, atol=1e-7)
+    for ours_gradient, narrow in zip(gradients, narrow_gradients, strict=True):
+        torch.testing.assert_close(ours_gradient, narrow.float())
