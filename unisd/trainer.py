@@ -29,6 +29,7 @@ from unisd.config import UniSDConfig
 from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, LengthLimit, Prompt, collect_views, tokenize_views
 from unisd.drift import DriftProbe, default_probe
 from unisd.metrics import PREFIX, MetricWindow, add_loss_statistics, peak_memory_gib
+from unisd.sampling import EpochSampler
 from unisd.teachers import EMATeacher, Teacher, gathered_head, load_teacher, make_teacher, save_teacher
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, agreement_weights, linear_logprobs, pack_rows, unisd_loss
 
@@ -275,7 +276,7 @@ class UniSDTrainer(DistillationTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         sampler = super()._get_train_sampler(dataset)
         assert isinstance(sampler, RepeatSampler)
-        return _EpochSampler(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
+        return EpochSampler(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
 
     # Loss
 
@@ -552,27 +553,6 @@ class UniSDTrainer(DistillationTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and isinstance(self.teacher, EMATeacher):
             load_teacher(self.teacher, checkpoint, self.state.global_step)
-
-
-class _EpochSampler(Sampler):
-    """TRL's sampler with an order that depends on seed and epoch alone.
-
-    TRL draws the orders of all epochs from one generator, which a resumed run starts anew: from the second epoch on
-    it would read the rows in another order than the uninterrupted run.
-    """
-
-    def __init__(self, sampler: RepeatSampler, seed: int, epoch: Callable[[], int]) -> None:
-        self._sampler = sampler
-        self._seed = seed
-        self._epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self._sampler.shuffle:
-            self._sampler.generator.manual_seed(self._seed + self._epoch())
-        yield from self._sampler
-
-    def __len__(self) -> int:
-        return len(self._sampler)
 
 
 class _AfterStep(TrainerCallback):
