@@ -117,7 +117,7 @@ def unit_row_weights(rows: slice, statistics: DivergenceRows) -> tuple[None, Non
 
 
 def default_workspace_bytes(device: torch.device) -> int:
-    """64 MiB on a CPU, 512 MiB on an accelerator; docs/design.md says what was measured."""
+    """64 MiB on a CPU, 512 MiB on an accelerator (`docs/design.md`)."""
     return (64 << 20) if device.type == "cpu" else (512 << 20)
 
 

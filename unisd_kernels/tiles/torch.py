@@ -9,7 +9,7 @@ import torch
 from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, SoftmaxRows, TileLogSumExp
 
 # Elementwise passes on a CPU run over blocks of this many bytes, so that a block is still in the cache at the next
-# pass. Anything from 0.5 to 4 MiB timed alike; below that the cost of starting an operation shows.
+# pass. Much smaller ones would pay for starting operations, larger ones would fall out of the cache.
 _CPU_BLOCK_BYTES = 2 << 20
 # Elsewhere blocks only bound the temporaries of the elementwise operations.
 _DEVICE_BLOCK_BYTES = 64 << 20
@@ -120,8 +120,8 @@ class TorchTiles:
             student_entropy = -_row_dot(student_probs, student)
         # From here on the student's tile holds p_s - p_t: the gradient for beta = 0, and for the others a term that
         # sums to zero but for rounding. Adding it cancels the first-order effect on D of the rounding of the two
-        # log-sum-exps, which otherwise drowns a small D (at D = 4e-6: error 4e-4 instead of 4e-2, V = 49152).
-        # Summed after the subtraction: the difference of two sums has a hundred times the rounding.
+        # log-sum-exps, which otherwise drowns a small D (test_small_divergences_keep_their_digits). Summed after the
+        # subtraction: the difference of two sums near one would bring back most of the rounding.
         torch.sub(student_probs, teacher_probs, out=student)
         factor = None
         if beta == 0.0:
