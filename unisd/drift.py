@@ -19,7 +19,8 @@ from torch import nn
 from trl.trainer.utils import pad
 
 from unisd.contexts import Prompt
-from unisd.teachers import evaluating, gathered_head, head_is_trained, is_peft
+from unisd.modules import evaluating, is_peft
+from unisd.teachers import gathered_head, head_is_trained
 from unisd_kernels import LMHead, linear_divergence, pack_rows
 
 HiddenStates = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]

@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn import functional
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from unisd.modules import evaluating, is_peft
 from unisd_kernels import LMHead, ema_update_
 
 STATE_FILE = "unisd_ema_teacher.safetensors"
@@ -372,11 +373,6 @@ def load_teacher(teacher: EMATeacher, folder: str | os.PathLike[str], global_ste
     teacher.load_state_dict({"mode": metadata["mode"], "updates": int(metadata["updates"]), "tensors": tensors})
 
 
-def is_peft(model: nn.Module) -> bool:
-    """Whether the model is a PEFT model (adapter around a base)."""
-    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
-
-
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require a gradient, by name."""
     return {name: parameter for name, parameter in _named_parameters(model).items() if parameter.requires_grad}
@@ -415,19 +411,6 @@ def head_is_trained(model: nn.Module) -> bool:
     """Whether the output head gets a gradient."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     return any(parameter.requires_grad for parameter in head.parameters())
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every module; modules that were in training mode, and only those, go back to it."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

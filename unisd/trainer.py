@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -29,6 +28,7 @@ from unisd.config import UniSDConfig
 from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, LengthLimit, Prompt, collect_views, tokenize_views
 from unisd.drift import DriftProbe, default_probe
 from unisd.metrics import PREFIX, MetricWindow, add_loss_statistics, peak_memory_gib
+from unisd.modules import backbone, is_peft
 from unisd.sampling import EpochSampler
 from unisd.teachers import EMATeacher, Teacher, gathered_head, load_teacher, make_teacher, save_teacher
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, agreement_weights, linear_logprobs, pack_rows, unisd_loss
@@ -184,7 +184,7 @@ class UniSDTrainer(DistillationTrainer):
                 "pass the tokenizer as processing_class"
             )
         student = self.accelerator.unwrap_model(self.model)
-        self._takes_position_ids = "position_ids" in inspect.signature(_backbone(student).forward).parameters
+        self._takes_position_ids = "position_ids" in inspect.signature(backbone(student).forward).parameters
         self._length_limit = LengthLimit(
             args.max_prompt_length, getattr(student.config.get_text_config(), "max_position_embeddings", None)
         )
@@ -207,7 +207,7 @@ class UniSDTrainer(DistillationTrainer):
                 f"ema={self.args.ema!r} needs whole weights, but FSDP or ZeRO-3 shards them; set ema='none', or train "
                 "with DDP or ZeRO-2"
             )
-        if self.args.teacher == "base" and not is_peft_model(self.model):
+        if self.args.teacher == "base" and not is_peft(self.model):
             raise ValueError("teacher='base' copies the model, which FSDP or ZeRO-3 shards; use LoRA, DDP or ZeRO-2")
 
     @property
@@ -219,7 +219,7 @@ class UniSDTrainer(DistillationTrainer):
     ) -> DriftProbe | None:
         if not self.args.drift_probe_every:
             return None
-        needs_capture = not is_peft_model(student)
+        needs_capture = not is_peft(student)
         if needs_capture and self._is_sharded:
             warnings.warn(
                 "the drift from the base model is not measured: FSDP or ZeRO-3 shards the weights and full fine-tuning "
@@ -295,7 +295,7 @@ class UniSDTrainer(DistillationTrainer):
         positions = {}
         if self._takes_position_ids:
             positions["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        hidden = _backbone(unwrapped_model)(
+        hidden = backbone(unwrapped_model)(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
         ).last_hidden_state
         # The state before a token predicts it; the last one predicts nothing that was sampled.
@@ -563,13 +563,6 @@ class _AfterStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._after_optimizer_step()
-
-
-def _backbone(model: Any) -> Any:
-    """The decoder without its head."""
-    if is_peft_model(model):
-        model = model.base_model.model
-    return model.base_model
 
 
 def _head_device(model: Any) -> torch.device:

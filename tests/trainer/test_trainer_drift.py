@@ -9,7 +9,7 @@ from unisd.drift import DriftProbe
 
 
 def probe(**overrides) -> DriftProbe:
-    from unisd.trainer import _backbone
+    from unisd.modules import backbone
 
     tokenizer = tiny_run.tokenizer()
 
@@ -20,7 +20,7 @@ def probe(**overrides) -> DriftProbe:
 
     def hidden_states(model, ids, mask, count):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        out = _backbone(model)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        out = backbone(model)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         return out.last_hidden_state[:, -(count + 1) : -1]
 
     settings = {

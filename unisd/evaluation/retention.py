@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from unisd.data.chat_probe import CHAT_PROBE
-from unisd.evaluation.rows import encode_pairs, hidden_rows, is_peft, model_device, scoring_batches, scoring_mode
+from unisd.evaluation.rows import encode_pairs, hidden_rows, model_device, scoring_batches, scoring_mode
+from unisd.modules import is_peft
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from unisd.modules import backbone, evaluating
 from unisd_kernels import pack_rows
 
 Prompt = str | Sequence[dict[str, Any]]
@@ -101,7 +102,7 @@ def hidden_rows(model: Any, batch: ScoringBatch) -> torch.Tensor:
         ValueError: a model whose backbone cannot be run without its head, or a prompt-learning adapter (it would be
             left out silently).
     """
-    output = _backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    output = backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return pack_rows(batch.predicts, output.last_hidden_state)[0]
 
 
@@ -113,33 +114,8 @@ def model_device(model: Any) -> torch.device:
 @contextmanager
 def scoring_mode(model: Any) -> Iterator[None]:
     """Eval mode and no gradients; afterwards every module is back in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def is_peft(model: Any) -> bool:
-    """Whether the model is a PEFT model, whose adapter can be switched off."""
-    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
-
-
-def _backbone(model: Any) -> Any:
-    causal = model
-    if is_peft(model):
-        if any(config.is_prompt_learning for config in model.peft_config.values()):
-            raise ValueError(
-                "prompt-learning adapters (prefix, prompt or p-tuning) are not supported, only LoRA-like ones."
-            )
-        causal = model.get_base_model()
-    backbone = getattr(causal, "base_model", causal)
-    if backbone is causal:
-        raise ValueError(f"{type(causal).__name__} has no backbone apart from its head (`base_model`).")
-    return backbone
+    with evaluating(model), torch.no_grad():
+        yield
 
 
 def _batch(pairs: Sequence[EncodedPair], indices: list[int], device: torch.device | str) -> ScoringBatch:

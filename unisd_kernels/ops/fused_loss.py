@@ -11,11 +11,12 @@ from torch.autograd.function import once_differentiable
 from unisd_kernels.ops.agreement import agreement_weights
 from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
 from unisd_kernels.reference.clipping import clip_cap_from_quantile
+from unisd_kernels.reference.logprobs import statistics_dtype
 from unisd_kernels.results import UniSDLoss
 from unisd_kernels.spec import LossInputs, LossSpec
 from unisd_kernels.tiles import driver
 from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, Tiles
-from unisd_kernels.tiles.projection import Projection, accumulator_dtype
+from unisd_kernels.tiles.projection import Projection
 
 # Feature matching widens this many bytes of hidden states at a time.
 _FEATURE_CHUNK_BYTES = 16 << 20
@@ -48,7 +49,7 @@ def fused_unisd_loss(inputs: LossInputs, spec: LossSpec, tiles: Tiles, workspace
     negative = None
     if inputs.negative_hidden is not None:
         negative = score(inputs.negative_hidden, inputs.negative_head or inputs.teacher_head, spec.temperature)
-    dtype = accumulator_dtype(inputs.student_hidden.dtype)
+    dtype = statistics_dtype(inputs.student_hidden.dtype)
     weights = torch.ones(inputs.num_rows, dtype=dtype, device=inputs.student_hidden.device)
     auxiliary = spread = None
     if inputs.auxiliary_hidden:

@@ -12,15 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from unisd_kernels.heads import LMHead
+from unisd_kernels.reference.logprobs import statistics_dtype
 from unisd_kernels.tiles.base import LogitTransform
 
 # A widened slice of a 16-bit weight takes at most this much.
 _WIDENED_BYTES = 16 << 20
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else accumulates in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Projection:
     @property
     def dtype(self) -> torch.dtype:
         """Of logits, statistics and accumulators."""
-        return accumulator_dtype(self.hidden.dtype)
+        return statistics_dtype(self.hidden.dtype)
 
     @property
     def _mixed_product(self) -> bool:
