@@ -1,5 +1,122 @@
-"""Nothing to compile yet; all metadata is in pyproject.toml."""
+"""What pyproject.toml cannot say: the compiled library.
 
-from setuptools import setup
+`UNISD_BUILD` chooses what is built:
 
-setup()
+    unset   the CPU library if torch's headers and a C++ compiler are there, else pure Python with a warning
+    none    pure Python
+    cpu     the CPU library, or an error
+    cuda    the CPU library and the CUDA library (needs nvcc), or an error
+
+The CPU library uses LibTorch's stable ABI of torch 2.10 and Python's limited API of 3.10, so that one wheel
+(`cp310-abi3`) fits every later version of both. torch itself is not imported here: only its headers are looked up, so
+run pip with `--no-build-isolation` (inside an isolated build there is no torch).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, ExecError, PlatformError
+
+ROOT = Path(__file__).resolve().parent
+LOST = (
+    "the package works without its compiled library, through PyTorch operations: slower on a CPU, and without the "
+    "difference form that keeps the digits of a small divergence"
+)
+
+
+def torch_directory() -> Path | None:
+    """Where torch is installed, without importing it."""
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        return None
+    directory = Path(next(iter(found.submodule_search_locations)))
+    return directory if (directory / "include" / "torch" / "csrc" / "stable").is_dir() else None
+
+
+def cpu_extension(torch: Path) -> Extension:
+    csrc = ROOT / "csrc"
+    sources = [csrc / "ops.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
+    headers = [*csrc.glob("*.h"), *(csrc / "cpu").glob("*.h")]
+    return Extension(
+        "unisd_kernels._C",
+        sources=[str(source.relative_to(ROOT)) for source in sources],
+        depends=[str(header.relative_to(ROOT)) for header in headers],
+        include_dirs=[str(torch / "include")],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch_cpu"],
+        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
+        # No contraction: a * b + c is fused where the source says so and nowhere else.
+        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"],
+        py_limited_api=True,
+        language="c++",
+    )
+
+
+class Build(build_ext):
+    """Builds the libraries; in the automatic mode a failure leaves a pure-Python installation and says so."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except (CCompilerError, ExecError, PlatformError, OSError) as error:
+            if MODE != "auto":
+                raise
+            warn(f"the CPU library could not be built ({error})")
+            self.extensions = []
+        if MODE == "cuda":
+            build_cuda(Path(self.get_ext_fullpath("unisd_kernels._C")).parent)
+
+    def get_source_files(self) -> list[str]:
+        return [*super().get_source_files(), *(name for ext in self.extensions for name in ext.depends)]
+
+
+def build_cuda(directory: Path) -> None:
+    spec = importlib.util.spec_from_file_location("unisd_nvcc", ROOT / "csrc" / "nvcc.py")
+    assert spec is not None
+    assert spec.loader is not None
+    nvcc = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = nvcc
+    spec.loader.exec_module(nvcc)
+    nvcc.build(directory / "_C_cuda.abi3.so")
+
+
+def warn(reason: str) -> None:
+    print(f"\nwarning: unisd-kernels: {reason}; {LOST}.\n", file=sys.stderr)
+
+
+def extensions() -> list[Extension]:
+    if MODE == "none":
+        return []
+    torch = torch_directory()
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    missing = None
+    if torch is None:
+        missing = "torch >= 2.10 is not installed here (pip needs --no-build-isolation to see it)"
+    elif compiler is None:
+        missing = "no C++ compiler was found (g++, clang++, or the one that CXX names)"
+    if missing is None:
+        assert torch is not None
+        return [cpu_extension(torch)]
+    if MODE != "auto":
+        raise SystemExit(f"UNISD_BUILD={MODE}: {missing}")
+    warn(missing)
+    return []
+
+
+MODE = os.environ.get("UNISD_BUILD", "auto") or "auto"
+if MODE not in ("auto", "none", "cpu", "cuda"):
+    raise SystemExit(f"UNISD_BUILD must be none, cpu or cuda, or unset, got {MODE!r}")
+
+EXTENSIONS = extensions()
+setup(
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
+)

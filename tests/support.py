@@ -15,7 +15,7 @@ from unisd_kernels import LMHead
 
 # Error floors, relative to the largest entry of the exact result: what one rounding of the output dtype and of a
 # float32 sum over the vocabulary cost even when everything else is exact.
-FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+FLOOR = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
 @dataclass

@@ -6,12 +6,15 @@ implementation that cannot run raises; the automatic choice takes the first of `
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from unisd_kernels import _lib
 from unisd_kernels.tiles.base import Tiles
 
 
@@ -23,6 +26,7 @@ class Implementation:
         name: what `impl=` takes.
         description: one line.
         devices: device types it runs on; empty for every one.
+        dtypes: of the operands; empty for every floating one.
         unavailable: returns why it cannot run in this environment, or None.
         tiles: makes its tile filling; None for the dense reference.
     """
@@ -30,14 +34,21 @@ class Implementation:
     name: str
     description: str
     devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
     unavailable: Callable[[], str | None]
     tiles: Callable[[], Tiles] | None
 
-    def reason_against(self, device: torch.device) -> str | None:
-        """Why it cannot run on this device, or None if it can."""
+    def reason_against(self, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+        """Why it cannot run on this device with operands of this dtype, or None if it can."""
+        return self.does_not_apply(device, dtype) or self.unavailable()
+
+    def does_not_apply(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
+        """Why it is not meant for such operands, or None; says nothing about the installation."""
         if self.devices and device.type not in self.devices:
             return f"runs on {', '.join(self.devices)}, not on {device.type}"
-        return self.unavailable()
+        if self.dtypes and dtype is not None and dtype not in self.dtypes:
+            return f"takes {', '.join(map(str, self.dtypes))}, not {dtype}"
+        return None
 
 
 def _torch_tiles() -> Tiles:
@@ -46,18 +57,33 @@ def _torch_tiles() -> Tiles:
     return TorchTiles()
 
 
+def _native_tiles() -> Tiles:
+    from unisd_kernels.tiles.native import NativeTiles
+
+    return NativeTiles()
+
+
 _IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (
-        Implementation("torch", "memory-bounded, PyTorch operations on tiles", (), lambda: None, _torch_tiles),
-        Implementation("reference", "dense definitions; holds [N, V]; for checking", (), lambda: None, None),
+        Implementation(
+            "native",
+            "memory-bounded, compiled for the CPU",
+            ("cpu",),
+            (torch.float32, torch.bfloat16, torch.float16),
+            _lib.cpu_unavailable,
+            _native_tiles,
+        ),
+        Implementation("torch", "memory-bounded, PyTorch operations on tiles", (), (), lambda: None, _torch_tiles),
+        Implementation("reference", "dense definitions; holds [N, V]; for checking", (), (), lambda: None, None),
     )
 }
-_PREFERENCE = ("torch",)
+_PREFERENCE = ("native", "torch")
 
 
-def resolve(impl: str | None, device: torch.device) -> Implementation:
-    """The implementation an operation on `device` takes.
+def resolve(impl: str | None, device: torch.device, dtype: torch.dtype | None = None) -> Implementation:
+    """The implementation an operation on `device` with operands of `dtype` takes. Where the automatic choice passes
+    over a faster one because the installation lacks it, it warns once.
 
     Raises:
         ValueError: an unknown name (the message lists the known ones).
@@ -70,14 +96,24 @@ def resolve(impl: str | None, device: torch.device) -> Implementation:
     if impl is not None:
         if impl not in _IMPLEMENTATIONS:
             raise ValueError(f"{source} must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
-        reason = _IMPLEMENTATIONS[impl].reason_against(device)
+        reason = _IMPLEMENTATIONS[impl].reason_against(device, dtype)
         if reason is not None:
             raise RuntimeError(f"{source}={impl!r} cannot be used on {device}: {reason}")
         return _IMPLEMENTATIONS[impl]
     for name in _PREFERENCE:
-        if _IMPLEMENTATIONS[name].reason_against(device) is None:
-            return _IMPLEMENTATIONS[name]
+        entry = _IMPLEMENTATIONS[name]
+        if entry.does_not_apply(device, dtype) is not None:
+            continue
+        reason = entry.unavailable()
+        if reason is None:
+            return entry
+        _warn_once(f"unisd_kernels: impl={name!r} ({entry.description}) is not used: {reason}")
     raise RuntimeError(f"no implementation can run on {device}:\n{explain(device)}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def available(device: torch.device | str | None = None) -> dict[str, bool]:

@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 from tests.support import make_problem
-from unisd_kernels import available, explain, linear_logprobs
+from unisd_kernels import available, dispatch, explain, linear_logprobs
 from unisd_kernels.dispatch import resolve
 
 CPU = torch.device("cpu")
 
 
-def test_automatic_choice_is_not_the_dense_reference():
-    assert resolve(None, CPU).name == "torch"
-    assert available("cpu") == {"torch": True, "reference": True}
+def test_automatic_choice_is_the_compiled_one():
+    assert resolve(None, CPU).name == "native"
+    assert available("cpu") == {"native": True, "torch": True, "reference": True}
+
+
+def test_what_the_compiled_one_does_not_take_goes_to_pytorch():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert resolve(None, CPU, dtype).name == "native"
+    assert resolve(None, CPU, torch.float64).name == "torch"
+    assert resolve(None, torch.device("meta")).name == "torch"
+    with pytest.raises(RuntimeError, match=r"impl='native' cannot be used on cpu: takes .*, not torch\.float64"):
+        resolve("native", CPU, torch.float64)
+    with pytest.raises(RuntimeError, match="runs on cpu, not on meta"):
+        resolve("native", torch.device("meta"))
+
+
+def test_an_installation_without_the_library_says_so_once(monkeypatch):
+    monkeypatch.setattr(dispatch, "_IMPLEMENTATIONS", dict(dispatch._IMPLEMENTATIONS))
+    entry = dataclasses.replace(dispatch._IMPLEMENTATIONS["native"], unavailable=lambda: "no compiler in this test")
+    monkeypatch.setitem(dispatch._IMPLEMENTATIONS, "native", entry)
+    with pytest.warns(UserWarning, match="impl='native' .* is not used: no compiler in this test"):
+        assert resolve(None, CPU).name == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve(None, CPU).name == "torch"
+        assert resolve(None, CPU, torch.float64).name == "torch"
+    with pytest.raises(RuntimeError, match="no compiler in this test"):
+        resolve("native", CPU)
+    assert "unavailable: no compiler in this test" in explain("cpu")
 
 
 def test_environment_and_argument(monkeypatch):
@@ -26,7 +54,7 @@ def test_environment_and_argument(monkeypatch):
     assert resolve("torch", CPU).name == "torch"
     assert "UNISD_IMPL=reference" in explain("cpu")
     monkeypatch.setenv("UNISD_IMPL", "fastest")
-    with pytest.raises(ValueError, match="UNISD_IMPL must be one of 'torch', 'reference', got 'fastest'"):
+    with pytest.raises(ValueError, match="UNISD_IMPL must be one of 'native', 'torch', 'reference', got 'fastest'"):
         resolve(None, CPU)
 
 
@@ -41,7 +69,8 @@ def test_the_environment_reaches_the_operations(monkeypatch):
 
 def test_explain_names_every_implementation():
     text = explain("cpu")
-    assert "torch      used by default" in text
+    assert "native     used by default" in text
+    assert "torch      available with impl='torch'" in text
     assert "reference  available with impl='reference'" in text
 
 

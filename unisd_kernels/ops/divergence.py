@@ -75,7 +75,7 @@ def linear_divergence(
     check_number("beta", beta, low=0.0, high=1.0)
     check_number("temperature", temperature, low=0.0, open_low=True)
     check_workspace(workspace_bytes)
-    implementation = resolve(impl, student_hidden.device)
+    implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
     student_hidden, student_head = autocast_operands(student_hidden, student_head)
     teacher_hidden, teacher_head = autocast_operands(teacher_hidden, teacher_head)
     if implementation.tiles is None:

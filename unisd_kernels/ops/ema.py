@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from unisd_kernels import _lib
+from unisd_kernels.dispatch import resolve
 from unisd_kernels.spec import check_choice, check_number
 
 
@@ -75,10 +77,23 @@ def ema_update_(
                 f"{tuple(compensation[position].shape)}, the teacher {target.dtype} {tuple(target.shape)}"
             )
 
-    plain = [i for i, target in enumerate(targets) if target.dtype in (torch.float32, torch.float64)]
+    beside = [None] * len(targets) if compensation is None else list(compensation)
+    fused = [i for i, tensors in enumerate(zip(targets, sources, beside, strict=True)) if _can_be_fused(*tensors)]
+    for device in {targets[i].device for i in fused}:
+        chosen = [i for i in fused if targets[i].device == device]
+        torch.ops.unisd.ema_update_(
+            [targets[i].detach() for i in chosen],
+            [sources[i].detach() for i in chosen],
+            float(decay),
+            [] if compensation is None else [compensation[i] for i in chosen],
+            rounding is not None,
+            _seed(generator) if rounding is not None else 0,
+        )
+    rest = sorted(set(range(len(targets))) - set(fused))
+    plain = [i for i in rest if targets[i].dtype in (torch.float32, torch.float64)]
     if plain:
         torch._foreach_lerp_([targets[i] for i in plain], [sources[i].to(targets[i]) for i in plain], 1.0 - decay)
-    for i in sorted(set(range(len(targets))) - set(plain)):
+    for i in sorted(set(rest) - set(plain)):
         target, source = targets[i], sources[i].to(device=targets[i].device, dtype=torch.float32)
         value = target.float()
         if compensation is not None:
@@ -89,6 +104,22 @@ def ema_update_(
         else:
             value.lerp_(source, 1.0 - decay)
             target.copy_(_round_stochastically(value, target.dtype, generator))
+
+
+def _can_be_fused(target: torch.Tensor, source: torch.Tensor, compensation: torch.Tensor | None) -> bool:
+    """All such tensors are updated in one pass by the compiled library; others one by one by PyTorch operations."""
+    tensors = [tensor for tensor in (target, source, compensation) if tensor is not None]
+    if any(tensor.device != target.device or not tensor.is_contiguous() for tensor in tensors):
+        return False
+    if target.device.type == "cpu":
+        return resolve(None, target.device, torch.float32).name == "native"
+    return target.device.type == "cuda" and _lib.cuda_unavailable() is None
+
+
+def _seed(generator: torch.Generator | None) -> int:
+    """One draw an update; every random bit of the update follows from it."""
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
 
 
 def _round_stochastically(value: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> torch.Tensor:

@@ -62,7 +62,7 @@ def linear_logprobs(
     check_target_ids(target_ids, hidden.shape[0], head.num_columns, hidden.device)
     check_number("temperature", temperature, low=0.0, open_low=True)
     check_workspace(workspace_bytes)
-    implementation = resolve(impl, hidden.device)
+    implementation = resolve(impl, hidden.device, hidden.dtype)
     hidden, head = autocast_operands(hidden, head)
     if implementation.tiles is None:
         with torch.autocast(hidden.device.type, enabled=False):

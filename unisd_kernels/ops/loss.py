@@ -152,7 +152,7 @@ def unisd_loss(
     )
     _check(inputs, spec)
     check_workspace(workspace_bytes)
-    implementation = resolve(impl, student_hidden.device)
+    implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
     if inputs.num_rows == 0:
         warnings.warn(
             "unisd_loss got no rows (every completion token is masked): the loss is 0 with zero gradients",

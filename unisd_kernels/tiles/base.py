@@ -7,11 +7,14 @@ looks at a logit. `tiles/torch.py` is the plain PyTorch filling.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from unisd_kernels.heads import LMHead
+
+if TYPE_CHECKING:
+    from unisd_kernels.tiles.projection import Projection
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,12 @@ class LogitTransform:
         return self.logit_scale / self.temperature
 
 
-class TileLogSumExp(NamedTuple):
-    """Per row of a [rows, columns] tile."""
+class RunningScores(NamedTuple):
+    """Statistics of rows, [rows] each, written in place: of the columns seen so far, or of all."""
 
-    logsumexp: torch.Tensor
-    mean_logit: torch.Tensor | None  # sum_j softmax_j z_j within the tile; for the entropy
+    logsumexp: torch.Tensor  # initially -inf
+    target_logits: torch.Tensor
+    mean_logit: torch.Tensor | None  # sum_j softmax_j z_j, initially 0; for the entropy
 
 
 class SoftmaxRows(NamedTuple):
@@ -68,17 +72,33 @@ class DivergenceRows(NamedTuple):
 
 
 class Tiles(Protocol):
-    """A filling. Tiles arrive as `product_scale * (h W^T + b)`, contiguous, float32 or float64, and may be
+    """A filling. Tiles arrive as `product_scale * (h W^T + b)`, with contiguous rows, float32 or float64, and may be
     overwritten."""
 
     name: str
+    # Does `divergence` take the difference z_t - z_s in place of z_t? With one head for both it is `(h_t - h_s) W^T`,
+    # which keeps the digits of a small divergence.
+    takes_difference: bool
+    # Elements left free behind each row of a buffer.
+    row_padding: int
+
+    def chunk_rows(self, num_rows: int, most: int) -> int:
+        """How many rows to take as a chunk: at most `most`, which is at least one."""
 
     def block_rows(self, num_columns: int, device: torch.device) -> int | None:
         """How many rows of a chunk to hand over at a time (cache blocking), or None for the whole chunk."""
 
-    def log_sum_exp(self, tile: torch.Tensor, transform: LogitTransform, want_mean: bool) -> TileLogSumExp:
-        """Log-sum-exp of each row of a tile that may cover only part of the vocabulary. Leaves the logits `z` in the
-        tile, from which the driver gathers the targets'."""
+    def logits(self, projection: Projection, rows: slice, out: torch.Tensor) -> None:
+        """`out = product_scale * (h W^T + b)`, [rows, V]."""
+
+    def hidden_gradient(self, projection: Projection, gradient: torch.Tensor, out: torch.Tensor) -> None:
+        """`out = gradient_scale * G W` for complete rows; `gradient` is [rows, V], `out` [rows, H]."""
+
+    def score(
+        self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
+    ) -> None:
+        """Log-sum-exp, target logit and mean logit of some rows over the whole vocabulary, without holding more than
+        `tile_bytes` of logits. `running` comes with its initial values."""
 
     def softmax(self, tile: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor) -> SoftmaxRows:
         """Overwrite complete rows with `p_j * d z_j / d (a x_j / tau)`, the gradient of their log-sum-exp with respect
@@ -107,8 +127,10 @@ class Tiles(Protocol):
         target_ids: torch.Tensor | None,
         beta: float,
         want_entropy: bool,
+        teacher_is_difference: bool = False,
     ) -> tuple[DivergenceRows, Any]:
-        """Statistics of complete rows, and a state for `divergence_gradient`. Both tiles may be overwritten."""
+        """Statistics of complete rows, and a state for `divergence_gradient`. Both tiles may be overwritten.
+        `teacher_is_difference`: the second tile holds z_t - z_s; only where `takes_difference`."""
 
     def divergence_gradient(
         self,

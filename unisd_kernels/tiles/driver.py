@@ -18,15 +18,14 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from unisd_kernels.tiles.base import DivergenceRows, Tiles
+from unisd_kernels.tiles.base import DivergenceRows, RunningScores, Tiles
 from unisd_kernels.tiles.projection import Projection
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# Scoring tiles: wide enough for an efficient product, small enough to stay near the cache.
-_SCORE_TILE_BYTES = 32 << 20
-_SCORE_TILE_ROWS = 2048
+# Rows that are scored at a time: their statistics by tiles of the vocabulary stay small.
+_SCORE_ROWS = 2048
 
 
 class Scores(NamedTuple):
@@ -117,27 +116,37 @@ def unit_row_weights(rows: slice, statistics: DivergenceRows) -> tuple[None, Non
 
 
 def default_workspace_bytes(device: torch.device) -> int:
-    """64 MiB on a CPU, 512 MiB on an accelerator (`docs/design.md`)."""
-    return (64 << 20) if device.type == "cpu" else (512 << 20)
+    """100 MiB on a CPU, 512 MiB on an accelerator (`docs/design.md`)."""
+    return (100 << 20) if device.type == "cpu" else (512 << 20)
 
 
-def chunk_rows(num_rows: int, num_columns: int, itemsize: int, workspace_bytes: int, buffers: int) -> int:
-    """Rows of a chunk such that `buffers` tiles of complete rows fit the workspace; chunks come out equally large.
+def chunk_rows(
+    tiles: Tiles, num_rows: int, num_columns: int, dtype: torch.dtype, workspace_bytes: int, buffers: int
+) -> int:
+    """Rows of a chunk such that `buffers` tiles of complete rows fit the workspace.
 
     Raises:
         ValueError: not even one row fits.
     """
-    row_bytes = buffers * num_columns * itemsize
+    row_bytes = buffers * _row_stride(tiles, num_columns) * dtype.itemsize
     most = workspace_bytes // row_bytes
     if most < 1:
         raise ValueError(
             f"workspace_bytes={workspace_bytes} is too small: one row of {buffers} x {num_columns} logits takes "
             f"{row_bytes} bytes. Give at least that, better 64 times as much"
         )
-    if num_rows <= most:
-        return max(num_rows, 1)
-    chunks = -(-num_rows // most)
-    return -(-num_rows // chunks)
+    return max(1, tiles.chunk_rows(num_rows, most))
+
+
+def _row_stride(tiles: Tiles, num_columns: int) -> int:
+    if not tiles.row_padding:
+        return num_columns
+    return (-(-num_columns // tiles.row_padding) + 1) * tiles.row_padding
+
+
+def _buffer(tiles: Tiles, rows: int, num_columns: int, like: Projection) -> torch.Tensor:
+    stride = _row_stride(tiles, num_columns)
+    return torch.empty(rows, stride, dtype=like.dtype, device=like.hidden.device)[:, :num_columns]
 
 
 def _spans(total: int, step: int) -> Iterator[slice]:
@@ -161,35 +170,13 @@ def score(
     want_entropy: bool = False,
 ) -> Scores:
     """Log-probability of the target, log-sum-exp and (if wanted) entropy of each row, by an online log-sum-exp."""
-    num_rows, num_columns = projection.hidden.shape[0], projection.num_columns
-    device, dtype = projection.hidden.device, projection.dtype
+    num_rows, device, dtype = projection.hidden.shape[0], projection.hidden.device, projection.dtype
     logsumexp = torch.full((num_rows,), -torch.inf, dtype=dtype, device=device)
     target_logits = torch.zeros(num_rows, dtype=dtype, device=device)
     mean_logit = torch.zeros(num_rows, dtype=dtype, device=device) if want_entropy else None
-
-    tile_bytes = workspace_bytes if device.type != "cpu" else min(workspace_bytes, _SCORE_TILE_BYTES)
-    rows_step = max(1, min(num_rows, _SCORE_TILE_ROWS))
-    columns_step = max(1, min(num_columns, tile_bytes // (rows_step * dtype.itemsize)))
-    buffer = torch.empty(rows_step * columns_step, dtype=dtype, device=device)
-    for rows in _spans(num_rows, rows_step):
-        for columns in _spans(num_columns, columns_step):
-            width = columns.stop - columns.start
-            tile = buffer[: (rows.stop - rows.start) * width].view(-1, width)
-            projection.logits(rows, tile, columns.start, columns.stop)
-            for block, local in _blocks(rows, tiles.block_rows(width, device)):
-                part = tiles.log_sum_exp(tile[local], projection.transform, want_entropy)
-                before = logsumexp[block]
-                after = torch.logaddexp(before, part.logsumexp)
-                if mean_logit is not None:
-                    assert part.mean_logit is not None
-                    mean_logit[block] = (
-                        mean_logit[block] * (before - after).exp() + part.mean_logit * (part.logsumexp - after).exp()
-                    )
-                logsumexp[block] = after
-            index = target_ids[rows] - columns.start
-            inside = (index >= 0) & (index < width)
-            found = tile.gather(-1, index.clamp(0, width - 1).unsqueeze(-1)).squeeze(-1)
-            target_logits[rows] = torch.where(inside, found, target_logits[rows])
+    for rows in _spans(num_rows, _SCORE_ROWS):
+        running = RunningScores(logsumexp[rows], target_logits[rows], None if mean_logit is None else mean_logit[rows])
+        tiles.score(projection, rows, target_ids[rows], running, workspace_bytes)
     entropy = None if mean_logit is None else logsumexp - mean_logit
     return Scores(target_logits - logsumexp, logsumexp, entropy)
 
@@ -207,16 +194,16 @@ def score_with_gradient(
     logsumexp = torch.zeros(num_rows, dtype=dtype, device=device)
     target_logits = torch.zeros(num_rows, dtype=dtype, device=device)
     gradient = torch.zeros(projection.hidden.shape, dtype=dtype, device=device)
-    step = chunk_rows(num_rows, projection.num_columns, dtype.itemsize, workspace_bytes, 1)
-    buffer = torch.empty(step, projection.num_columns, dtype=dtype, device=device)
+    step = chunk_rows(tiles, num_rows, projection.num_columns, dtype, workspace_bytes, 1)
+    buffer = _buffer(tiles, step, projection.num_columns, projection)
     for rows in _spans(num_rows, step):
         tile = buffer[: rows.stop - rows.start]
-        projection.logits(rows, tile)
+        tiles.logits(projection, rows, tile)
         for block, local in _blocks(rows, tiles.block_rows(projection.num_columns, device)):
             part = tiles.softmax(tile[local], projection.transform, target_ids[block])
             logsumexp[block] = part.logsumexp
             target_logits[block] = part.target_logits
-        projection.hidden_gradient(tile, gradient[rows])
+        tiles.hidden_gradient(projection, tile, gradient[rows])
     return Scores(target_logits - logsumexp, logsumexp, None), gradient
 
 
@@ -239,11 +226,11 @@ def logprob_gradients(
     def part(values: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
         return None if values is None else values[rows]
 
-    step = chunk_rows(num_rows, projection.num_columns, projection.dtype.itemsize, workspace_bytes, 1)
-    buffer = torch.empty(step, projection.num_columns, dtype=projection.dtype, device=device)
+    step = chunk_rows(tiles, num_rows, projection.num_columns, projection.dtype, workspace_bytes, 1)
+    buffer = _buffer(tiles, step, projection.num_columns, projection)
     for rows in _spans(num_rows, step):
         tile = buffer[: rows.stop - rows.start]
-        projection.logits(rows, tile)
+        tiles.logits(projection, rows, tile)
         for block, local in _blocks(rows, tiles.block_rows(projection.num_columns, device)):
             tiles.logprob_gradient(
                 tile[local],
@@ -255,7 +242,7 @@ def logprob_gradients(
                 part(scores.entropy, block),
                 part(entropy_weight, block),
             )
-        _accumulate(projection, tile, rows, gradients)
+        _accumulate(tiles, projection, tile, rows, gradients)
     return gradients
 
 
@@ -293,15 +280,12 @@ def divergence(
     results = {name: torch.zeros(num_rows, dtype=dtype, device=device) for name in names}
 
     if num_rows:
-        step = chunk_rows(num_rows, num_columns, dtype.itemsize, workspace_bytes, 2)
+        step = chunk_rows(tiles, num_rows, num_columns, dtype, workspace_bytes, 2)
         block_rows = tiles.block_rows(num_columns, device)
-        student_buffer = torch.empty(step, num_columns, dtype=dtype, device=device)
-        teacher_buffer = torch.empty(step, num_columns, dtype=dtype, device=device)
+        buffer = _buffer(tiles, 2 * step, num_columns, student)
+        as_difference = tiles.takes_difference and student.logits_differ_linearly(teacher)
         for rows in _spans(num_rows, step):
-            student_tile = student_buffer[: rows.stop - rows.start]
-            teacher_tile = teacher_buffer[: rows.stop - rows.start]
-            student.logits(rows, student_tile)
-            teacher.logits(rows, teacher_tile)
+            student_tile, teacher_tile = _pair(tiles, student, teacher, rows, buffer, as_difference)
             for block, local in _blocks(rows, block_rows):
                 targets = None if target_ids is None else target_ids[block]
                 statistics, state = tiles.divergence(
@@ -312,22 +296,44 @@ def divergence(
                     targets,
                     beta,
                     want_entropy,
+                    as_difference,
                 )
                 for name in names:
                     results[name][block] = getattr(statistics, name)
                 if wanted.any:
                     weight, logprob_weight = row_weights(block, statistics)
                     tiles.divergence_gradient(student_tile[local], state, targets, weight, logprob_weight)
-            _accumulate(student, student_tile, rows, gradients)
+            _accumulate(tiles, student, student_tile, rows, gradients)
     return DivergencePass(
         DivergenceRows(**{name: results.get(name) for name in DivergenceRows._fields}),  # type: ignore[arg-type]
         gradients,
     )
 
 
-def _accumulate(projection: Projection, tile: torch.Tensor, rows: slice, gradients: Gradients) -> None:
+def _pair(
+    tiles: Tiles, student: Projection, teacher: Projection, rows: slice, buffer: torch.Tensor, as_difference: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The student's logits of some rows, and the teacher's, or their difference from the student's."""
+    count = rows.stop - rows.start
+    student_tile, teacher_tile = buffer[:count], buffer[count : 2 * count]
+    if not as_difference:
+        tiles.logits(student, rows, student_tile)
+        tiles.logits(teacher, rows, teacher_tile)
+        return student_tile, teacher_tile
+    difference = teacher.minus(student, rows)
+    if student.bias is None:
+        # One walk through the weight for both.
+        both = student.of_rows(torch.cat((student.hidden[rows].to(student.dtype), difference.hidden)))
+        tiles.logits(both, slice(0, 2 * count), buffer[: 2 * count])
+    else:
+        tiles.logits(student, rows, student_tile)
+        tiles.logits(difference, slice(0, count), teacher_tile)
+    return student_tile, teacher_tile
+
+
+def _accumulate(tiles: Tiles, projection: Projection, tile: torch.Tensor, rows: slice, gradients: Gradients) -> None:
     if gradients.hidden is not None:
-        projection.hidden_gradient(tile, gradients.hidden[rows])
+        tiles.hidden_gradient(projection, tile, gradients.hidden[rows])
     if gradients.weight is not None:
         projection.add_weight_gradient(tile, rows, gradients.weight)
     if gradients.bias is not None:

@@ -36,6 +36,33 @@ class Projection:
         bias = None if self.bias is None else self.bias.detach()
         return Projection(self.hidden.detach(), self.weight.detach(), bias, self.transform)
 
+    def of_rows(self, hidden: torch.Tensor) -> Projection:
+        """Other hidden states through the same head."""
+        return Projection(hidden, self.weight, self.bias, self.transform)
+
+    def logits_differ_linearly(self, other: Projection) -> bool:
+        """Is `z_other - z_self` the projection of `h_other - h_self`? True for one and the same head without a soft
+        cap, where the device projects rows that are wider than the weight (the difference of two 16-bit rows has
+        more digits than either)."""
+
+        def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+            if a is None or b is None:
+                return a is b
+            return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+        return (
+            self.transform == other.transform
+            and self.transform.softcap is None
+            and same(self.weight, other.weight)
+            and same(self.bias, other.bias)
+            and not self._mixed_product
+        )
+
+    def minus(self, other: Projection, rows: slice) -> Projection:
+        """The projection of the difference of some rows, for heads that satisfy `logits_differ_linearly`."""
+        difference = self.hidden[rows].to(self.dtype) - other.hidden[rows].to(self.dtype)
+        return Projection(difference, self.weight, None, self.transform)
+
     @property
     def num_columns(self) -> int:
         return self.weight.shape[0]

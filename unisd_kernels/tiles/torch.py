@@ -6,13 +6,17 @@ from typing import NamedTuple
 
 import torch
 
-from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, SoftmaxRows, TileLogSumExp
+from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, RunningScores, SoftmaxRows
+from unisd_kernels.tiles.projection import Projection
 
 # Elementwise passes on a CPU run over blocks of this many bytes, so that a block is still in the cache at the next
 # pass. Much smaller ones would pay for starting operations, larger ones would fall out of the cache.
 _CPU_BLOCK_BYTES = 2 << 20
 # Elsewhere blocks only bound the temporaries of the elementwise operations.
 _DEVICE_BLOCK_BYTES = 64 << 20
+
+# Scoring tiles: wide enough for an efficient product, small enough to stay near the cache.
+_CPU_SCORE_TILE_BYTES = 32 << 20
 
 # e^60 = 1e26 dwarfs any (1 - beta) / beta that is not absurd, and is far from float32's overflow at e^88.
 _LARGE_DELTA = 60.0
@@ -26,16 +30,66 @@ class DivergenceState(NamedTuple):
     cap_gradient: torch.Tensor | None  # 1 - tanh^2, with a soft cap
 
 
+class TileLogSumExp(NamedTuple):
+    """Per row of a [rows, columns] tile."""
+
+    logsumexp: torch.Tensor
+    mean_logit: torch.Tensor | None  # sum_j softmax_j z_j within the tile; for the entropy
+
+
 class TorchTiles:
     """See `unisd_kernels.tiles.base.Tiles`."""
 
     name = "torch"
+    takes_difference = False
+    row_padding = 0
 
-    def block_rows(self, num_columns: int, device: torch.device) -> int | None:
+    def chunk_rows(self, num_rows: int, most: int) -> int:
+        # Equally large ones.
+        return num_rows if num_rows <= most else -(-num_rows // -(-num_rows // most))
+
+    def block_rows(self, num_columns: int, device: torch.device) -> int:
         block_bytes = _CPU_BLOCK_BYTES if device.type == "cpu" else _DEVICE_BLOCK_BYTES
         return max(1, block_bytes // (4 * num_columns))
 
-    def log_sum_exp(self, tile: torch.Tensor, transform: LogitTransform, want_mean: bool) -> TileLogSumExp:
+    def logits(self, projection: Projection, rows: slice, out: torch.Tensor) -> None:
+        projection.logits(rows, out)
+
+    def hidden_gradient(self, projection: Projection, gradient: torch.Tensor, out: torch.Tensor) -> None:
+        projection.hidden_gradient(gradient, out)
+
+    def score(
+        self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
+    ) -> None:
+        """Over tiles of the vocabulary, by an online log-sum-exp."""
+        device, dtype = target_ids.device, projection.dtype
+        num_rows, num_columns = target_ids.shape[0], projection.num_columns
+        if device.type == "cpu":
+            tile_bytes = min(tile_bytes, _CPU_SCORE_TILE_BYTES)
+        step = max(1, min(num_columns, tile_bytes // (num_rows * dtype.itemsize)))
+        buffer = torch.empty(num_rows * step, dtype=dtype, device=device)
+        for start in range(0, num_columns, step):
+            width = min(step, num_columns - start)
+            tile = buffer[: num_rows * width].view(num_rows, width)
+            projection.logits(rows, tile, start, start + width)
+            block = self.block_rows(width, device)
+            for low in range(0, num_rows, block):
+                self._merge(tile[low : low + block], projection.transform, _part(running, slice(low, low + block)))
+            index = target_ids - start
+            inside = (index >= 0) & (index < width)
+            found = tile.gather(-1, index.clamp(0, width - 1).unsqueeze(-1)).squeeze(-1)
+            running.target_logits.copy_(torch.where(inside, found, running.target_logits))
+
+    def _merge(self, tile: torch.Tensor, transform: LogitTransform, running: RunningScores) -> None:
+        part = self._log_sum_exp(tile, transform, running.mean_logit is not None)
+        before = running.logsumexp.clone()
+        after = torch.logaddexp(before, part.logsumexp)
+        if running.mean_logit is not None:
+            assert part.mean_logit is not None
+            running.mean_logit.mul_((before - after).exp()).add_(part.mean_logit * (part.logsumexp - after).exp())
+        running.logsumexp.copy_(after)
+
+    def _log_sum_exp(self, tile: torch.Tensor, transform: LogitTransform, want_mean: bool) -> TileLogSumExp:
         _finish_logits(tile, transform)
         highest = tile.amax(-1, keepdim=True)
         shifted = tile - highest
@@ -49,7 +103,7 @@ class TorchTiles:
         return TileLogSumExp(highest.squeeze(-1) + total.log(), mean)
 
     def softmax(self, tile: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor) -> SoftmaxRows:
-        logsumexp = self.log_sum_exp(tile, transform, want_mean=False).logsumexp
+        logsumexp = self._log_sum_exp(tile, transform, want_mean=False).logsumexp
         target_logits = tile.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
         cap_gradient = _cap_gradient(tile, transform)
         tile.sub_(logsumexp.unsqueeze(-1)).exp_()
@@ -98,7 +152,9 @@ class TorchTiles:
         target_ids: torch.Tensor | None,
         beta: float,
         want_entropy: bool,
+        teacher_is_difference: bool = False,
     ) -> tuple[DivergenceRows, DivergenceState]:
+        assert not teacher_is_difference
         _finish_logits(student, student_transform)
         _finish_logits(teacher, teacher_transform)
         cap_gradient = _cap_gradient(student, student_transform)
@@ -164,6 +220,10 @@ class TorchTiles:
             student.scatter_add_(-1, target_ids.unsqueeze(-1), logprob_weight.unsqueeze(-1))
         if state.cap_gradient is not None:
             student.mul_(state.cap_gradient)
+
+
+def _part(running: RunningScores, rows: slice) -> RunningScores:
+    return RunningScores(*(None if values is None else values[rows] for values in running))  # type: ignore[arg-type]
 
 
 def _finish_logits(tile: torch.Tensor, transform: LogitTransform) -> None:

@@ -1,0 +1,94 @@
+// Checks on the tensors an operation gets, and their translation to what the kernels take. Messages name the argument.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "kernels.h"
+
+namespace unisd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Storage storage_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::kFloat32;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    case ScalarType::Half:
+      return Storage::kFloat16;
+    case ScalarType::Double:
+      return Storage::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline void check_matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, " must have two dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " must have contiguous rows, got a stride of ",
+                  t.stride(1), " between columns");
+}
+
+// A float32 [rows, columns] tile.
+inline float* tile_data(const Tensor& t, const char* name) {
+  check_matrix(t, name);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
+  return static_cast<float*>(t.mutable_data_ptr());
+}
+
+// Hidden states or a weight, of any storage up to 32 bits.
+inline Matrix matrix(const Tensor& t, const char* name) {
+  check_matrix(t, name);
+  const Storage storage = storage_of(t, name);
+  STD_TORCH_CHECK(storage != Storage::kFloat64, name, " must be float32, bfloat16 or float16, got float64");
+  return {t.const_data_ptr(), t.stride(0), storage};
+}
+
+template <class T>
+inline T* vector_data(const Tensor& t, const char* name, int64_t size, ScalarType type) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, " must have shape [", size, "]");
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " has the wrong dtype");
+  STD_TORCH_CHECK(size <= 1 || t.stride(0) == 1, name, " must be contiguous");
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline float* floats(const Tensor& t, const char* name, int64_t size) {
+  return vector_data<float>(t, name, size, ScalarType::Float);
+}
+
+inline float* floats(const std::optional<Tensor>& t, const char* name, int64_t size) {
+  return t.has_value() ? floats(*t, name, size) : nullptr;
+}
+
+// Ids are read here once more, because a bad one would be a read outside of the tile.
+inline const int64_t* ids(const Tensor& t, int64_t size, int64_t columns) {
+  const int64_t* data = vector_data<int64_t>(t, "target_ids", size, ScalarType::Long);
+  for (int64_t n = 0; n < size; ++n)
+    STD_TORCH_CHECK(data[n] >= 0 && data[n] < columns, "target_ids must be in [0, ", columns, "), got ", data[n],
+                    " at position ", n);
+  return data;
+}
+
+inline const int64_t* ids(const std::optional<Tensor>& t, int64_t size, int64_t columns) {
+  return t.has_value() ? ids(*t, size, columns) : nullptr;
+}
+
+// A double option as a pointer to a float that lives as long as this.
+class OptionalFloat {
+ public:
+  explicit OptionalFloat(const std::optional<double>& value)
+      : value_(value.has_value() ? static_cast<float>(*value) : 0.0f), has_(value.has_value()) {}
+  const float* get() const { return has_ ? &value_ : nullptr; }
+
+ private:
+  float value_;
+  bool has_;
+};
+
+}  // namespace unisd

@@ -1,0 +1,51 @@
+// Which instruction set runs: the widest this processor has.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace unisd {
+
+namespace {
+
+const Kernels* find(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if ((name.empty() || name == "avx512") && has_avx512) return &avx512::kernels();
+  if ((name.empty() || name == "avx2") && has_avx2) return &avx2::kernels();
+#endif
+  if (name.empty() || name == "scalar") return &scalar::kernels();
+  return nullptr;
+}
+
+const Kernels& choose() {
+  const char* wanted = std::getenv("UNISD_CPU_ISA");
+  const std::string name = wanted == nullptr ? "" : wanted;
+  const Kernels* found = find(name);
+  if (found == nullptr)
+    throw std::runtime_error("UNISD_CPU_ISA=" + name +
+                             ": not an instruction set this processor has; it takes scalar, avx2 or avx512");
+  return *found;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace unisd
+
+// For Python (unisd_kernels/_lib.py): the name of the instruction set, or null if UNISD_CPU_ISA cannot be had.
+extern "C" __attribute__((visibility("default"))) const char* unisd_cpu_isa() {
+  try {
+    return unisd::kernels().name;
+  } catch (const std::runtime_error&) {
+    return nullptr;
+  }
+}

@@ -1,0 +1,49 @@
+// The table of one instruction set. Included once by each isa_*.cpp, after its target pragma.
+#pragma once
+
+#include "divergence.h"
+#include "ema.h"
+#include "product.h"
+#include "rows.h"
+
+namespace unisd {
+namespace UNISD_ISA {
+
+namespace {
+
+template <Vec (*function)(Vec)>
+void map(const float* x, int64_t n, float* out) {
+  for_each_vector(
+      n, [&](int64_t i) UNISD_INLINE { function(Vec::load(x + i)).store(out + i); },
+      [&](int64_t i, int lanes) UNISD_INLINE { function(Vec::load_part(x + i, lanes, 1.0f)).store_part(out + i, lanes); });
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels table = {
+      UNISD_ISA_NAME,
+      kPanel,
+      packed_size,
+      pack_rows,
+      logits,
+      score,
+      backward,
+      sum_rows,
+      tile_score,
+      tile_softmax,
+      tile_logprob_gradient,
+      tile_divergence,
+      tile_divergence_gradient,
+      scale_row,
+      ema,
+      map<exp>,
+      map<log>,
+      map<expm1>,
+      map<tanh>,
+  };
+  return table;
+}
+
+}  // namespace UNISD_ISA
+}  // namespace unisd

@@ -1,0 +1,132 @@
+// What one instruction set provides: plain functions on pointers, no torch. `register.cpp` checks arguments, splits the
+// work over threads and calls them; the C++ tests call them directly.
+#pragma once
+
+#include <cstdint>
+
+#include "../ema_rounding.h"
+#include "../statistics.h"
+
+namespace unisd {
+
+enum class Storage { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+// A row-major matrix; rows are contiguous.
+struct Matrix {
+  const void* data;
+  int64_t stride;  // elements between rows
+  Storage storage;
+};
+
+// Rows of hidden states, transposed in panels so that one vector holds the same element of several rows.
+struct PackedRows {
+  const float* data;
+  int64_t rows, width;  // N and H
+};
+
+struct ScoreTarget {
+  const int64_t* ids;  // [rows] or null
+  int64_t first_column;
+};
+
+// Running statistics of rows; `mean_logit` and `target_logits` may be null.
+struct RunningScores {
+  float* logsumexp;
+  float* target_logits;
+  float* mean_logit;
+};
+
+struct DivergenceTile {
+  float* student;
+  float* teacher;
+  int64_t student_stride, teacher_stride, columns;
+  const float* student_tanh_scale;  // null: no cap
+  const float* teacher_tanh_scale;
+  bool teacher_is_delta;
+  const int64_t* target_ids;  // [rows] or null
+  double beta;
+  bool want_entropy;
+  float* statistics;  // [kDivergenceStatistics, rows]
+  int64_t rows;
+  const float* weight;          // [rows] or null, for the gradient
+  const float* logprob_weight;  // [rows] or null, for the gradient
+};
+
+struct LogprobTile {
+  float* tile;
+  int64_t stride, columns;
+  const float* tanh_scale;
+  const float* logsumexp;
+  const int64_t* target_ids;
+  const float* logprob_weight;
+  const float* logsumexp_weight;
+  const float* entropy;
+  const float* entropy_weight;
+};
+
+struct EmaTensor {
+  void* teacher;
+  const void* student;
+  void* compensation;  // null: none
+  Storage teacher_storage, student_storage;
+  int64_t size;
+  RoundingKey key;
+};
+
+struct Kernels {
+  const char* name;
+
+  // Rows of one panel of PackedRows: panels are this high, the last may be lower by whole vectors.
+  int panel_rows;
+  int64_t (*packed_size)(int64_t rows, int64_t width);
+  void (*pack_rows)(Matrix hidden, int64_t rows, int64_t width, float* packed);
+
+  // Columns [begin, end) of scale * (hidden weight^T + bias) into out.
+  void (*logits)(PackedRows hidden, Matrix weight, const float* bias, float scale, int64_t begin, int64_t end,
+                 float* out, int64_t out_stride);
+  // Statistics of the columns [begin, end) of all rows into `partial` [3, rows]: log-sum-exp, mean logit, and the
+  // target's logit where the target lies in them.
+  void (*score)(PackedRows hidden, Matrix weight, const float* bias, float scale, const float* tanh_scale,
+                const int64_t* target_ids, bool want_mean, int64_t begin, int64_t end, float* partial);
+  // Columns [begin, end) of gradient weight, [rows, columns of the weight], summed over all `length` columns of the
+  // gradient in their order.
+  void (*backward)(const float* gradient, int64_t gradient_stride, int64_t rows, int64_t length, Matrix weight,
+                   int64_t begin, int64_t end, float* out, int64_t out_stride);
+  // out = scale * (part + (part + stride) + ...), in this order.
+  void (*sum_rows)(const float* part, int64_t stride, int64_t parts, int64_t width, float scale, float* out);
+
+  // Row n of a tile.
+  void (*tile_score)(const float* row, int64_t columns, const float* tanh_scale, ScoreTarget target, int64_t n,
+                     RunningScores running);
+  void (*tile_softmax)(float* row, int64_t columns, const float* tanh_scale, int64_t target_id, float* logsumexp,
+                       float* target_logit);
+  void (*tile_logprob_gradient)(const LogprobTile& tile, int64_t n);
+  void (*tile_divergence)(const DivergenceTile& tile, int64_t n);
+  void (*tile_divergence_gradient)(const DivergenceTile& tile, int64_t n);
+
+  void (*scale_row)(const float* row, float scale, int64_t width, void* out, Storage storage);
+  void (*ema)(const EmaTensor& tensor, int64_t begin, int64_t end, double decay, bool stochastic);
+
+  void (*exp)(const float* x, int64_t n, float* out);
+  void (*log)(const float* x, int64_t n, float* out);
+  void (*expm1)(const float* x, int64_t n, float* out);
+  void (*tanh)(const float* x, int64_t n, float* out);
+};
+
+namespace scalar {
+const Kernels& kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const Kernels& kernels();
+}
+namespace avx512 {
+const Kernels& kernels();
+}
+#endif
+
+// Chosen at first use: the widest set this processor has, or what UNISD_CPU_ISA names. Throws std::runtime_error if
+// that is unknown or the processor lacks it.
+const Kernels& kernels();
+
+}  // namespace unisd

@@ -1,0 +1,27 @@
+// Work in pieces that do not depend on the number of threads. A thread that is done takes the next piece, so that a slow
+// core (a busy neighbour, an efficiency core) holds up no other; who computes a piece does not change its result.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+
+namespace unisd {
+
+// body(i) for each i in [0, pieces).
+template <class Body>
+void for_each_piece(int64_t pieces, const Body& body) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < pieces; i = next++) body(i);
+  });
+}
+
+// body(i, begin, end) for the spans of `step` that cover [0, total).
+template <class Body>
+void for_each_span(int64_t total, int64_t step, const Body& body) {
+  for_each_piece((total + step - 1) / step,
+                 [&](int64_t i) { body(i, i * step, (i + 1) * step < total ? (i + 1) * step : total); });
+}
+
+}  // namespace unisd

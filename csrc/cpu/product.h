@@ -1,0 +1,408 @@
+// Matrix products with a head's weight, float32 accumulation, and what is fused to them.
+//
+// A library product packs the weight at every call. For a chunk of a hundred rows, all that a memory bound leaves
+// room for at a vocabulary of 150k, packing costs as much as multiplying. Here the weight is read where it lies, once a
+// chunk: its elements are broadcast against vectors of hidden states that were transposed beforehand (logits, scores),
+// or its rows are the vectors and the gradient's elements are broadcast (backward).
+#pragma once
+
+#include <cmath>
+#include <new>
+
+#include "kernels.h"
+#include "vec_math.h"
+
+#if defined(__clang__)
+#define UNISD_UNROLL _Pragma("unroll")
+#else
+#define UNISD_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace unisd {
+namespace UNISD_ISA {
+
+// The register tile: kVectors vectors by kBroadcast elements of accumulators.
+#if defined(UNISD_ISA_AVX512)
+constexpr int kVectors = 3, kBroadcast = 8;
+#elif defined(UNISD_ISA_AVX2)
+constexpr int kVectors = 2, kBroadcast = 6;
+#else
+constexpr int kVectors = 4, kBroadcast = 4;
+#endif
+constexpr int kPanel = kVectors * Vec::width;
+// Weight rows of a block: they stay in the second-level cache while all panels pass.
+constexpr int kBlock = 64;
+// Length of the inner dimension after which accumulators are put down, so that a panel's slice stays in the first-level
+// cache.
+constexpr int64_t kInner = 128;
+// Weight rows of a block of the backward product; a column panel of them stays in the first-level cache.
+constexpr int64_t kGradientBlock = 96;
+// A tile of more floats than this leaves the second-level cache anyway.
+constexpr int64_t kStreamedFloats = 1 << 20;
+
+// c[i][j] (+)= sum_k a[k][j] b[i][k] for i < count and j in the vectors of a.
+template <int vectors, int count>
+inline UNISD_INLINE void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                                                    int64_t length, bool accumulate, float* c, int64_t c_stride,
+                                                    const float* prefetch) {
+  Vec sum[count][vectors];
+  UNISD_UNROLL
+  for (int i = 0; i < count; ++i) {
+    UNISD_UNROLL
+    for (int j = 0; j < vectors; ++j)
+      sum[i][j] = accumulate ? Vec::load(c + i * c_stride + j * Vec::width) : Vec::set(0.0f);
+  }
+  int64_t k = 0;
+  while (k < length) {
+    const int64_t stop = at_most(length, k + 16);  // a cache line of b
+    if (prefetch != nullptr) {
+      UNISD_UNROLL
+      for (int i = 0; i < count; ++i) __builtin_prefetch(prefetch + i * b_stride + k, 0, 2);
+    }
+    for (; k < stop; ++k) {
+      Vec column[vectors];
+      UNISD_UNROLL
+      for (int j = 0; j < vectors; ++j) column[j] = Vec::load(a + k * a_stride + j * Vec::width);
+      UNISD_UNROLL
+      for (int i = 0; i < count; ++i) {
+        const Vec element = Vec::set(b[i * b_stride + k]);
+        UNISD_UNROLL
+        for (int j = 0; j < vectors; ++j) sum[i][j] = fma(column[j], element, sum[i][j]);
+      }
+    }
+  }
+  UNISD_UNROLL
+  for (int i = 0; i < count; ++i) {
+    UNISD_UNROLL
+    for (int j = 0; j < vectors; ++j) sum[i][j].store(c + i * c_stride + j * Vec::width);
+  }
+}
+
+// The same for any number of elements of b, a register tile at a time. `ahead` is how far on lies what b will be next,
+// or 0; `between` is called after each tile, to fetch something else meanwhile.
+template <int vectors, class Between>
+inline void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
+                          int64_t length, bool accumulate, float* c, int64_t c_stride, int64_t ahead,
+                          const Between& between) {
+  int64_t i = 0;
+  for (; i + kBroadcast <= rows; i += kBroadcast) {
+    multiply<vectors, kBroadcast>(a, a_stride, b + i * b_stride, b_stride, length, accumulate, c + i * c_stride,
+                                  c_stride, ahead == 0 ? nullptr : b + i * b_stride + ahead);
+    between();
+  }
+  for (; i + 2 <= rows; i += 2)
+    multiply<vectors, 2>(a, a_stride, b + i * b_stride, b_stride, length, accumulate, c + i * c_stride, c_stride,
+                         nullptr);
+  for (; i < rows; ++i)
+    multiply<vectors, 1>(a, a_stride, b + i * b_stride, b_stride, length, accumulate, c + i * c_stride, c_stride,
+                         nullptr);
+}
+
+// A panel may be lower than kVectors.
+template <class Between>
+inline void multiply_panel(int vectors, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                           int64_t rows, int64_t length, bool accumulate, float* c, int64_t c_stride, int64_t ahead,
+                           const Between& between) {
+  switch (vectors) {
+    case 1:
+      return multiply_rows<1>(a, a_stride, b, b_stride, rows, length, accumulate, c, c_stride, ahead, between);
+    case 2:
+      return multiply_rows<2>(a, a_stride, b, b_stride, rows, length, accumulate, c, c_stride, ahead, between);
+#if !defined(UNISD_ISA_AVX2)
+    case 3:
+      return multiply_rows<3>(a, a_stride, b, b_stride, rows, length, accumulate, c, c_stride, ahead, between);
+#if !defined(UNISD_ISA_AVX512)
+    case 4:
+      return multiply_rows<4>(a, a_stride, b, b_stride, rows, length, accumulate, c, c_stride, ahead, between);
+#endif
+#endif
+    default:
+      __builtin_unreachable();
+  }
+}
+
+// Working memory on a cache line. Not std::vector: its functions would be shared with translation units for other
+// instruction sets, and the linker may keep the one with the widest.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(size == 0 ? nullptr
+                        : static_cast<float*>(
+                              ::operator new(static_cast<size_t>(size) * sizeof(float), std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* data() { return data_; }
+  float& operator[](int64_t i) { return data_[i]; }
+
+ private:
+  float* data_;
+};
+
+inline int vectors_for(int64_t rows) {
+  return static_cast<int>(at_most(kVectors, (rows + Vec::width - 1) / Vec::width));
+}
+
+// n elements of a row, widened to float32.
+inline void widen(const void* row, Storage storage, int64_t offset, int64_t n, float* out) {
+  if (storage == Storage::kFloat32) {
+    std::memcpy(out, static_cast<const float*>(row) + offset, static_cast<size_t>(n) * sizeof(float));
+    return;
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(row) + offset;
+  const bool brain = storage == Storage::kBFloat16;
+  for_each_vector(
+      n, [&](int64_t i) UNISD_INLINE { (brain ? Vec::load_bf16(p + i) : Vec::load_fp16(p + i)).store(out + i); },
+      [&](int64_t i, int lanes) UNISD_INLINE {
+        uint16_t tail[16] = {0};
+        std::memcpy(tail, p + i, static_cast<size_t>(lanes) * sizeof(uint16_t));
+        (brain ? Vec::load_bf16(tail) : Vec::load_fp16(tail)).store_part(out + i, lanes);
+      });
+}
+
+inline const void* row_of(Matrix m, int64_t row) {
+  const int64_t size = m.storage == Storage::kFloat32 ? 4 : 2;
+  return static_cast<const char*>(m.data) + row * m.stride * size;
+}
+
+// Rows [begin, end) of the weight as float32: in place if they are, else widened into `buffer`.
+struct WeightBlock {
+  const float* data;
+  int64_t stride;
+  int64_t ahead;  // to the next block of kBlock rows, for prefetching; 0 where the block is a copy
+};
+
+inline int64_t widened_size(Matrix weight, int64_t width) {
+  return weight.storage == Storage::kFloat32 ? 0 : kBlock * width;
+}
+
+inline WeightBlock weight_block(Matrix weight, int64_t width, int64_t begin, int64_t end, int64_t last,
+                                Buffer* buffer) {
+  if (weight.storage == Storage::kFloat32) {
+    // Not past the task's columns: the rows there are another thread's, or nobody's.
+    const bool more = end + kBlock <= last;
+    return {static_cast<const float*>(weight.data) + begin * weight.stride, weight.stride,
+            more ? kBlock * weight.stride : 0};
+  }
+  for (int64_t i = begin; i < end; ++i)
+    widen(row_of(weight, i), weight.storage, 0, width, buffer->data() + (i - begin) * width);
+  return {buffer->data(), width, 0};
+}
+
+inline int64_t packed_size(int64_t rows, int64_t width) {
+  return (rows + Vec::width - 1) / Vec::width * Vec::width * width;
+}
+
+// Panels of [width][vectors * Vec::width]; missing rows are zero.
+inline void pack_rows(Matrix hidden, int64_t rows, int64_t width, float* packed) {
+  Buffer wide(width);
+  for (int64_t start = 0; start < rows; start += kPanel) {
+    const int64_t height = vectors_for(rows - start) * Vec::width;
+    for (int64_t lane = 0; lane < height; ++lane) {
+      float* out = packed + lane;
+      if (start + lane >= rows) {
+        for (int64_t k = 0; k < width; ++k) out[k * height] = 0.0f;
+        continue;
+      }
+      widen(row_of(hidden, start + lane), hidden.storage, 0, width, wide.data());
+      for (int64_t k = 0; k < width; ++k) out[k * height] = wide[k];
+    }
+    packed += height * width;
+  }
+}
+
+// Products of a block of weight rows with one panel: c[i][lane], i < rows of the block.
+inline void block_product(const float* panel, int vectors, int64_t width, const WeightBlock& weight, int64_t rows,
+                          bool first_panel, float* c) {
+  const int64_t height = vectors * Vec::width;
+  for (int64_t k = 0; k < width; k += kInner) {
+    const int64_t length = at_most(kInner, width - k);
+    multiply_panel(vectors, panel + k * height, height, weight.data + k, weight.stride, rows, length, k != 0, c, height,
+                   first_panel ? weight.ahead : 0, [] {});
+  }
+}
+
+inline void logits(PackedRows hidden, Matrix weight, const float* bias, float scale, int64_t begin, int64_t end,
+                   float* out, int64_t out_stride) {
+  Buffer product(kBlock * kPanel), wide(widened_size(weight, hidden.width));
+  const Vec factor = Vec::set(scale);
+  // A tile too large for the cache goes to memory past it, which spares reading what is overwritten; in whole cache
+  // lines only.
+  constexpr int64_t line = 16;
+  const bool streamed = Vec::width == line && hidden.rows * out_stride >= kStreamedFloats && out_stride % line == 0 &&
+                        begin % line == 0 && reinterpret_cast<uintptr_t>(out) % (line * sizeof(float)) == 0;
+  for (int64_t v = begin; v < end; v += kBlock) {
+    const int64_t columns = at_most(kBlock, end - v);
+    const WeightBlock block = weight_block(weight, hidden.width, v, v + columns, end, &wide);
+    const float* panel = hidden.data;
+    for (int64_t start = 0; start < hidden.rows; start += kPanel) {
+      const int vectors = vectors_for(hidden.rows - start);
+      const int64_t height = vectors * Vec::width;
+      block_product(panel, vectors, hidden.width, block, columns, start == 0, product.data());
+      panel += height * hidden.width;
+      // [columns][rows] to [rows][columns], a square of vectors at a time, all columns of a few rows first.
+      for (int64_t lane = 0; lane < height && start + lane < hidden.rows; lane += Vec::width) {
+        const int64_t row = start + lane;
+        const int down = static_cast<int>(at_most(Vec::width, hidden.rows - row));
+        for (int64_t i = 0; i < columns; i += Vec::width) {
+          const int across = static_cast<int>(at_most(Vec::width, columns - i));
+          const Vec offset = bias == nullptr ? Vec::set(0.0f) : factor * Vec::load_part(bias + v + i, across, 0.0f);
+          Vec square[Vec::width];
+          for (int j = 0; j < Vec::width; ++j)
+            square[j] = j < across ? Vec::load(product.data() + (i + j) * height + lane) : Vec::set(0.0f);
+          transpose(square);
+          float* target = out + row * out_stride + v + i;
+          for (int j = 0; j < down; ++j) {
+            const Vec value = fma(square[j], factor, offset);
+            if (across < Vec::width) {
+              value.store_part(target + j * out_stride, across);
+            } else if (streamed) {
+              value.stream(target + j * out_stride);
+            } else {
+              value.store(target + j * out_stride);
+            }
+          }
+        }
+      }
+    }
+  }
+  if (streamed) order_streams();
+}
+
+// An online log-sum-exp whose lanes are rows: no logit leaves the first-level cache.
+inline void score(PackedRows hidden, Matrix weight, const float* bias, float scale, const float* tanh_scale,
+                  const int64_t* target_ids, bool want_mean, int64_t begin, int64_t end, float* partial) {
+  Buffer product(kBlock * kPanel), wide(widened_size(weight, hidden.width));
+  const int64_t padded = packed_size(hidden.rows, 1);
+  Buffer state(3 * padded);
+  float* highest = state.data();
+  float* sums = highest + padded;
+  float* dots = sums + padded;
+  for (int64_t n = 0; n < padded; ++n) {
+    highest[n] = -kInfinity;
+    sums[n] = dots[n] = 0.0f;
+  }
+  float* target_logits = partial + 2 * hidden.rows;
+  const Vec lowest = Vec::set(-1e30f), zero = Vec::set(0.0f), minus_infinity = Vec::set(-kInfinity);
+
+  for (int64_t v = begin; v < end; v += kBlock) {
+    const int64_t columns = at_most(kBlock, end - v);
+    const WeightBlock block = weight_block(weight, hidden.width, v, v + columns, end, &wide);
+    const float* panel = hidden.data;
+    for (int64_t start = 0; start < hidden.rows; start += kPanel) {
+      const int vectors = vectors_for(hidden.rows - start);
+      const int64_t height = vectors * Vec::width;
+      block_product(panel, vectors, hidden.width, block, columns, start == 0, product.data());
+      panel += height * hidden.width;
+      for (int64_t lane = 0; lane < height; lane += Vec::width) {
+        float* column = product.data() + lane;
+        Vec block_max = minus_infinity;
+        for (int64_t i = 0; i < columns; ++i) {
+          const float b = bias == nullptr ? 0.0f : scale * bias[v + i];
+          Vec z = fma(Vec::load(column + i * height), Vec::set(scale), Vec::set(b));
+          if (tanh_scale != nullptr) z = Vec::set(*tanh_scale) * tanh(z);
+          z.store(column + i * height);
+          block_max = max(z, block_max);
+        }
+        const Vec before = Vec::load(highest + start + lane);
+        const Vec after = max(block_max, before);
+        // Nothing but -inf so far: any shift will do.
+        const Vec shift = where_equal(after, minus_infinity, zero, after);
+        const Vec factor = exp(before - shift);
+        Vec sum = Vec::load(sums + start + lane) * factor;
+        Vec fresh = zero;
+        if (want_mean) {
+          Vec dot = Vec::load(dots + start + lane) * factor;
+          for (int64_t i = 0; i < columns; ++i) {
+            const Vec z = Vec::load(column + i * height);
+            const Vec e = exp(z - shift);
+            fresh = fresh + e;
+            dot = fma(e, max(lowest, z), dot);
+          }
+          dot.store(dots + start + lane);
+        } else {
+          for (int64_t i = 0; i < columns; ++i) fresh = fresh + exp(Vec::load(column + i * height) - shift);
+        }
+        sum = sum + fresh;
+        sum.store(sums + start + lane);
+        after.store(highest + start + lane);
+      }
+      const int64_t rows = at_most(height, hidden.rows - start);
+      for (int64_t lane = 0; lane < rows; ++lane) {
+        const int64_t position = target_ids[start + lane] - v;
+        if (position >= 0 && position < columns)
+          target_logits[start + lane] = product[position * height + lane];
+      }
+    }
+  }
+  for (int64_t n = 0; n < hidden.rows; ++n) {
+    const float shift = highest[n] == -kInfinity ? 0.0f : highest[n];
+    partial[n] = static_cast<float>(static_cast<double>(shift) + std::log(static_cast<double>(sums[n])));
+    partial[hidden.rows + n] = sums[n] == 0.0f ? 0.0f : dots[n] / sums[n];
+  }
+}
+
+// `columns` columns of `count` weight rows, as float32 rows of whole vectors; what is missing of the last is zero.
+inline void pack_panel(Matrix weight, int64_t first_row, int64_t count, int64_t first_column, int64_t columns,
+                       int vectors, float* packed) {
+  const int64_t height = vectors * Vec::width;
+  if (weight.storage == Storage::kFloat32 && columns == kPanel) {
+    const float* row = static_cast<const float*>(weight.data) + first_row * weight.stride + first_column;
+    for (int64_t i = 0; i < count; ++i, row += weight.stride, packed += kPanel) {
+      UNISD_UNROLL
+      for (int j = 0; j < kVectors; ++j) Vec::load(row + j * Vec::width).store(packed + j * Vec::width);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i, packed += height) {
+    widen(row_of(weight, first_row + i), weight.storage, first_column, columns, packed);
+    for (int64_t h = columns; h < height; ++h) packed[h] = 0.0f;
+  }
+}
+
+inline void backward(const float* gradient, int64_t gradient_stride, int64_t rows, int64_t length, Matrix weight,
+                     int64_t begin, int64_t end, float* out, int64_t out_stride) {
+  // The weight's columns go through a packed copy of one block, a panel at a time: whatever its stride, it then
+  // misses neither the cache nor the page table, and narrow storage is widened once.
+  const int64_t width = end - begin, padded = (width + Vec::width - 1) / Vec::width * Vec::width;
+  const bool in_place = padded == width;  // else the last vector of a row would write past the columns
+  Buffer packed(kGradientBlock * kPanel), sums(in_place ? 0 : rows * padded);
+  float* total = in_place ? out + begin : sums.data();
+  const int64_t total_stride = in_place ? out_stride : padded;
+  const int64_t element = weight.storage == Storage::kFloat32 ? 4 : 2;
+  const int64_t tiles = (padded + kPanel - 1) / kPanel * (rows / kBroadcast);
+  const int64_t rows_per_tile = tiles == 0 ? 0 : (kGradientBlock + tiles - 1) / tiles;
+  for (int64_t v = 0; v < length; v += kGradientBlock) {
+    const int64_t count = at_most(kGradientBlock, length - v);
+    // The next block of the weight comes from memory while this one is multiplied.
+    const bool more = v + 2 * kGradientBlock <= length;
+    int64_t fetched = 0;
+    const auto fetch_rows = [&]() UNISD_INLINE {
+      for (int64_t i = 0; more && i < rows_per_tile && fetched < kGradientBlock; ++i, ++fetched) {
+        const char* row = static_cast<const char*>(row_of(weight, v + kGradientBlock + fetched)) + begin * element;
+        for (int64_t byte = 0; byte < width * element; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+      }
+    };
+    const float* g = gradient + v;
+    for (int64_t h = 0; h < padded; h += kPanel) {
+      const int vectors = vectors_for(padded - h);
+      pack_panel(weight, v, count, begin + h, at_most(kPanel, width - h), vectors, packed.data());
+      multiply_panel(vectors, packed.data(), vectors * Vec::width, g, gradient_stride, rows, count,
+                     v != 0, total + h, total_stride, 0, fetch_rows);
+    }
+  }
+  for (int64_t n = 0; n < rows && (!in_place || length == 0); ++n) {
+    for (int64_t h = 0; h < width; ++h) out[n * out_stride + begin + h] = length == 0 ? 0.0f : total[n * padded + h];
+  }
+}
+
+inline void sum_rows(const float* part, int64_t stride, int64_t parts, int64_t width, float scale, float* out) {
+  for (int64_t h = 0; h < width; ++h) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < parts; ++i) sum += part[i * stride + h];
+    out[h] = sum * scale;
+  }
+}
+
+}  // namespace UNISD_ISA
+}  // namespace unisd

@@ -1,0 +1,148 @@
+// Matrix products with the head. The work is cut along the vocabulary, or along the hidden width, at places that do not
+// depend on the number of threads, and each sum is taken in one order: results are the same bits for any number.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <memory>
+#include <new>
+
+#include "arguments.h"
+#include "pieces.h"
+
+namespace unisd {
+namespace {
+
+// Columns of a piece of work: large against a block of the kernel, small against a vocabulary.
+constexpr int64_t kLogitColumns = 512, kScoreColumns = 2048;
+// Slices of the vocabulary in the backward product, and the step in which the hidden width is cut.
+constexpr int64_t kBackwardSlices = 8, kBackwardColumns = 48;
+
+struct AlignedDelete {
+  void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+using Floats = std::unique_ptr<float, AlignedDelete>;
+
+Floats allocate(int64_t size) {
+  return Floats(static_cast<float*>(
+      ::operator new(static_cast<size_t>(size < 1 ? 1 : size) * sizeof(float), std::align_val_t(64))));
+}
+
+struct Operands {
+  Floats packed;
+  PackedRows hidden;
+  Matrix weight;
+  const float* bias;
+};
+
+Operands operands(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Matrix rows = matrix(hidden, "hidden");
+  Operands result;
+  result.weight = matrix(weight, "weight");
+  const int64_t count = hidden.size(0), width = hidden.size(1), columns = weight.size(0);
+  STD_TORCH_CHECK(weight.size(1) == width, "weight must have shape [V, ", width, "], got [", columns, ", ",
+                  weight.size(1), "]");
+  // Whole panels, packed by several threads.
+  const int64_t panel = kernels().panel_rows;
+  result.packed = allocate(kernels().packed_size(count, width));
+  float* packed = result.packed.get();
+  for_each_span(count, panel, [&](int64_t, int64_t first, int64_t last) {
+    const int64_t size = rows.storage == Storage::kFloat32 ? 4 : 2;
+    const Matrix part{static_cast<const char*>(rows.data) + first * rows.stride * size, rows.stride, rows.storage};
+    kernels().pack_rows(part, last - first, width, packed + first * width);
+  });
+  result.hidden = {packed, count, width};
+  result.bias = nullptr;
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == columns && (columns <= 1 || bias->stride(0) == 1),
+                    "bias must be contiguous [", columns, "]");
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float, "bias must be float32");
+    result.bias = static_cast<const float*>(bias->const_data_ptr());
+  }
+  return result;
+}
+
+void linear_logits(Tensor hidden, Tensor weight, std::optional<Tensor> bias, double scale, Tensor out) {
+  float* target = tile_data(out, "out");
+  const int64_t columns = weight.size(0), stride = out.stride(0);
+  STD_TORCH_CHECK(out.size(0) == hidden.size(0) && out.size(1) == columns, "out must have shape [", hidden.size(0), ", ",
+                  columns, "]");
+  const Operands given = operands(hidden, weight, bias);
+  for_each_span(columns, kLogitColumns, [&](int64_t, int64_t begin, int64_t end) {
+    kernels().logits(given.hidden, given.weight, given.bias, static_cast<float>(scale), begin, end, target, stride);
+  });
+}
+
+void linear_score(Tensor hidden, Tensor weight, std::optional<Tensor> bias, double scale,
+                  std::optional<double> tanh_scale, Tensor target_ids, Tensor logsumexp, Tensor target_logits,
+                  std::optional<Tensor> mean_logit) {
+  const int64_t rows = hidden.size(0), columns = weight.size(0);
+  const OptionalFloat cap(tanh_scale);
+  const int64_t* targets = ids(target_ids, rows, columns);
+  float* sums = floats(logsumexp, "logsumexp", rows);
+  float* logits = floats(target_logits, "target_logits", rows);
+  float* means = floats(mean_logit, "mean_logit", rows);
+  const Operands given = operands(hidden, weight, bias);
+  const int64_t pieces = (columns + kScoreColumns - 1) / kScoreColumns;
+  const Floats partial = allocate(pieces * 3 * rows);
+  for_each_span(columns, kScoreColumns, [&](int64_t piece, int64_t begin, int64_t end) {
+    kernels().score(given.hidden, given.weight, given.bias, static_cast<float>(scale), cap.get(), targets,
+                    means != nullptr, begin, end, partial.get() + piece * 3 * rows);
+  });
+  for (int64_t n = 0; n < rows; ++n) {
+    const auto part = [&](int64_t piece, int64_t which) { return partial.get()[(piece * 3 + which) * rows + n]; };
+    double highest = -INFINITY;
+    for (int64_t i = 0; i < pieces; ++i) highest = part(i, 0) > highest ? part(i, 0) : highest;
+    const double shift = highest == -INFINITY ? 0.0 : highest;
+    double sum = 0.0, dot = 0.0;
+    for (int64_t i = 0; i < pieces; ++i) {
+      const double share = std::exp(part(i, 0) - shift);
+      sum += share;
+      dot += share * part(i, 1);
+    }
+    sums[n] = static_cast<float>(shift + std::log(sum));
+    logits[n] = part(targets[n] / kScoreColumns, 2);
+    if (means != nullptr) means[n] = static_cast<float>(dot / sum);
+  }
+}
+
+void linear_backward(Tensor gradient, Tensor weight, double scale, Tensor out) {
+  const float* data = tile_data(gradient, "gradient");
+  float* target = tile_data(out, "out");
+  const Matrix head = matrix(weight, "weight");
+  const int64_t rows = gradient.size(0), length = weight.size(0), width = weight.size(1);
+  STD_TORCH_CHECK(gradient.size(1) == length, "gradient must have shape [rows, ", length, "], got [", rows, ", ",
+                  gradient.size(1), "]");
+  STD_TORCH_CHECK(out.size(0) == rows && out.size(1) == width, "out must have shape [", rows, ", ", width, "]");
+  const int64_t stride = gradient.stride(0), out_stride = out.stride(0);
+  if (rows == 0) return;
+  // The sum over the vocabulary is cut into slices, so that a thread reads whole rows of the weight and its part of the
+  // gradient once. With more threads than slices the hidden width is cut as well, which changes no sum.
+  const int64_t slice = ((length + kBackwardSlices - 1) / kBackwardSlices + 15) / 16 * 16;
+  const int64_t slices = (length + slice - 1) / slice;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t cuts = (threads + slices - 1) / slices;
+  const int64_t columns = (width + cuts * kBackwardColumns - 1) / (cuts * kBackwardColumns) * kBackwardColumns;
+  const int64_t spans = (width + columns - 1) / columns;
+  const Floats partial = allocate(slices * rows * width);
+  const int64_t size = head.storage == Storage::kFloat32 ? 4 : 2;
+  for_each_piece(slices * spans, [&](int64_t i) {
+    const int64_t first = i / spans * slice, count = first + slice < length ? slice : length - first;
+    const int64_t begin = i % spans * columns, end = begin + columns < width ? begin + columns : width;
+    const Matrix part{static_cast<const char*>(head.data) + first * head.stride * size, head.stride, head.storage};
+    kernels().backward(data + first, stride, rows, count, part, begin, end, partial.get() + i / spans * rows * width,
+                       width);
+  });
+  for_each_piece(rows, [&](int64_t n) {
+    kernels().sum_rows(partial.get() + n * width, rows * width, slices, width, static_cast<float>(scale),
+                       target + n * out_stride);
+  });
+}
+
+}  // namespace
+}  // namespace unisd
+
+STABLE_TORCH_LIBRARY_IMPL(unisd, CPU, m) {
+  m.impl("linear_logits", TORCH_BOX(&unisd::linear_logits));
+  m.impl("linear_score", TORCH_BOX(&unisd::linear_score));
+  m.impl("linear_backward", TORCH_BOX(&unisd::linear_backward));
+}

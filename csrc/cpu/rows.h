@@ -1,0 +1,161 @@
+// Kernels on one complete row, or one row of a tile.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+#include "vec_math.h"
+
+namespace unisd {
+namespace UNISD_ISA {
+
+// Columns whose float partial sums are added up before they go into a double.
+constexpr int64_t kSumColumns = 1024;
+
+inline Vec capped(Vec x, const float* tanh_scale) {
+  return tanh_scale == nullptr ? x : Vec::set(*tanh_scale) * tanh(x);
+}
+
+// sum_j e^(z_j - max) and sum_j e^(z_j - max) z_j under a maximum that moves.
+struct OnlineSum {
+  float max = -kInfinity;
+  double sum = 0.0, dot = 0.0;
+
+  // Merge sums taken under another maximum.
+  void merge(float other_max, double other_sum, double other_dot) {
+    if (other_max > max) {
+      const double factor = max == -kInfinity ? 0.0 : std::exp(static_cast<double>(max) - other_max);
+      sum = sum * factor + other_sum;
+      dot = dot * factor + other_dot;
+      max = other_max;
+    } else {
+      // Also where both are -infinity: then other_sum is 0, or NaN.
+      const double factor = other_max == max ? 1.0 : std::exp(static_cast<double>(other_max) - max);
+      sum += other_sum * factor;
+      dot += other_dot * factor;
+    }
+  }
+};
+
+// At most kSumColumns logits. `value(i)` and `value_part(i, n)` give the vectors; lanes beyond the end must be -inf.
+template <class Value, class ValuePart>
+inline UNISD_INLINE void add_block(int64_t columns, bool want_dot, const Value& value, const ValuePart& value_part, OnlineSum* total) {
+  Vec highest = Vec::set(-kInfinity);
+  for_each_vector(
+      columns, [&](int64_t i) UNISD_INLINE { highest = max(value(i), highest); },
+      [&](int64_t i, int n) UNISD_INLINE { highest = max(value_part(i, n), highest); });
+  // A NaN is lost here and comes back with the sum. All -inf: any shift will do.
+  const float block_max = max_of_lanes(highest);
+  const Vec shift = Vec::set(block_max == -kInfinity ? 0.0f : block_max);
+  Vec sum = Vec::set(0.0f), dot = Vec::set(0.0f);
+  const Vec lowest = Vec::set(-1e30f);  // instead of -inf, whose product with 0 is NaN
+  const auto add = [&](Vec z) UNISD_INLINE {
+    const Vec e = exp(z - shift);
+    sum = sum + e;
+    if (want_dot) dot = fma(e, max(lowest, z), dot);
+  };
+  for_each_vector(
+      columns, [&](int64_t i) UNISD_INLINE { add(value(i)); }, [&](int64_t i, int n) UNISD_INLINE { add(value_part(i, n)); });
+  total->merge(block_max, sum_of_lanes(sum), want_dot ? sum_of_lanes(dot) : 0.0);
+}
+
+// Over a row of finished logits.
+inline OnlineSum online_sum(const float* row, int64_t columns, bool want_dot) {
+  OnlineSum total;
+  for (int64_t start = 0; start < columns; start += kSumColumns) {
+    const float* block = row + start;
+    add_block(
+        at_most(kSumColumns, columns - start), want_dot, [&](int64_t i) UNISD_INLINE { return Vec::load(block + i); },
+        [&](int64_t i, int n) UNISD_INLINE { return Vec::load_part(block + i, n, -kInfinity); }, &total);
+  }
+  return total;
+}
+
+inline float log_of_sum(double sum) { return static_cast<float>(std::log(sum)); }
+
+inline float logsumexp_of(const OnlineSum& total) {
+  return static_cast<float>(static_cast<double>(total.max == -kInfinity ? 0.0f : total.max) + std::log(total.sum));
+}
+
+// row = tanh_scale * tanh(row)
+inline void cap_row(float* row, int64_t columns, float tanh_scale) {
+  const Vec scale = Vec::set(tanh_scale);
+  for_each_vector(
+      columns, [&](int64_t i) UNISD_INLINE { (scale * tanh(Vec::load(row + i))).store(row + i); },
+      [&](int64_t i, int n) UNISD_INLINE { (scale * tanh(Vec::load_part(row + i, n, 0.0f))).store_part(row + i, n); });
+}
+
+inline void tile_score(const float* row, int64_t columns, const float* tanh_scale, ScoreTarget target, int64_t n,
+                       RunningScores running) {
+  const bool want_mean = running.mean_logit != nullptr;
+  OnlineSum total;
+  float block[kSumColumns];
+  for (int64_t start = 0; start < columns; start += kSumColumns) {
+    const int64_t length = at_most(kSumColumns, columns - start);
+    std::memcpy(block, row + start, static_cast<size_t>(length) * sizeof(float));
+    if (tanh_scale != nullptr) cap_row(block, length, *tanh_scale);
+    add_block(
+        length, want_mean, [&](int64_t i) UNISD_INLINE { return Vec::load(block + i); },
+        [&](int64_t i, int lanes) UNISD_INLINE { return Vec::load_part(block + i, lanes, -kInfinity); }, &total);
+    if (target.ids != nullptr && running.target_logits != nullptr) {
+      const int64_t position = target.ids[n] - target.first_column - start;
+      if (position >= 0 && position < length) running.target_logits[n] = block[position];
+    }
+  }
+  if (columns == 0) return;
+  const float before = running.logsumexp[n];
+  OnlineSum merged;
+  if (before != -kInfinity) merged.merge(before, 1.0, want_mean ? running.mean_logit[n] : 0.0);
+  merged.merge(total.max, total.sum, total.dot);
+  running.logsumexp[n] = logsumexp_of(merged);
+  if (want_mean) running.mean_logit[n] = static_cast<float>(merged.dot / merged.sum);
+}
+
+inline void tile_softmax(float* row, int64_t columns, const float* tanh_scale, int64_t target_id, float* logsumexp,
+                         float* target_logit) {
+  if (tanh_scale != nullptr) cap_row(row, columns, *tanh_scale);
+  const OnlineSum total = online_sum(row, columns, false);
+  *logsumexp = logsumexp_of(total);
+  *target_logit = row[target_id];
+  const Vec shift = Vec::set(total.max), log_sum = Vec::set(log_of_sum(total.sum));
+  const Vec inverse = Vec::set(tanh_scale == nullptr ? 0.0f : 1.0f / *tanh_scale);
+  const Vec lowest = Vec::set(-1e30f);  // instead of -inf, whose product with 0 is NaN
+  const auto gradient = [&](Vec z) UNISD_INLINE {
+    const Vec t = max(lowest, z) * inverse;
+    return exp((z - shift) - log_sum) * (Vec::set(1.0f) - t * t);
+  };
+  for_each_vector(
+      columns, [&](int64_t i) UNISD_INLINE { gradient(Vec::load(row + i)).store(row + i); },
+      [&](int64_t i, int n) UNISD_INLINE { gradient(Vec::load_part(row + i, n, 0.0f)).store_part(row + i, n); });
+}
+
+inline void tile_logprob_gradient(const LogprobTile& tile, int64_t n) {
+  float* row = tile.tile + n * tile.stride;
+  const int64_t columns = tile.columns;
+  if (tile.tanh_scale != nullptr) cap_row(row, columns, *tile.tanh_scale);
+  // d logp_y / dz = 1[y] - p,   d lse / dz = p,   d entropy / dz = -p (log p + entropy)
+  const float logprob_weight = tile.logprob_weight == nullptr ? 0.0f : tile.logprob_weight[n];
+  const float on_probs = (tile.logsumexp_weight == nullptr ? 0.0f : tile.logsumexp_weight[n]) - logprob_weight;
+  const float entropy_weight = tile.entropy_weight == nullptr ? 0.0f : tile.entropy_weight[n];
+  const float entropy = tile.entropy_weight == nullptr ? 0.0f : tile.entropy[n];
+  const Vec logsumexp = Vec::set(tile.logsumexp[n]), lowest = Vec::set(-1e30f);
+  const Vec constant = Vec::set(on_probs - entropy_weight * entropy), slope = Vec::set(-entropy_weight);
+  const Vec inverse = Vec::set(tile.tanh_scale == nullptr ? 0.0f : 1.0f / *tile.tanh_scale);
+  const int64_t target = tile.target_ids[n];
+  const float target_z = row[target];
+  const auto gradient = [&](Vec z) UNISD_INLINE {
+    const Vec a = z - logsumexp;
+    const Vec t = max(lowest, z) * inverse;
+    return exp(a) * fma(slope, max(lowest, a), constant) * (Vec::set(1.0f) - t * t);
+  };
+  for_each_vector(
+      columns, [&](int64_t i) UNISD_INLINE { gradient(Vec::load(row + i)).store(row + i); },
+      [&](int64_t i, int k) UNISD_INLINE { gradient(Vec::load_part(row + i, k, 0.0f)).store_part(row + i, k); });
+  if (tile.logprob_weight != nullptr) {
+    const float t = tile.tanh_scale == nullptr ? 0.0f : target_z / *tile.tanh_scale;
+    row[target] += logprob_weight * (1.0f - t * t);
+  }
+}
+
+}  // namespace UNISD_ISA
+}  // namespace unisd

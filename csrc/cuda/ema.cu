@@ -1,0 +1,122 @@
+// ema_update_: teacher += (1 - decay) (student - teacher), many tensors per launch.
+#include "../ema_rounding.h"
+#include "element.cuh"
+#include "launch.h"
+
+namespace unisd::cuda {
+namespace {
+
+constexpr int kEmaThreads = 256;
+
+// The tensor that a block belongs to: the last whose first block is not above it.
+__device__ __forceinline__ int tensor_of_block(const EmaTensors& tensors, int block) {
+  int low = 0, high = tensors.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (tensors.first_block[middle] <= block) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// value + rate (source - value), each operation rounded: never contracted to a fused one, so that the CPU's kernel
+// (compiled with -ffp-contract=off) gets the same bits.
+__device__ __forceinline__ float average(float value, float source, float rate) {
+  return __fadd_rn(value, __fmul_rn(rate, source - value));
+}
+
+__device__ __forceinline__ double average(double value, double source, double rate) {
+  return __dadd_rn(value, __dmul_rn(rate, source - value));
+}
+
+template <EmaRounding kRounding, typename Teacher, typename Student, typename Math>
+struct Update {
+  Math rate;
+  RoundingKey key;
+
+  __device__ __forceinline__ void operator()(Teacher& teacher, Student student, Teacher& compensation,
+                                             int64_t element) const {
+    Math value = widen<Math>(teacher);
+    if constexpr (kRounding == EmaRounding::kCompensated) value += widen<Math>(compensation);
+    value = average(value, widen<Math>(student), rate);
+    if constexpr (kRounding == EmaRounding::kStochastic) {
+      const uint32_t random = random_bits(key, static_cast<uint64_t>(element));
+      const uint32_t bits = std::is_same_v<Teacher, __half> ? stochastic_float16(value, random)
+                                                            : stochastic_bfloat16(value, random);
+      teacher = narrow<Teacher>(__uint_as_float(bits));  // exact
+    } else {
+      teacher = narrow<Teacher>(value);
+      if constexpr (kRounding == EmaRounding::kCompensated) {
+        compensation = narrow<Teacher>(value - widen<Math>(teacher));
+      }
+    }
+  }
+};
+
+template <EmaRounding kRounding, typename Teacher, typename Student>
+__global__ void __launch_bounds__(kEmaThreads)
+    ema_kernel(const __grid_constant__ EmaTensors tensors, const double rate, const uint64_t seed) {
+  using Math = std::conditional_t<std::is_same_v<Teacher, double>, double, float>;
+  constexpr bool kCompensated = kRounding == EmaRounding::kCompensated;
+  constexpr int N = 16 / (sizeof(Teacher) < sizeof(Student) ? sizeof(Teacher) : sizeof(Student));
+  static_assert(kEmaBlockElements % N == 0);
+
+  const int block = blockIdx.x, i = tensor_of_block(tensors, block);
+  const int64_t start = kEmaBlockElements * (block - tensors.first_block[i]);
+  const int64_t length = min(kEmaBlockElements, tensors.numel[i] - start);
+  Teacher* teacher = static_cast<Teacher*>(tensors.teacher[i]) + start;
+  const Student* student = static_cast<const Student*>(tensors.student[i]) + start;
+  Teacher* compensation = kCompensated ? static_cast<Teacher*>(tensors.compensation[i]) + start : nullptr;
+  const Update<kRounding, Teacher, Student, Math> update{
+      static_cast<Math>(rate), rounding_key(seed, static_cast<uint32_t>(tensors.position[i]))};
+
+  const bool aligned = is_aligned(teacher) && is_aligned(student) && (!kCompensated || is_aligned(compensation));
+  const int64_t packs = aligned ? length / N : 0;
+  for (int64_t p = threadIdx.x; p < packs; p += kEmaThreads) {
+    const int64_t at = p * N;
+    auto t = load_pack<Teacher, N>(teacher + at);
+    const auto s = load_pack<Student, N>(student + at);
+    ElementPack<Teacher, N> c;
+    if constexpr (kCompensated) c = load_pack<Teacher, N>(compensation + at);
+#pragma unroll
+    for (int k = 0; k < N; ++k) update(t.v[k], s.v[k], c.v[k], start + at + k);
+    store_pack<Teacher, N>(teacher + at, t);
+    if constexpr (kCompensated) store_pack<Teacher, N>(compensation + at, c);
+  }
+  for (int64_t at = packs * N + threadIdx.x; at < length; at += kEmaThreads) {
+    Teacher unused{};
+    update(teacher[at], student[at], kCompensated ? compensation[at] : unused, start + at);
+  }
+}
+
+template <EmaRounding kRounding, typename Teacher, typename Student>
+void launch(const EmaTensors& tensors, double decay, uint64_t seed, cudaStream_t stream) {
+  static_assert(sizeof(EmaTensors) + sizeof(double) + sizeof(uint64_t) <= 4096, "the arguments of a launch");
+  const auto blocks = static_cast<unsigned>(tensors.first_block[tensors.count]);
+  ema_kernel<kRounding, Teacher, Student><<<blocks, kEmaThreads, 0, stream>>>(tensors, 1.0 - decay, seed);
+}
+
+}  // namespace
+
+cudaError_t launch_ema(const EmaTensors& tensors, Element teacher, Element student, EmaRounding rounding, double decay,
+                       uint64_t seed, cudaStream_t stream) {
+  dispatch(teacher, [&](auto t) {
+    dispatch(student, [&](auto s) {
+      using Teacher = decltype(t);
+      using Student = decltype(s);
+      if constexpr (sizeof(Teacher) > 2) {
+        launch<EmaRounding::kPlain, Teacher, Student>(tensors, decay, seed, stream);
+      } else if (rounding == EmaRounding::kCompensated) {
+        launch<EmaRounding::kCompensated, Teacher, Student>(tensors, decay, seed, stream);
+      } else {
+        launch<EmaRounding::kStochastic, Teacher, Student>(tensors, decay, seed, stream);
+      }
+    });
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace unisd::cuda

@@ -1,0 +1,54 @@
+// The operations `torch.ops.unisd.*`: every schema, in one place. Implementations register themselves for their device
+// (cpu/register.cpp, cuda/*.cu); fake ones for torch.compile are in unisd_kernels/_lib.py. Autograd stays in Python.
+//
+// Conventions. Tiles are float32 [rows, columns] with contiguous rows (any stride between rows) and arrive as
+// `product_scale * (h W^T + b)`; `tanh_scale` is c / tau with a soft cap c, else absent, and the logit is then
+// `tanh_scale * tanh(tile)`. Statistics are float32 [rows]. Ids are int64. Results go to arguments, so nothing here
+// allocates a tensor.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(unisd, m) {
+  // Merge a tile that may cover only part of the vocabulary (columns first_column and on) into the running statistics
+  // of its rows: log-sum-exp (initially -inf), the target's logit (where it lies in the tile), and the mean logit
+  // sum_j softmax_j z_j (initially 0).
+  m.def(
+      "tile_score_(Tensor tile, float? tanh_scale, Tensor? target_ids, int first_column, Tensor(a!) logsumexp, "
+      "Tensor(b!)? target_logits, Tensor(c!)? mean_logit) -> ()");
+  // Overwrite complete rows with d logsumexp / d (a x / tau).
+  m.def(
+      "tile_softmax_(Tensor(a!) tile, float? tanh_scale, Tensor target_ids, Tensor(b!) logsumexp, "
+      "Tensor(c!) target_logits) -> ()");
+  // Overwrite complete rows with the gradient of sum_n weight_n statistic_n with respect to a x / tau.
+  m.def(
+      "tile_logprob_gradient_(Tensor(a!) tile, float? tanh_scale, Tensor logsumexp, Tensor target_ids, "
+      "Tensor? logprob_weight, Tensor? logsumexp_weight, Tensor? entropy, Tensor? entropy_weight) -> ()");
+  // Statistics of complete rows into `statistics` [kDivergenceStatistics, rows] (statistics.h). With a soft cap the
+  // tiles are overwritten by their logits. With `teacher_is_delta` the second tile holds z_t - z_s.
+  m.def(
+      "tile_divergence_(Tensor(a!) student, Tensor(b!) teacher, float? student_tanh_scale, float? teacher_tanh_scale, "
+      "bool teacher_is_delta, Tensor? target_ids, float beta, bool want_entropy, Tensor(c!) statistics) -> ()");
+  // After tile_divergence_: overwrite the student's tile with the gradient of
+  // sum_n weight_n D_n + logprob_weight_n logp_n(y_n) with respect to a x / tau. No weight is a weight of one.
+  m.def(
+      "tile_divergence_gradient_(Tensor(a!) student, Tensor teacher, float? student_tanh_scale, bool teacher_is_delta, "
+      "Tensor? target_ids, float beta, Tensor statistics, Tensor? weight, Tensor? logprob_weight) -> ()");
+  // out[n] = scale[n] * rows[n], rounded once to out's dtype.
+  m.def("scale_rows(Tensor rows, Tensor scale, Tensor(a!) out) -> ()");
+  // teacher += (1 - decay) (student - teacher) over all tensors. 16-bit teachers: `compensation` (one tensor each) or
+  // `stochastic` rounding from `seed` (ema_rounding.h).
+  m.def(
+      "ema_update_(Tensor(a!)[] teacher, Tensor[] student, float decay, Tensor(b!)[] compensation, bool stochastic, "
+      "int seed) -> ()");
+
+  // The matrix products with their epilogue, CPU only.
+  // tile_score_ of scale * (hidden weight^T + bias), without the tile. Overwrites the statistics.
+  m.def(
+      "linear_score(Tensor hidden, Tensor weight, Tensor? bias, float scale, float? tanh_scale, Tensor target_ids, "
+      "Tensor(a!) logsumexp, Tensor(b!) target_logits, Tensor(c!)? mean_logit) -> ()");
+  // out [rows, V] = scale * (hidden weight^T + bias)
+  m.def("linear_logits(Tensor hidden, Tensor weight, Tensor? bias, float scale, Tensor(a!) out) -> ()");
+  // out [rows, H] = scale * gradient weight
+  m.def("linear_backward(Tensor gradient, Tensor weight, float scale, Tensor(a!) out) -> ()");
+  // exp, log, expm1 or tanh of a float32 tensor, as the kernels compute them; for their tests.
+  m.def("vector_math(str function, Tensor x, Tensor(a!) out) -> ()");
+}

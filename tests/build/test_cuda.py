@@ -1,0 +1,145 @@
+"""The CUDA library builds without a GPU, its kernels keep to the registers, and its operations register themselves."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from csrc import nvcc
+
+NVCC = nvcc.find_nvcc()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
+
+ARCHS = {"sm_80", "sm_90", "sm_100"}
+OPERATIONS = (
+    "ema_update_",
+    "scale_rows",
+    "tile_divergence_",
+    "tile_divergence_gradient_",
+    "tile_logprob_gradient_",
+    "tile_score_",
+    "tile_softmax_",
+)
+
+
+class Kernel(NamedTuple):
+    """What ptxas says of a kernel for one architecture; bytes but for the registers."""
+
+    name: str
+    arch: str
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    registers: int
+    shared: int
+
+
+def kernels(printed: str) -> list[Kernel]:
+    found = []
+    for entry in re.split(r"Compiling entry function ", printed)[1:]:
+        header = re.match(r"'(\S+)' for '(\w+)'", entry)
+        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        used = re.search(r"Used (\d+) registers", entry)
+        if header is None or frame is None or used is None:
+            pytest.fail(f"ptxas prints something else than before:\n{entry[:500]}")
+        shared = re.search(r"(\d+) bytes smem", entry)
+        numbers = (int(number) for number in (*frame.groups(), used[1], shared[1] if shared else 0))
+        found.append(Kernel(header[1], header[2], *numbers))
+    return found
+
+
+@pytest.fixture(scope="module")
+def target() -> nvcc.TorchTarget:
+    """That of the running torch, if it has what is linked."""
+    found = nvcc.torch_target()
+    if missing := [name for name in found.libraries if not (found.library_folder / f"lib{name}.so").exists()]:
+        pytest.skip(f"torch {torch.__version__} has no {missing}, which the CUDA library links before torch 2.13")
+    return found
+
+
+@pytest.fixture(scope="module")
+def built(target: nvcc.TorchTarget, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The library and what the compiler printed."""
+    library = tmp_path_factory.mktemp("cuda") / "_C_cuda.abi3.so"
+    return library, nvcc.build(library, sorted(int(arch[3:]) for arch in ARCHS), target)
+
+
+def test_compiles_without_warnings(built):
+    library, printed = built
+    assert library.exists()
+    assert "warning" not in printed
+
+
+def test_kernels_do_not_spill(built):
+    """Nor keep arrays in local memory; and static shared memory stays far below the 48 KiB that every launch has."""
+    found = kernels(built[1])
+    by_arch = {arch: {kernel.name for kernel in found if kernel.arch == arch} for arch in ARCHS}
+    # Names hold a hash of the source's path and options, the same for every architecture.
+    assert by_arch["sm_80"] == by_arch["sm_90"] == by_arch["sm_100"]
+    assert len(by_arch["sm_90"]) > 20
+    for kernel in found:
+        assert (kernel.stack, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0), kernel
+        # Two blocks of 512 threads at least on a multiprocessor with 65536 registers.
+        assert kernel.registers <= 64, kernel
+        assert kernel.shared < 48 * 1024, kernel
+
+
+def test_operations_register(built, target, tmp_path):
+    """In a fresh process, where only the schemas (csrc/ops.cpp) and this library are loaded."""
+    assert NVCC is not None
+    schemas, compiled = tmp_path / "schemas.so", tmp_path / "ops.o"
+    for command in (
+        nvcc.compile_command(NVCC, nvcc.CSRC / "ops.cpp", compiled, [90], target),
+        nvcc.link_command(NVCC, [compiled], schemas, target),
+    ):
+        subprocess.run(command, check=True, capture_output=True)
+    script = f"""
+import torch
+torch.ops.load_library({str(schemas)!r})
+torch.ops.load_library({str(built[0])!r})
+for name in {OPERATIONS!r}:
+    print(name, torch._C._dispatch_has_kernel_for_dispatch_key("unisd::" + name, "CUDA"))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[:-1] == [f"{name} True" for name in OPERATIONS]
+
+
+@pytest.mark.parametrize("version", [(2, 10), (2, 13)])
+def test_both_ways_to_the_stream_compile(version, tmp_path):
+    """stream.h differs by target; the library above covers only the one of the running torch."""
+    assert NVCC is not None
+    try:
+        target = nvcc.torch_target(version)
+    except ValueError as error:
+        pytest.skip(str(error))
+    source = nvcc.CSRC / "cuda" / "register_ema.cpp"
+    result = subprocess.run(
+        nvcc.compile_command(NVCC, source, tmp_path / "out.o", [90], target),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr
+
+
+def test_errors_say_what_is_wrong(target, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.cu"
+    broken.write_text("int main() { return undeclared_name; }\n")
+    monkeypatch.setattr(nvcc, "sources", lambda: [broken])
+    output = tmp_path / "never.so"
+    with pytest.raises(RuntimeError, match=r"(?s)nvcc failed.*broken\.cu.*undeclared_name"):
+        nvcc.build(output, [90], target)
+    assert not output.exists()
+    with pytest.raises(ValueError, match="at least one architecture"):
+        nvcc.build(output, [], target)
+    monkeypatch.setattr(nvcc, "find_nvcc", lambda: None)
+    with pytest.raises(FileNotFoundError, match="nvcc is not installed"):
+        nvcc.build(output, [90], target)

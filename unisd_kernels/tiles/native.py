@@ -1,0 +1,175 @@
+"""The C++ filling (csrc/cpu): float32 arithmetic, vectorized and threaded, with its own matrix products.
+
+The products read the weight where it lies, so small chunks cost no more than large ones, and scores never leave the
+first-level cache. Results are the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from unisd_kernels import _lib
+from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, RunningScores, SoftmaxRows
+from unisd_kernels.tiles.projection import Projection
+
+# The rows of `statistics` (csrc/statistics.h).
+_DIVERGENCE, _STUDENT_LOGPROB, _TEACHER_LOGPROB, _STUDENT_ENTROPY, _TEACHER_ENTROPY = range(5)
+_NUM_STATISTICS = 10
+
+# Rows of hidden states go through the product in panels of 48 with AVX-512, the last one lower by multiples of 16, and
+# of 16 with AVX2.
+_PANEL_STEP = 16
+# More rows in a chunk no longer make the products faster.
+_MOST_ROWS = 144
+
+
+class DivergenceState(NamedTuple):
+    """What `divergence_gradient` needs besides the student's tile, which holds its logits."""
+
+    teacher: torch.Tensor
+    teacher_is_difference: bool
+    tanh_scale: float | None
+    beta: float
+    statistics: torch.Tensor
+
+
+class NativeTiles:
+    """See `unisd_kernels.tiles.base.Tiles`."""
+
+    name = "native"
+    takes_difference = True
+    # A row of logits is often a multiple of 4096 bytes long, so that the same column of all rows falls into one set of
+    # the cache; one cache line more, and it does not.
+    row_padding = 16
+
+    def chunk_rows(self, num_rows: int, most: int) -> int:
+        if num_rows <= min(most, _MOST_ROWS):
+            return num_rows
+        rows = min(most, _MOST_ROWS)
+        return rows if rows < _PANEL_STEP else rows // _PANEL_STEP * _PANEL_STEP
+
+    def block_rows(self, num_columns: int, device: torch.device) -> None:
+        return None
+
+    def logits(self, projection: Projection, rows: slice, out: torch.Tensor) -> None:
+        _lib.operations().linear_logits(
+            _rows(projection.hidden[rows]),
+            _rows(projection.weight),
+            _bias(projection),
+            projection.transform.product_scale,
+            out,
+        )
+
+    def hidden_gradient(self, projection: Projection, gradient: torch.Tensor, out: torch.Tensor) -> None:
+        _lib.operations().linear_backward(gradient, _rows(projection.weight), projection.transform.gradient_scale, out)
+
+    def score(
+        self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
+    ) -> None:
+        transform = projection.transform
+        _lib.operations().linear_score(
+            _rows(projection.hidden[rows]),
+            _rows(projection.weight),
+            _bias(projection),
+            transform.product_scale,
+            transform.tanh_scale,
+            target_ids.contiguous(),
+            *running,
+        )
+
+    def softmax(self, tile: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor) -> SoftmaxRows:
+        result = SoftmaxRows(tile.new_empty(tile.shape[0]), tile.new_empty(tile.shape[0]))
+        _lib.operations().tile_softmax_(tile, transform.tanh_scale, target_ids.contiguous(), *result)
+        return result
+
+    def logprob_gradient(
+        self,
+        tile: torch.Tensor,
+        transform: LogitTransform,
+        logsumexp: torch.Tensor,
+        target_ids: torch.Tensor,
+        logprob_weight: torch.Tensor | None,
+        logsumexp_weight: torch.Tensor | None,
+        entropy: torch.Tensor | None,
+        entropy_weight: torch.Tensor | None,
+    ) -> None:
+        _lib.operations().tile_logprob_gradient_(
+            tile,
+            transform.tanh_scale,
+            logsumexp.contiguous(),
+            target_ids.contiguous(),
+            _contiguous(logprob_weight),
+            _contiguous(logsumexp_weight),
+            _contiguous(entropy),
+            _contiguous(entropy_weight),
+        )
+
+    def divergence(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        student_transform: LogitTransform,
+        teacher_transform: LogitTransform,
+        target_ids: torch.Tensor | None,
+        beta: float,
+        want_entropy: bool,
+        teacher_is_difference: bool = False,
+    ) -> tuple[DivergenceRows, DivergenceState]:
+        statistics = student.new_empty(_NUM_STATISTICS, student.shape[0])
+        _lib.operations().tile_divergence_(
+            student,
+            teacher,
+            student_transform.tanh_scale,
+            teacher_transform.tanh_scale,
+            teacher_is_difference,
+            _contiguous(target_ids),
+            beta,
+            want_entropy,
+            statistics,
+        )
+        with_targets, with_entropy = target_ids is not None, want_entropy
+        rows = DivergenceRows(
+            statistics[_DIVERGENCE],
+            statistics[_STUDENT_LOGPROB] if with_targets else None,
+            statistics[_TEACHER_LOGPROB] if with_targets else None,
+            statistics[_STUDENT_ENTROPY] if with_entropy else None,
+            statistics[_TEACHER_ENTROPY] if with_entropy else None,
+        )
+        return rows, DivergenceState(teacher, teacher_is_difference, student_transform.tanh_scale, beta, statistics)
+
+    def divergence_gradient(
+        self,
+        student: torch.Tensor,
+        state: DivergenceState,
+        target_ids: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        logprob_weight: torch.Tensor | None,
+    ) -> None:
+        _lib.operations().tile_divergence_gradient_(
+            student,
+            state.teacher,
+            state.tanh_scale,
+            state.teacher_is_difference,
+            _contiguous(target_ids),
+            state.beta,
+            state.statistics,
+            _contiguous(weight),
+            _contiguous(logprob_weight),
+        )
+
+
+def _contiguous(values: torch.Tensor | None) -> torch.Tensor | None:
+    return None if values is None else values.contiguous()
+
+
+def _rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The products want contiguous rows, at any distance; a transposed or expanded matrix is copied."""
+    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+        return matrix.contiguous()
+    return matrix
+
+
+def _bias(projection: Projection) -> torch.Tensor | None:
+    return None if projection.bias is None else projection.bias.to(torch.float32).contiguous()
