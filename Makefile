@@ -8,16 +8,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
+# The compiled library is part of the installation: rebuilt when a source changes.
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+
 # The other end of the window of TRL in pyproject.toml; constraints.txt has the newest.
 OLDEST_TRL := 1.15.0
 OLDEST_TRL_DIR := $(CURDIR)/$(VENV)/trl-$(OLDEST_TRL)
 
-.PHONY: demo test lint bench clean install
+.PHONY: demo test lint bench bench-cpu wheel clean install
 
 install: $(STAMP)
 
 # torch first and alone: a plain `pip install .` with build isolation, or a looser pin, may fetch another torch.
-$(STAMP): pyproject.toml setup.py constraints.txt Makefile
+$(STAMP): pyproject.toml setup.py constraints.txt Makefile $(CSRC)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (once; a few minutes)"
@@ -44,8 +47,19 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: bench-cpu
+
+# Against the bare matrix products, the dense formulas and TRL's kernels; then the moving average, and the digits of a
+# small divergence.
+bench-cpu: $(STAMP)
 	$(BIN)/python -m bench --case unisd_star_cpu
+	$(BIN)/python -m bench.ema
+	$(BIN)/python -m bench.numerics
+
+# One wheel for every Python >= 3.10 and torch >= 2.10 (docs/building.md).
+wheel: $(STAMP)
+	UNISD_BUILD=cpu $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
+	@ls dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .benchmarks runs

@@ -25,7 +25,8 @@ def check_number(name: str, value: float, *, low: float = -math.inf, high: float
     """Raise unless `value` is a finite number in [low, high] (or ]low, high] with `open_low`)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+    # Not math.isfinite: torch.compile may trace this with a symbol for the value.
+    if not -math.inf < value < math.inf or value < low or value > high or (open_low and value == low):
         if math.isinf(low) and math.isinf(high):
             wanted = "finite"
         elif math.isinf(high):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from unisd_kernels.heads import LMHead
+from unisd_kernels.spec import LossInputs, LossSpec
 
 
 def check_hidden(name: str, hidden: torch.Tensor, head: LMHead, head_name: str) -> None:
@@ -117,3 +118,42 @@ def autocast_operands(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor,
     dtype = torch.get_autocast_dtype(device_type)
     bias = None if head.bias is None else head.bias.to(dtype)
     return hidden.to(dtype), LMHead(head.weight.to(dtype), bias, head.logit_scale, head.softcap, head.vocab_size)
+
+
+def check_loss_inputs(inputs: LossInputs, spec: LossSpec) -> None:
+    """All of `unisd_loss`'s tensors: shapes, dtypes, devices, and on a CPU the values of ids and offsets."""
+    check_hidden("student_hidden", inputs.student_hidden, inputs.student_head, "student_head")
+    num_rows, device = inputs.num_rows, inputs.student_hidden.device
+    others: list[tuple[str, torch.Tensor, LMHead, str]] = [
+        ("teacher_hidden", inputs.teacher_hidden, inputs.teacher_head, "teacher_head")
+    ]
+    if inputs.negative_hidden is not None:
+        head_name = "teacher_head" if inputs.negative_head is None else "negative_head"
+        head = inputs.negative_head or inputs.teacher_head
+        others.append(("negative_hidden", inputs.negative_hidden, head, head_name))
+    for k, hidden in enumerate(inputs.auxiliary_hidden):
+        head_name = "teacher_head" if inputs.auxiliary_head is None else "auxiliary_head"
+        others.append((f"auxiliary_hidden[{k}]", hidden, inputs.auxiliary_head or inputs.teacher_head, head_name))
+    for name, hidden, head, head_name in others:
+        check_hidden(name, hidden, head, head_name)
+        check_same_rows(name, hidden, num_rows)
+        check_heads_match(inputs.student_head, head, head_name)
+        if hidden.device != device:
+            raise ValueError(f"{name} is on {hidden.device} but student_hidden is on {device}; move one of them")
+    check_target_ids(inputs.target_ids, num_rows, inputs.student_head.num_columns, device)
+    check_cu_seqlens(inputs.cu_seqlens, num_rows, device)
+    if spec.feature_weight > 0 and inputs.student_hidden.shape != inputs.teacher_hidden.shape:
+        raise ValueError(
+            f"feature matching compares hidden states of one width, got {tuple(inputs.student_hidden.shape)} and "
+            f"{tuple(inputs.teacher_hidden.shape)}; set feature_weight=0 for models of different width"
+        )
+    weights = inputs.token_weights
+    if weights is not None:
+        if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
+            raise TypeError("token_weights must be a floating-point torch.Tensor [N]")
+        if weights.shape != (num_rows,):
+            raise ValueError(f"token_weights must have shape [{num_rows}], got {tuple(weights.shape)}")
+        if weights.requires_grad:
+            raise ValueError("token_weights must not require a gradient (no gradient flows through weights); detach it")
+    if isinstance(inputs.num_items, (int, float)) and not inputs.num_items > 0:
+        raise ValueError(f"num_items must be > 0, got {inputs.num_items}")

@@ -2,29 +2,94 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_contents(tmp_path: Path):
-    source = tmp_path / "source"
-    for name in ("unisd_kernels", "unisd"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+def copy_source(target: Path) -> Path:
+    source = target / "source"
+    for name in ("unisd_kernels", "unisd", "csrc"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
+    return source
+
+
+def build_wheel(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    return subprocess.run(
+        [*command, str(copy_source(tmp_path))],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_the_wheel_has_the_library_and_fits_every_python(tmp_path: Path):
+    done = build_wheel(tmp_path, UNISD_BUILD="cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith("unisd_kernels-0.1.0-cp310-abi3-")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "unisd_kernels/_C.abi3.so" in archive.namelist()
+        archive.extractall(tmp_path / "installed")
+    script = (
+        "from unisd_kernels import _lib, available; import unisd_kernels; "
+        "print(unisd_kernels.__file__, _lib.cpu_isa(), available('cpu')['native'])"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+    )
+    assert loaded.stdout.startswith(str(tmp_path / "installed"))
+    assert loaded.stdout.endswith("True\n")
+
+
+def test_without_a_compiler_the_package_installs_and_says_what_is_lost(tmp_path: Path):
+    # A compiler that fails stands for none: it reaches further.
+    done = build_wheel(tmp_path, CXX="false", CC="false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the package works without its compiled library" in done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
+def test_a_build_that_was_asked_for_fails_without_a_compiler(tmp_path: Path):
+    done = build_wheel(tmp_path, UNISD_BUILD="cpu", CXX="false", CC="false")
+    assert done.returncode != 0
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_an_unknown_build_is_refused(tmp_path: Path):
+    done = build_wheel(tmp_path, UNISD_BUILD="gpu")
+    assert done.returncode != 0
+    assert "UNISD_BUILD must be none, cpu or cuda, or unset, got 'gpu'" in done.stdout + done.stderr
+
+
+def test_contents(tmp_path: Path):
+    done = build_wheel(tmp_path, UNISD_BUILD="none")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == "unisd_kernels-0.1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = next(name for name in names if name.endswith("METADATA"))
         text = archive.read(metadata).decode()
-    assert wheel.name.startswith("unisd_kernels-0.1.0-")
     for name in ("unisd_kernels/__init__.py", "unisd_kernels/py.typed", "unisd/trainer.py", "unisd/py.typed"):
         assert name in names
     assert any(name.endswith("LICENSE") for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from unisd.cli.doctor import self_test
 def test_doctor_passes_and_names_what_it_saw(capsys):
     assert main(["doctor", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
-    for expected in (torch.__version__, "implementations on cpu", "used by default", "all well"):
+    for expected in (torch.__version__, "implementations on cpu", "used by default", "all well", "loaded, runs with"):
         assert expected in output
 
 
@@ -31,6 +32,35 @@ def test_doctor_fails_on_wrong_numbers(monkeypatch, capsys):
     assert self_test("torch", torch.device("cpu")) > 1e-4
     assert main(["doctor", "--device", "cpu"]) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_doctor_names_the_instruction_set_and_the_reason_why_not(tmp_path):
+    script = "import sys; from unisd.cli import main; sys.exit(main(['doctor', '--device', 'cpu']))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "UNISD_CPU_ISA": "scalar"},
+    )
+    assert "loaded, runs with scalar" in done.stdout
+    assert "native     used by default" in done.stdout
+    hidden = "from pathlib import Path\nfrom unisd_kernels import _lib\n_lib._CPU_LIBRARY = Path('absent')\n" + script
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=True)
+    assert "not loaded: this installation was made without it" in done.stdout
+    assert "torch      used by default" in done.stdout
+
+
+def test_an_instruction_set_that_is_not_there_is_refused():
+    done = subprocess.run(
+        [sys.executable, "-c", "from unisd_kernels import available; available('cpu')"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "UNISD_CPU_ISA": "vliw"},
+    )
+    assert done.returncode == 1
+    assert "UNISD_CPU_ISA='vliw' is not an instruction set of this processor" in done.stderr
 
 
 def test_doctor_works_without_the_trainers_packages():

@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 import unisd_kernels
-from unisd_kernels import LMHead, available, explain, unisd_loss
+from unisd_kernels import LMHead, _lib, available, explain, unisd_loss
 
 _PACKAGES = (
     "unisd-kernels",
@@ -46,6 +46,11 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         print(f"  cuda           none (torch was built {built})")
+    print("\ncompiled libraries:")
+    reason = _lib.cpu_unavailable()
+    print("  cpu            " + (f"not loaded: {reason}" if reason else f"loaded, runs with {_lib.cpu_isa()}"))
+    reason = _lib.cuda_unavailable()
+    print("  cuda           " + (f"not loaded: {reason}" if reason else "loaded"))
     print("\n" + explain(device))
 
     print(f"\nself-test on {device}: UniSD* loss and gradient, float32 against the float64 reference")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.agreement import agreement_weights
 from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
 from unisd_kernels.reference.clipping import clip_cap_from_quantile
@@ -15,7 +16,7 @@ from unisd_kernels.reference.logprobs import statistics_dtype
 from unisd_kernels.results import UniSDLoss
 from unisd_kernels.spec import LossInputs, LossSpec
 from unisd_kernels.tiles import driver
-from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, Tiles
+from unisd_kernels.tiles.base import DivergenceRows, Tiles
 from unisd_kernels.tiles.projection import Projection
 
 # Feature matching widens this many bytes of hidden states at a time.
@@ -24,9 +25,8 @@ _FEATURE_CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that the autograd function needs besides the tensors it differentiates."""
+    """All that the walk over the logits needs besides the student."""
 
-    transform: LogitTransform
     teacher: Projection
     target_ids: torch.Tensor
     negative_logprobs: torch.Tensor | None
@@ -40,9 +40,48 @@ class _Plan:
 
 def fused_unisd_loss(inputs: LossInputs, spec: LossSpec, tiles: Tiles, workspace: int) -> UniSDLoss:
     """`unisd_loss` for checked inputs."""
+    student = (inputs.student_hidden, inputs.student_head.active_weight, inputs.student_head.active_bias)
+    wanted = driver.wanted_gradients(*student)
+    return UniSDLoss(*_UniSDLoss.apply(*student, inputs, spec, wanted, tiles, workspace))
+
+
+class _UniSDLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        inputs: LossInputs,
+        spec: LossSpec,
+        wanted: driver.Wanted,
+        tiles: Tiles,
+        workspace: int,
+    ) -> tuple[torch.Tensor | None, ...]:
+        result, gradients, unit = loss_and_gradients(inputs, spec, wanted, tiles, workspace)
+        ctx.mark_non_differentiable(*(value for value in result[1:] if value is not None))
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.save_for_backward(*gradients, unit)
+        return tuple(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 8
+        *gradients, unit = ctx.saved_tensors
+        return (*driver.Gradients(*gradients).scaled(upstream * unit, *ctx.dtypes), *(None,) * 5)
+
+
+@torch.no_grad()
+def loss_and_gradients(
+    inputs: LossInputs, spec: LossSpec, wanted: driver.Wanted, tiles: Tiles, workspace: int
+) -> tuple[UniSDLoss, driver.Gradients, torch.Tensor]:
+    """The loss with its statistics, and its gradients in units of a 0-dim scale (`_unit`), which comes third."""
     target_ids = inputs.target_ids.long()
 
-    def score(hidden: torch.Tensor, head: Any, temperature: float) -> torch.Tensor:
+    def score(hidden: torch.Tensor, head: LMHead, temperature: float) -> torch.Tensor:
         projection = Projection.of(hidden, head, temperature)
         return driver.score(projection, target_ids, tiles, workspace).logprobs
 
@@ -66,51 +105,56 @@ def fused_unisd_loss(inputs: LossInputs, spec: LossSpec, tiles: Tiles, workspace
         weights = weights * inputs.token_weights.to(dtype)
 
     divergence_scale, mean_scale = _row_scales(inputs, spec, weights)
-    student = (inputs.student_hidden, inputs.student_head.active_weight, inputs.student_head.active_bias)
+    student = Projection.of(inputs.student_hidden, inputs.student_head, spec.temperature)
     plan = _Plan(
-        LogitTransform.of(inputs.student_head, spec.temperature),
         Projection.of(inputs.teacher_hidden, inputs.teacher_head, spec.temperature),
         target_ids,
         negative,
         divergence_scale,
         mean_scale,
         spec,
-        driver.wanted_gradients(*student),
+        wanted,
         tiles,
         workspace,
     )
-    (
-        loss,
-        divergence_loss,
-        contrastive_loss,
-        feature_loss,
-        divergence,
-        clipped,
-        student_logprobs,
-        teacher_logprobs,
-        student_entropy,
-        teacher_entropy,
-        contrastive,
-        features,
-    ) = _UniSDLoss.apply(*student, plan)
-    return UniSDLoss(
+    rows, gradients, unit, clipped, contrastive = _divergence_and_contrastive(student, plan)
+
+    features = None
+    if spec.feature_weight > 0:
+        features = _feature_matching(student, plan, gradients.hidden, unit)
+    kept = rows.divergence
+    if clipped is not None:
+        kept = torch.where(clipped.mask, clipped.cap, kept)
+    zero = torch.zeros((), dtype=student.dtype, device=student.hidden.device)
+    divergence_loss = (divergence_scale * kept).sum()
+    contrastive_loss = zero if contrastive is None else (mean_scale * contrastive).sum()
+    feature_loss = zero.clone() if features is None else (mean_scale * features).sum()
+    loss = (
+        spec.divergence_weight * divergence_loss
+        + spec.contrastive_weight * contrastive_loss
+        + spec.feature_weight * feature_loss
+    )
+    assert rows.student_logprobs is not None
+    assert rows.teacher_logprobs is not None
+    result = UniSDLoss(
         loss=loss,
         divergence_loss=divergence_loss,
         contrastive_loss=contrastive_loss,
         feature_loss=feature_loss,
-        divergence=divergence,
-        clipped=clipped,
+        divergence=rows.divergence,
+        clipped=torch.zeros_like(rows.divergence, dtype=torch.bool) if clipped is None else clipped.mask,
         weights=weights,
-        student_logprobs=student_logprobs,
-        teacher_logprobs=teacher_logprobs,
-        student_entropy=student_entropy,
-        teacher_entropy=teacher_entropy,
+        student_logprobs=rows.student_logprobs,
+        teacher_logprobs=rows.teacher_logprobs,
+        student_entropy=rows.student_entropy,
+        teacher_entropy=rows.teacher_entropy,
         negative_logprobs=negative,
         contrastive=contrastive,
         feature_distance=features,
         auxiliary_logprobs=auxiliary,
         disagreement=spread,
     )
+    return result, gradients, unit
 
 
 def _row_scales(inputs: LossInputs, spec: LossSpec, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,58 +178,6 @@ def _row_scales(inputs: LossInputs, spec: LossSpec, weights: torch.Tensor) -> tu
         return divergence_scale, mean_scale
     share = local / inputs.num_items
     return divergence_scale * share, mean_scale * share
-
-
-class _UniSDLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: _Plan
-    ) -> tuple[torch.Tensor | None, ...]:
-        student = Projection(hidden, weight, bias, plan.transform).detach()
-        rows, gradients, unit, clipped, contrastive = _divergence_and_contrastive(student, plan)
-
-        spec = plan.spec
-        features = None
-        if spec.feature_weight > 0:
-            features = _feature_matching(student, plan, gradients.hidden, unit)
-        kept = rows.divergence
-        if clipped is not None:
-            kept = torch.where(clipped.mask, clipped.cap, kept)
-        zero = torch.zeros((), dtype=student.dtype, device=hidden.device)
-        divergence_loss = (plan.divergence_scale * kept).sum()
-        contrastive_loss = zero if contrastive is None else (plan.mean_scale * contrastive).sum()
-        feature_loss = zero.clone() if features is None else (plan.mean_scale * features).sum()
-        loss = (
-            spec.divergence_weight * divergence_loss
-            + spec.contrastive_weight * contrastive_loss
-            + spec.feature_weight * feature_loss
-        )
-        statistics = (
-            divergence_loss,
-            contrastive_loss,
-            feature_loss,
-            rows.divergence,
-            torch.zeros_like(rows.divergence, dtype=torch.bool) if clipped is None else clipped.mask,
-            rows.student_logprobs,
-            rows.teacher_logprobs,
-            rows.student_entropy,
-            rows.teacher_entropy,
-            contrastive,
-            features,
-        )
-        ctx.mark_non_differentiable(*(value for value in statistics if value is not None))
-        ctx.set_materialize_grads(False)
-        ctx.dtypes = (hidden.dtype, weight.dtype)
-        ctx.save_for_backward(*gradients, unit)
-        return (loss, *statistics)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * 4
-        *gradients, unit = ctx.saved_tensors
-        return (*driver.Gradients(*gradients).scaled(upstream * unit, *ctx.dtypes), None)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ import torch
 from unisd_kernels import reference
 from unisd_kernels.dispatch import resolve
 from unisd_kernels.heads import LMHead
+from unisd_kernels.ops.compiled_loss import compiled_unisd_loss
 from unisd_kernels.ops.fused_loss import fused_unisd_loss
 from unisd_kernels.results import UniSDLoss
 from unisd_kernels.spec import (
@@ -21,15 +23,7 @@ from unisd_kernels.spec import (
     WeightNormalization,
 )
 from unisd_kernels.tiles import driver
-from unisd_kernels.validation import (
-    autocast_operands,
-    check_cu_seqlens,
-    check_heads_match,
-    check_hidden,
-    check_same_rows,
-    check_target_ids,
-    check_workspace,
-)
+from unisd_kernels.validation import autocast_operands, check_loss_inputs, check_workspace
 
 
 def unisd_loss(
@@ -118,6 +112,9 @@ def unisd_loss(
 
     A NaN or infinity in the inputs gives a NaN loss; on a CPU a warning names the tensor.
 
+    Under `torch.compile` the call is one operator of the graph; arguments are then checked when it runs, and there are
+    no warnings.
+
     Source: docs/design.md; UniSD, arXiv 2605.06597.
     """
     spec = LossSpec(
@@ -150,8 +147,11 @@ def unisd_loss(
         token_weights=token_weights,
         num_items=num_items,
     )
-    _check(inputs, spec)
     check_workspace(workspace_bytes)
+    if torch.compiler.is_compiling() and (impl or os.environ.get("UNISD_IMPL")) != "reference":
+        workspace = workspace_bytes or driver.default_workspace_bytes(student_hidden.device)
+        return compiled_unisd_loss(_under_autocast(inputs), spec, impl, workspace)
+    check_loss_inputs(inputs, spec)
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
     if inputs.num_rows == 0:
         warnings.warn(
@@ -181,44 +181,6 @@ def _views(auxiliary_hidden: torch.Tensor | Sequence[torch.Tensor] | None) -> tu
             )
         return auxiliary_hidden.unbind(0)
     return tuple(auxiliary_hidden)
-
-
-def _check(inputs: LossInputs, spec: LossSpec) -> None:
-    check_hidden("student_hidden", inputs.student_hidden, inputs.student_head, "student_head")
-    num_rows, device = inputs.num_rows, inputs.student_hidden.device
-    others: list[tuple[str, torch.Tensor, LMHead, str]] = [
-        ("teacher_hidden", inputs.teacher_hidden, inputs.teacher_head, "teacher_head")
-    ]
-    if inputs.negative_hidden is not None:
-        head_name = "teacher_head" if inputs.negative_head is None else "negative_head"
-        head = inputs.negative_head or inputs.teacher_head
-        others.append(("negative_hidden", inputs.negative_hidden, head, head_name))
-    for k, hidden in enumerate(inputs.auxiliary_hidden):
-        head_name = "teacher_head" if inputs.auxiliary_head is None else "auxiliary_head"
-        others.append((f"auxiliary_hidden[{k}]", hidden, inputs.auxiliary_head or inputs.teacher_head, head_name))
-    for name, hidden, head, head_name in others:
-        check_hidden(name, hidden, head, head_name)
-        check_same_rows(name, hidden, num_rows)
-        check_heads_match(inputs.student_head, head, head_name)
-        if hidden.device != device:
-            raise ValueError(f"{name} is on {hidden.device} but student_hidden is on {device}; move one of them")
-    check_target_ids(inputs.target_ids, num_rows, inputs.student_head.num_columns, device)
-    check_cu_seqlens(inputs.cu_seqlens, num_rows, device)
-    if spec.feature_weight > 0 and inputs.student_hidden.shape != inputs.teacher_hidden.shape:
-        raise ValueError(
-            f"feature matching compares hidden states of one width, got {tuple(inputs.student_hidden.shape)} and "
-            f"{tuple(inputs.teacher_hidden.shape)}; set feature_weight=0 for models of different width"
-        )
-    weights = inputs.token_weights
-    if weights is not None:
-        if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
-            raise TypeError("token_weights must be a floating-point torch.Tensor [N]")
-        if weights.shape != (num_rows,):
-            raise ValueError(f"token_weights must have shape [{num_rows}], got {tuple(weights.shape)}")
-        if weights.requires_grad:
-            raise ValueError("token_weights must not require a gradient (no gradient flows through weights); detach it")
-    if isinstance(inputs.num_items, (int, float)) and not inputs.num_items > 0:
-        raise ValueError(f"num_items must be > 0, got {inputs.num_items}")
 
 
 def _under_autocast(inputs: LossInputs) -> LossInputs:

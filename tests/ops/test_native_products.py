@@ -1,0 +1,281 @@
+"""The CPU matrix products against float64, held to twice the error of torch.mm in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support import assert_accurate
+from unisd_kernels import _lib
+
+pytestmark = pytest.mark.skipif(_lib.cpu_unavailable() is not None, reason=f"no CPU library: {_lib.cpu_unavailable()}")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CANARY = -12345.0
+# Just above and below where blocks (64), pieces of work (512, 2048) and vectors (8, 16) end.
+COLUMNS = sorted({n + d for n in (8, 16, 48, 64, 96, 128, 512, 1024, 2048, 4096) for d in (-1, 0, 1)} | {1, 2, 5000})
+ROWS = [0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 47, 48, 49, 95, 96, 97, 144, 145, 150]
+WIDTHS = [1, 2, 3, 7, 15, 16, 17, 31, 33, 47, 48, 49, 63, 95, 97, 127, 128, 129, 191, 193, 200]
+
+
+def inside(values: torch.Tensor, above: int, left: int, right: int, fill: float) -> torch.Tensor:
+    """The same matrix as a part of a larger one whose other entries are `fill`."""
+    rows, columns = values.shape
+    whole = torch.full((above + rows + 1, left + columns + right), fill, dtype=values.dtype)
+    part = whole[above : above + rows, left : left + columns]
+    return part.copy_(values)
+
+
+def frame_is_untouched(part: torch.Tensor, fill: float) -> bool:
+    """Nothing but `part` differs from `fill` in the matrix it was cut from."""
+    assert part._base is not None
+    whole = part._base.clone()
+    whole.as_strided(part.shape, part.stride(), part.storage_offset()).fill_(fill)
+    return bool((whole == fill).all())
+
+
+@st.composite
+def operands(draw: st.DrawFn):
+    """hidden [N, H], weight [V, H], bias or None; in storage with NaN around them."""
+    rows = draw(st.one_of(st.sampled_from(ROWS), st.integers(0, 150)))
+    width = draw(st.one_of(st.sampled_from(WIDTHS), st.integers(1, 200)))
+    columns = draw(st.one_of(st.sampled_from(COLUMNS), st.integers(1, 5000)))
+    dtype = draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    hidden = torch.randn(rows, width, generator=generator).to(dtype)
+    weight = (torch.randn(columns, width, generator=generator) * (2.0 / width**0.5)).to(dtype)
+    # The first and the last columns matter to every sum.
+    weight[0] *= 3
+    weight[-1] *= 3
+    if draw(st.booleans()):
+        left, right = draw(st.tuples(st.integers(0, 5), st.integers(0, 40)))
+        hidden = inside(hidden, 1, left, right, torch.nan)
+        weight = inside(weight, 1, right, left, torch.nan)
+    bias = torch.randn(columns, generator=generator) if draw(st.booleans()) else None
+    scale = draw(st.sampled_from([1.0, 0.25, -1.5]))
+    return hidden, weight, bias, scale
+
+
+def logits_in(dtype, hidden, weight, bias, scale):
+    product = torch.mm(hidden.to(dtype), weight.to(dtype).T)
+    return scale * (product if bias is None else product + bias.to(dtype))
+
+
+def scores_in(dtype, hidden, weight, bias, scale, tanh_scale, ids):
+    z = logits_in(dtype, hidden, weight, bias, scale)
+    if tanh_scale is not None:
+        z = tanh_scale * torch.tanh(z)
+    logsumexp = z.logsumexp(-1)
+    mean = (z * (z - logsumexp.unsqueeze(-1)).exp()).sum(-1)
+    return logsumexp, z.gather(-1, ids.unsqueeze(-1)).squeeze(-1), mean
+
+
+def check_logits(hidden, weight, bias, scale, out) -> None:
+    _lib.operations().linear_logits(hidden, weight, bias, scale, out)
+    exact, native = (logits_in(dtype, hidden, weight, bias, scale) for dtype in (torch.float64, torch.float32))
+    assert_accurate("logits", out, exact, native)
+
+
+def check_score(hidden, weight, bias, scale, tanh_scale, ids, want_mean) -> None:
+    # Whatever was there before is overwritten.
+    ours = [torch.full((hidden.shape[0],), torch.nan) for _ in range(3 if want_mean else 2)]
+    _lib.operations().linear_score(
+        hidden, weight, bias, scale, tanh_scale, ids, ours[0], ours[1], ours[2] if want_mean else None
+    )
+    exact, native = (
+        scores_in(dtype, hidden, weight, bias, scale, tanh_scale, ids) for dtype in (torch.float64, torch.float32)
+    )
+    for name, *tensors in zip(("logsumexp", "target logit", "mean logit"), ours, exact, native):  # without the mean
+        assert_accurate(name, *tensors)
+
+
+def check_backward(gradient, weight, scale, out) -> None:
+    _lib.operations().linear_backward(gradient, weight, scale, out)
+    exact, native = (scale * torch.mm(gradient.to(d), weight.to(d)) for d in (torch.float64, torch.float32))
+    assert_accurate("hidden gradient", out, exact, native)
+
+
+@settings(max_examples=80)
+@given(operands(), st.integers(0, 5), st.integers(0, 40))
+def test_logits(given_operands, left, right):
+    hidden, weight, _, _ = given_operands
+    out = inside(torch.zeros(hidden.shape[0], weight.shape[0]), 2, left, right, CANARY)
+    check_logits(*given_operands, out)
+    assert frame_is_untouched(out, CANARY)
+
+
+@settings(max_examples=80)
+@given(operands(), st.sampled_from([None, 0.5, 30.0]), st.booleans(), st.data())
+def test_score(given_operands, tanh_scale, want_mean, data):
+    hidden, weight, _, _ = given_operands
+    columns = weight.shape[0]
+    edges = sorted({0, columns - 1, min(columns - 1, 63), min(columns - 1, 64), min(columns - 1, 2048)})
+    choice = data.draw(st.lists(st.sampled_from(edges), min_size=1, max_size=6))
+    ids = torch.tensor(choice).repeat(hidden.shape[0])[: hidden.shape[0]]
+    check_score(*given_operands, tanh_scale, ids, want_mean)
+
+
+@settings(max_examples=80)
+@given(operands(), st.integers(0, 5), st.integers(0, 40))
+def test_backward(given_operands, left, right):
+    hidden, weight, _, scale = given_operands
+    gradient = inside(torch.randn(hidden.shape[0], weight.shape[0]), 1, right, left, torch.nan)
+    out = inside(torch.zeros_like(hidden, dtype=torch.float32), 2, left, right, CANARY)
+    check_backward(gradient, weight, scale, out)
+    assert frame_is_untouched(out, CANARY)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_columns_near_the_end_of_a_block(columns, dtype):
+    hidden, weight = torch.randn(5, 11).to(dtype), torch.randn(columns, 11).to(dtype)
+    weight[-1] *= 3
+    bias, out = torch.randn(columns), inside(torch.zeros(5, columns), 1, 1, 3, CANARY)
+    check_logits(hidden, weight, bias, 1.0, out)
+    assert frame_is_untouched(out, CANARY)
+    check_score(hidden, weight, bias, 1.0, None, torch.tensor([0, columns - 1, columns // 2, 0, columns - 1]), True)
+    check_backward(torch.randn(5, columns), weight, 1.0, torch.empty(5, 11))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_near_the_end_of_a_panel(rows, dtype):
+    hidden, weight = torch.randn(rows, 130).to(dtype), (torch.randn(70, 130) / 5).to(dtype)
+    out = inside(torch.zeros(rows, 70), 1, 1, 3, CANARY)
+    check_logits(hidden, weight, None, 1.0, out)
+    assert frame_is_untouched(out, CANARY)
+    check_score(hidden, weight, None, 1.0, 3.0, torch.arange(rows) % 70, True)
+    back = inside(torch.zeros(rows, 130), 1, 1, 3, CANARY)
+    check_backward(torch.randn(rows, 70), weight, 0.5, back)
+    assert frame_is_untouched(back, CANARY)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_widths_near_the_end_of_a_panel(width):
+    hidden, weight = torch.randn(50, width), torch.randn(777, width)
+    check_logits(hidden, weight, None, 1.0, torch.empty(50, 777))
+    out = inside(torch.zeros(50, width), 1, 2, 3, CANARY)
+    check_backward(torch.randn(50, 777), weight, -0.5, out)
+    assert frame_is_untouched(out, CANARY)
+
+
+@pytest.mark.parametrize("columns", [8800, 8801, 9000, 8193, 8767])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_stores(columns, dtype):
+    """Large aligned tiles are written past the cache; the result is the same, and so is what lies around it."""
+    rows, width = 131, 9
+    hidden, weight, bias = (
+        torch.randn(rows, width).to(dtype),
+        torch.randn(columns, width).to(dtype),
+        torch.randn(columns),
+    )
+    stride = (columns + 15) // 16 * 16 + 16
+    whole = torch.full((rows + 2, stride), CANARY)
+    out = whole[1 : 1 + rows, :columns]
+    assert rows * stride >= 1 << 20
+    assert out.data_ptr() % 64 == 0
+    check_logits(hidden, weight, bias, 1.5, out)
+    assert frame_is_untouched(out, CANARY)
+    plain = inside(torch.zeros(rows, columns), 1, 1, 0, CANARY)
+    _lib.operations().linear_logits(hidden, weight, bias, 1.5, plain)
+    assert torch.equal(out, plain)
+
+
+def test_strides_that_skip_rows():
+    hidden, weight = torch.randn(40, 33), torch.randn(300, 33)
+    gradient, back, out = torch.randn(40, 150), torch.full((40, 33), CANARY), torch.full((40, 150), CANARY)
+    check_logits(hidden[::2], weight[::2], None, 1.0, out[::2])
+    check_backward(gradient[::2], weight[::2], 1.0, back[::2])
+    assert (out[1::2] == CANARY).all()
+    assert (back[1::2] == CANARY).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_in_its_row_and_column(dtype):
+    hidden, weight = torch.randn(50, 20).to(dtype), torch.randn(100, 20).to(dtype)
+    hidden[49, 3] = torch.nan
+    weight[99, 4] = torch.nan
+    out = torch.empty(50, 100)
+    _lib.operations().linear_logits(hidden, weight, None, 1.0, out)
+    expected = torch.zeros(50, 100, dtype=torch.bool)
+    expected[49] = expected[:, 99] = True
+    assert torch.equal(out.isnan(), expected)
+    # In a sum over the vocabulary it shows in every row; in one row of hidden states, only there.
+    scores = [torch.empty(50) for _ in range(3)]
+    ids = torch.zeros(50, dtype=torch.int64)
+    _lib.operations().linear_score(hidden, weight, None, 1.0, None, ids, *scores)
+    assert scores[0].isnan().all()
+    assert scores[2].isnan().all()
+    _lib.operations().linear_score(hidden, weight[:99], None, 1.0, None, ids, *scores)
+    for values in scores:
+        assert values.isnan().nonzero().flatten().tolist() == [49]
+
+
+def test_columns_masked_by_the_bias():
+    """A bias of -inf takes a column out of every sum, also a whole block, a whole piece, and the first ones."""
+    hidden, weight, bias = torch.randn(20, 8), torch.randn(5000, 8), torch.zeros(5000)
+    keep = torch.cat([torch.arange(2050, 2100), torch.arange(4990, 4995)])
+    bias.fill_(-torch.inf)[keep] = 0.0
+    ids = keep[torch.arange(20)]
+    ours = [torch.empty(20) for _ in range(3)]
+    _lib.operations().linear_score(hidden, weight, bias, 1.0, None, ids, *ours)
+    place = torch.arange(20)
+    exact, native = (
+        scores_in(dtype, hidden, weight[keep], None, 1.0, None, place) for dtype in (torch.float64, torch.float32)
+    )
+    for name, *tensors in zip(("logsumexp", "target logit", "mean logit"), ours, exact, native, strict=True):
+        assert_accurate(name, *tensors)
+
+
+def test_large_logits():
+    hidden, weight = torch.randn(20, 16) * 100, torch.randn(3000, 16) * 10
+    check_score(hidden, weight, None, 1.0, None, torch.arange(20), True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_number_is_widened_right(dtype):
+    """As the one element of a weight row: infinities, NaN and subnormal numbers included."""
+    values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    out = torch.empty(1, 1 << 16)
+    _lib.operations().linear_logits(torch.ones(1, 1, dtype=dtype), values.unsqueeze(1), None, 1.0, out)
+    torch.testing.assert_close(out[0], values.float(), rtol=0, atol=0, equal_nan=True)
+    _lib.operations().linear_logits(values.unsqueeze(1), torch.ones(1, 1, dtype=dtype), None, 1.0, out.view(-1, 1))
+    torch.testing.assert_close(out[0], values.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_bad_arguments():
+    ops = _lib.operations()
+    hidden, weight, out, back = torch.zeros(4, 6), torch.zeros(9, 6), torch.zeros(4, 9), torch.zeros(4, 6)
+    ids, rows = torch.zeros(4, dtype=torch.int64), [torch.zeros(4) for _ in range(3)]
+    cases = [
+        (r"weight must have shape \[V, 6\], got \[9, 5\]", "linear_logits", (hidden, weight[:, :5], None, 1.0, out)),
+        (r"hidden must have contiguous rows", "linear_logits", (torch.zeros(6, 4).T, weight, None, 1.0, out)),
+        (r"hidden must have two dimensions, got 1", "linear_logits", (torch.zeros(4), weight, None, 1.0, out)),
+        (r"got float64", "linear_logits", (hidden.double(), weight.double(), None, 1.0, out)),
+        (r"weight must be float32", "linear_logits", (hidden, weight.int(), None, 1.0, out)),
+        (r"out must have shape \[4, 9\]", "linear_logits", (hidden, weight, None, 1.0, torch.zeros(4, 8))),
+        (r"out must be float32", "linear_logits", (hidden, weight, None, 1.0, out.bfloat16())),
+        (r"out must have contiguous rows", "linear_logits", (hidden, weight, None, 1.0, torch.zeros(9, 4).T)),
+        (r"bias must be contiguous \[9\]", "linear_logits", (hidden, weight, torch.zeros(8), 1.0, out)),
+        (r"bias must be float32", "linear_logits", (hidden, weight, torch.zeros(9).half(), 1.0, out)),
+        (
+            r"target_ids must be in \[0, 9\), got 9 at",
+            "linear_score",
+            (hidden, weight, None, 1.0, None, ids + 9, *rows),
+        ),
+        (r"target_ids must be in \[0, 9\), got -1", "linear_score", (hidden, weight, None, 1.0, None, ids - 1, *rows)),
+        (r"target_ids has the wrong dtype", "linear_score", (hidden, weight, None, 1.0, None, ids.int(), *rows)),
+        (
+            r"logsumexp must have shape \[4\]",
+            "linear_score",
+            (hidden, weight, None, 1.0, None, ids, rows[0][:3], *rows[1:]),
+        ),
+        (r"gradient must have shape \[rows, 9\], got \[4, 8\]", "linear_backward", (out[:, :8], weight, 1.0, back)),
+        (r"out must have shape \[4, 6\]", "linear_backward", (out, weight, 1.0, back[:3])),
+        (r"gradient must be float32", "linear_backward", (out.half(), weight, 1.0, back)),
+    ]
+    for message, name, arguments in cases:
+        with pytest.raises(RuntimeError, match=message):
+            getattr(ops, name)(*arguments)

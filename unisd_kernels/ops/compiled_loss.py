@@ -1,0 +1,229 @@
+"""The loss as one opaque operator, for `torch.compile`: the compiler need not see the walk over chunks of logits, whose
+number depends on the batch, and the graph of the caller does not break.
+
+Eager calls do not come here. The operator computes loss and gradients as they do (`fused_loss.loss_and_gradients`);
+arguments are checked when it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from unisd_kernels.dispatch import resolve
+from unisd_kernels.heads import LMHead
+from unisd_kernels.ops.fused_loss import loss_and_gradients
+from unisd_kernels.reference.logprobs import statistics_dtype
+from unisd_kernels.results import UniSDLoss
+from unisd_kernels.spec import LossInputs, LossSpec
+from unisd_kernels.tiles import driver
+from unisd_kernels.validation import check_loss_inputs
+
+_SCALARS = 4  # loss and its three parts lead the fields of UniSDLoss
+
+
+def compiled_unisd_loss(inputs: LossInputs, spec: LossSpec, impl: str | None, workspace: int) -> UniSDLoss:
+    """`unisd_loss` inside a graph."""
+    student, teacher = inputs.student_head, inputs.teacher_head
+    auxiliary, negative = inputs.auxiliary_head or teacher, inputs.negative_head or teacher
+    wanted = driver.wanted_gradients(inputs.student_hidden, student.active_weight, student.active_bias)
+    num_items = inputs.num_items
+    heads = (student, teacher, auxiliary, negative)
+    flat = _loss_operator(
+        inputs.student_hidden,
+        student.active_weight,
+        student.active_bias,
+        inputs.teacher_hidden,
+        [head.active_weight.detach() for head in heads[1:]],
+        # No bias is an empty one here: a list has no place for None.
+        [head.weight.new_empty(0) if head.active_bias is None else head.active_bias.detach() for head in heads[1:]],
+        list(inputs.auxiliary_hidden),
+        inputs.negative_hidden,
+        inputs.target_ids,
+        inputs.cu_seqlens,
+        inputs.token_weights,
+        num_items if isinstance(num_items, torch.Tensor) else None,
+        None if num_items is None or isinstance(num_items, torch.Tensor) else float(num_items),
+        [float(head.logit_scale) for head in heads],
+        # Nor for no cap.
+        [float(head.softcap or 0.0) for head in heads],
+        float(spec.beta),
+        float(spec.temperature),
+        spec.clip_cap,
+        spec.clip_quantile,
+        spec.agreement,
+        spec.agreement_statistic,
+        float(spec.agreement_gamma),
+        spec.weight_normalization,
+        float(spec.contrastive_weight),
+        float(spec.contrastive_margin),
+        float(spec.feature_weight),
+        float(spec.divergence_weight),
+        spec.normalization,
+        spec.return_entropy,
+        [wanted.hidden, wanted.weight, wanted.bias],
+        impl,
+        workspace,
+    )
+    present = _present(len(inputs.auxiliary_hidden), inputs.negative_hidden, spec.feature_weight, spec.return_entropy)
+    loss, *statistics = (value if there else None for value, there in zip(flat, present))
+    return UniSDLoss(loss, *(None if value is None else value.detach() for value in statistics))  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("unisd::loss", mutates_args=())
+def _loss_operator(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    student_bias: torch.Tensor | None,
+    teacher_hidden: torch.Tensor,
+    other_weights: list[torch.Tensor],
+    other_biases: list[torch.Tensor],
+    auxiliary_hidden: list[torch.Tensor],
+    negative_hidden: torch.Tensor | None,
+    target_ids: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    token_weights: torch.Tensor | None,
+    num_items_tensor: torch.Tensor | None,
+    num_items: float | None,
+    logit_scales: list[float],
+    softcaps: list[float],
+    beta: float,
+    temperature: float,
+    clip_cap: float | None,
+    clip_quantile: float | None,
+    agreement: str,
+    agreement_statistic: str,
+    agreement_gamma: float,
+    weight_normalization: str | None,
+    contrastive_weight: float,
+    contrastive_margin: float,
+    feature_weight: float,
+    divergence_weight: float,
+    normalization: str,
+    return_entropy: bool,
+    wanted: list[bool],
+    impl: str | None,
+    workspace: int,
+) -> list[torch.Tensor]:
+    """The 16 fields of UniSDLoss, then the gradients of hidden states, weight and bias, and their unit; what is absent
+    is an empty tensor."""
+    student, teacher, auxiliary, negative = (
+        LMHead(weight, bias, scale, cap or None)
+        for weight, bias, scale, cap in zip(
+            [student_weight, *other_weights],
+            [student_bias, *(bias if bias.numel() else None for bias in other_biases)],
+            logit_scales,
+            softcaps,
+            strict=True,
+        )
+    )
+    inputs = LossInputs(
+        student_hidden,
+        student,
+        teacher_hidden,
+        teacher,
+        target_ids,
+        cu_seqlens,
+        tuple(auxiliary_hidden),
+        auxiliary,
+        negative_hidden,
+        negative,
+        token_weights,
+        num_items if num_items_tensor is None else num_items_tensor,
+    )
+    spec = LossSpec(
+        beta=beta,
+        temperature=temperature,
+        clip_cap=clip_cap,
+        clip_quantile=clip_quantile,
+        agreement=agreement,  # type: ignore[arg-type]
+        agreement_statistic=agreement_statistic,  # type: ignore[arg-type]
+        agreement_gamma=agreement_gamma,
+        weight_normalization=weight_normalization,  # type: ignore[arg-type]
+        contrastive_weight=contrastive_weight,
+        contrastive_margin=contrastive_margin,
+        feature_weight=feature_weight,
+        divergence_weight=divergence_weight,
+        normalization=normalization,  # type: ignore[arg-type]
+        return_entropy=return_entropy,
+    )
+    check_loss_inputs(inputs, spec)
+    implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
+    assert implementation.tiles is not None
+    result, gradients, unit = loss_and_gradients(
+        inputs, spec, driver.Wanted(*wanted), implementation.tiles(), workspace
+    )
+    # An operator's results own their memory; statistics may be rows of one tensor.
+    empty = unit.new_empty(0)
+    return [empty.clone() if value is None else value.clone() for value in (*result, *gradients, unit)]
+
+
+@_loss_operator.register_fake
+def _(  # type: ignore[no-untyped-def]
+    student_hidden,
+    student_weight,
+    student_bias,
+    teacher_hidden,
+    other_weights,
+    other_biases,
+    auxiliary_hidden,
+    negative_hidden,
+    target_ids,
+    cu_seqlens,
+    *rest,
+):
+    agreement, feature_weight, return_entropy, wanted = rest[9], rest[15], rest[18], rest[19]
+    num_rows = student_hidden.shape[0]
+    dtype = statistics_dtype(student_hidden.dtype)
+
+    def new(*shape, dtype=dtype):  # type: ignore[no-untyped-def]
+        return student_hidden.new_empty(shape, dtype=dtype)
+
+    present = _present(len(auxiliary_hidden), negative_hidden, feature_weight, return_entropy)
+    shapes: list[tuple[int, ...]] = [()] * _SCALARS + [(num_rows,)] * 10
+    shapes.append((len(auxiliary_hidden), num_rows))
+    shapes.append((num_rows if agreement == "token" else cu_seqlens.shape[0] - 1,))
+    fields = [new(*shape) if there else new(0) for shape, there in zip(shapes, present, strict=True)]
+    fields[UniSDLoss._fields.index("clipped")] = new(num_rows, dtype=torch.bool)
+    gradients = [
+        new(*like.shape) if is_wanted else new(0)
+        for like, is_wanted in zip((student_hidden, student_weight, student_bias), wanted, strict=True)
+    ]
+    return [*fields, *gradients, new()]
+
+
+def _present(num_auxiliary: int, negative: torch.Tensor | None, feature_weight: float, entropy: bool) -> list[bool]:
+    """Which fields of UniSDLoss are not None."""
+    optional = {
+        "student_entropy": entropy,
+        "teacher_entropy": entropy,
+        "negative_logprobs": negative is not None,
+        "contrastive": negative is not None,
+        "feature_distance": feature_weight > 0,
+        "auxiliary_logprobs": num_auxiliary > 0,
+        "disagreement": num_auxiliary > 0,
+    }
+    return [optional.get(name, True) for name in UniSDLoss._fields]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    ctx.num_inputs = len(inputs)
+    ctx.num_others = len(inputs[4])
+    ctx.num_auxiliary = len(inputs[6])
+    ctx.dtypes = (inputs[0].dtype, inputs[1].dtype)
+    ctx.wanted = inputs[29]
+    ctx.save_for_backward(*output[len(UniSDLoss._fields) :])
+
+
+def _backward(ctx: Any, upstream: list[torch.Tensor]) -> tuple[object, ...]:
+    *gradients, unit = ctx.saved_tensors
+    kept = driver.Gradients(*(value if there else None for value, there in zip(gradients, ctx.wanted, strict=True)))
+    found = kept.scaled(upstream[0] * unit, *ctx.dtypes)
+    rest: list[list[None] | None] = [None] * (ctx.num_inputs - 3)
+    # Lists of tensors take lists of gradients.
+    rest[1], rest[2], rest[3] = [None] * ctx.num_others, [None] * ctx.num_others, [None] * ctx.num_auxiliary
+    return (*found, *rest)
+
+
+_loss_operator.register_autograd(_backward, setup_context=_setup_context)
