@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -20,50 +18,12 @@ from typing import Any
 import torch
 
 from bench.cases import CASES, Case, Inputs, make_inputs
+from bench.environment import environment
 from bench.memory import extra_peak_bytes
 from bench.peers import PEERS, Step
 from bench.timing import interleaved_seconds, median_ratio
 
 FLOOR = "gemm floor"
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Machine and versions, to stand beside every figure."""
-    from importlib import metadata
-
-    versions = {}
-    for package in ("torch", "triton", "trl", "transformers", "unisd-kernels"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    commit = _output_of("git", "rev-parse", "--short", "HEAD")
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = models[0] if models else cpu
-    return {
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": commit,
-        "cpu": cpu,
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if device.type == "cuda"
-        else None,
-        "command": "python -m bench " + " ".join(sys.argv[1:]),
-    }
-
-
-def _output_of(*command: str) -> str | None:
-    """Standard output of a command; None if it is not there or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def measure_memory(case: str, peer: str, beta: float, device: str) -> int:
@@ -190,7 +150,7 @@ def main() -> None:
     peers = [FLOOR, *(name for name in arguments.peers if name != FLOOR)]
     rows = run(case, device, arguments.rounds, peers)
     print(table(case, rows))
-    surroundings = environment(device)
+    surroundings = environment(device, "python -m bench")
     print(f"\n{json.dumps(surroundings)}")
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ STABLE_TORCH_LIBRARY(unisd, m) {
   m.def(
       "tile_divergence_gradient_(Tensor(a!) student, Tensor teacher, float? student_tanh_scale, bool teacher_is_delta, "
       "Tensor? target_ids, float beta, Tensor statistics, Tensor? weight, Tensor? logprob_weight) -> ()");
-  // out[n] = scale[n] * rows[n], rounded once to out's dtype.
+  // out[n] = scale[n] * rows[n] in float32, then rounded to out's dtype.
   m.def("scale_rows(Tensor rows, Tensor scale, Tensor(a!) out) -> ()");
   // teacher += (1 - decay) (student - teacher) over all tensors. 16-bit teachers: `compensation` (one tensor each) or
   // `stochastic` rounding from `seed` (ema_rounding.h).

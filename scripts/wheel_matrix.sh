@@ -11,13 +11,16 @@
 # tests that has no package beside it. The last line on stdout is the summary; the exit status is 0 if all of it passed.
 # It needs up to 10 GiB in $TMPDIR, freed at the end.
 #
-#     WHEEL   the wheel to test (default: the only one in dist/)
-#     LOGS    where install.txt, doctor.txt and tests.txt are kept (default: nowhere)
+#     WHEEL         the wheel to test (default: the only one in dist/)
+#     LOGS          where install.txt, doctor.txt and tests.txt are kept (default: nowhere)
+#     ENVIRONMENT   where to make the environment and leave it; one that is there already with this torch is used
+#                   again, and only the wheel is installed anew
 set -euo pipefail
 [ $# -eq 2 ] || { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2; }
 root="$(cd "$(dirname "$0")/.." && pwd)"
 interpreter="$1"
 torch="torch==$2"
+torch_version="$2"
 if [[ $2 == *.whl ]]; then torch="$(realpath "$2")"; fi
 if [ -z "${WHEEL:-}" ]; then
     wheels=("$root"/dist/*.whl)
@@ -36,37 +39,38 @@ unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE PYTEST_ADDOPTS UNISD_CPU_ISA
 export PYTHONNOUSERSITE=1 OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" PIP_DISABLE_PIP_VERSION_CHECK=1
 
 fail() {
-    echo "python ${version:-$interpreter} torch ${torch_version:-$2}: $1" >&2
-    [ ! -e "$3" ] || tail -n 30 "$3" >&2
-    echo "python ${version:-$interpreter} torch ${torch_version:-$2}: $1"
+    tail -n 30 "$2" >&2
+    echo "python $version torch $torch_version: $1"
     exit 1
 }
 
-"$interpreter" -m venv "$temporary/venv"
-python="$temporary/venv/bin/python"
+environment="$(realpath -m "${ENVIRONMENT:-$temporary/venv}")"
+python="$environment/bin/python"
+[ -x "$python" ] || "$interpreter" -m venv "$environment"
 version="$("$python" -c 'import platform; print(platform.python_version())')"
 
-# Not with constraints.txt: some of its pins do not exist for every Python.
+# Without constraints.txt: some of its pins do not exist for every Python.
 {
-    "$python" -m pip install --no-compile "$torch" &&
+    "$python" -m pip uninstall -y unisd-kernels &&
+        "$python" -m pip install --no-compile "$torch" &&
         "$python" -m pip freeze >"$temporary/before.txt" &&
         "$python" -m pip install --no-compile "$WHEEL" &&
         "$python" -m pip freeze >"$temporary/after.txt" &&
         "$python" -m pip install --no-compile pytest hypothesis numpy &&
         "$python" -m pip check &&
         "$python" -m pip list
-} >"$logs/install.txt" 2>&1 || fail "could not be installed" "$2" "$logs/install.txt"
+} >"$logs/install.txt" 2>&1 || fail "could not be installed" "$logs/install.txt"
 torch_version="$("$python" -c 'from importlib import metadata; print(metadata.version("torch"))')"
 # The wheel asks for nothing that torch did not bring, and above all for no other torch.
 [ "$(comm -13 <(sort "$temporary/before.txt") <(sort "$temporary/after.txt") | grep -vc '^unisd')" -eq 0 ] ||
-    fail "the wheel changed what else is installed" "$2" "$logs/install.txt"
+    fail "the wheel changed what else is installed" "$logs/install.txt"
 
 mkdir "$temporary/source"
 cp -r "$root/tests" "$root/csrc" "$root/pyproject.toml" "$temporary/source"
 cd "$temporary/source"
 
 # Loads the compiled library: without it the tests of the CPU operations would only be skipped.
-"$python" - "$temporary/venv" >"$logs/library.txt" 2>&1 <<'CHECK' || fail "not the wheel's compiled library" "$2" "$logs/library.txt"
+"$python" - "$environment" >"$logs/library.txt" 2>&1 <<'CHECK' || fail "not the wheel's compiled library" "$logs/library.txt"
 import sys
 from pathlib import Path
 
@@ -81,10 +85,10 @@ CHECK
 isa="$(tail -n 1 "$logs/library.txt")"
 
 "$python" -c "import sys; from unisd.cli import main; sys.exit(main(['doctor', '--device', 'cpu']))" \
-    >"$logs/doctor.txt" 2>&1 || fail "unisd doctor failed" "$2" "$logs/doctor.txt"
+    >"$logs/doctor.txt" 2>&1 || fail "unisd doctor failed" "$logs/doctor.txt"
 
 status=0
 "$python" -m pytest tests/ops tests/reference -rs >"$logs/tests.txt" 2>&1 || status=$?
-counts="$(grep -E '(passed|failed|error)' "$logs/tests.txt" | tail -n 1 | sed 's/^=* *//; s/ *=*$//')"
-[ $status -eq 0 ] || fail "${counts:-pytest ended with $status}; doctor passed with $isa" "$2" "$logs/tests.txt"
+counts="$({ grep -E '(passed|failed|errors?) .*in ' "$logs/tests.txt" || true; } | tail -n 1 | sed 's/^=* *//; s/ *=*$//')"
+[ $status -eq 0 ] || fail "${counts:-pytest ended with $status}; doctor passed with $isa" "$logs/tests.txt"
 echo "python $version torch $torch_version: $counts; doctor passed with $isa"

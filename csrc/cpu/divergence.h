@@ -9,7 +9,7 @@
 //   p_t r - (p_t - p_s) = larger * (r > 0 ? A : B)                      summed: KL(p_t || p_s)
 //   (p_t - p_s) - p_s r = larger * (r > 0 ? B : A)                      summed: KL(p_s || p_t)
 //   with c = (r > 0 ? 1 - beta : beta) and l = log(1 + c E) = log(m / larger):
-//   X = c E - l,   Y = e^q (q - l) - (1 - c) E
+//   X = c E - l,   Y = e^q (q - l) - (1 - c) E = (1 - c) E^2 + e^q (X - A)
 //   p_s log(p_s / m) - p_s + m = larger * (r > 0 ? Y : X)               summed: KL(p_s || m)
 //   p_t log(p_t / m) - p_t + m = larger * (r > 0 ? X : Y)               summed: KL(p_t || m)
 #pragma once
@@ -105,8 +105,9 @@ inline Mixture make_mixture(const Pair& p, const MixtureScale& scale) {
   return mixture;
 }
 
+// In the second form, whose terms are all of second order.
 inline Vec term_y(const Pair& p, const Mixture& m) {
-  return p.ratio * (p.q - m.log_share) - m.other_share * p.e;
+  return fma(p.ratio, m.x - term_a(p), m.other_share * p.e * p.e);
 }
 
 inline Vec student_prob(const Pair& p) { return where_less(Vec::set(0.0f), p.r, p.larger * p.ratio, p.larger); }

@@ -312,14 +312,14 @@ inline void score(PackedRows hidden, Matrix weight, const float* bias, float sca
         Vec sum = Vec::load(sums + start + lane) * factor;
         Vec fresh = zero;
         if (want_mean) {
-          Vec dot = Vec::load(dots + start + lane) * factor;
+          Vec dot = zero;
           for (int64_t i = 0; i < columns; ++i) {
             const Vec z = Vec::load(column + i * height);
             const Vec e = exp(z - shift);
             fresh = fresh + e;
             dot = fma(e, max(lowest, z), dot);
           }
-          dot.store(dots + start + lane);
+          fma(Vec::load(dots + start + lane), factor, dot).store(dots + start + lane);
         } else {
           for (int64_t i = 0; i < columns; ++i) fresh = fresh + exp(Vec::load(column + i * height) - shift);
         }

@@ -114,6 +114,7 @@ void linear_backward(Tensor gradient, Tensor weight, double scale, Tensor out) {
                   gradient.size(1), "]");
   STD_TORCH_CHECK(out.size(0) == rows && out.size(1) == width, "out must have shape [", rows, ", ", width, "]");
   const int64_t stride = gradient.stride(0), out_stride = out.stride(0);
+  STD_TORCH_CHECK(length > 0 && width > 0, "weight must have at least one row and one column");
   if (rows == 0) return;
   // The sum over the vocabulary is cut into slices, so that a thread reads whole rows of the weight and its part of the
   // gradient once. With more threads than slices the hidden width is cut as well, which changes no sum.

@@ -10,7 +10,7 @@ namespace unisd {
 namespace UNISD_ISA {
 
 // Columns whose float partial sums are added up before they go into a double.
-constexpr int64_t kSumColumns = 1024;
+constexpr int64_t kSumColumns = Vec::width == 1 ? 128 : 1024;
 
 inline Vec capped(Vec x, const float* tanh_scale) {
   return tanh_scale == nullptr ? x : Vec::set(*tanh_scale) * tanh(x);

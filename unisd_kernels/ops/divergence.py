@@ -115,6 +115,7 @@ class _LinearDivergence(torch.autograd.Function):
         ctx.hidden_dtype = hidden.dtype
         if ctx.frozen_head:
             rows, gradients = driver.divergence(student, teacher, None, beta, tiles, workspace, wanted)
+            ctx.tiles = tiles
             ctx.save_for_backward(gradients.hidden)
         else:
             rows, _ = driver.divergence(student, teacher, None, beta, tiles, workspace)
@@ -127,7 +128,7 @@ class _LinearDivergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.frozen_head:
             (row_gradients,) = ctx.saved_tensors
-            return ((row_gradients * upstream.unsqueeze(-1)).to(ctx.hidden_dtype), *(None,) * 8)
+            return (ctx.tiles.scale_rows(row_gradients, upstream, ctx.hidden_dtype), *(None,) * 8)
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = ctx.saved_tensors
         transform, teacher_transform, beta, tiles, workspace = ctx.settings
 

@@ -100,6 +100,9 @@ class Tiles(Protocol):
         """Log-sum-exp, target logit and mean logit of some rows over the whole vocabulary, without holding more than
         `tile_bytes` of logits. `running` comes with its initial values."""
 
+    def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`scale_n rows_n`, rounded once to `dtype`; how upstream weights meet row gradients made in the forward."""
+
     def softmax(self, tile: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor) -> SoftmaxRows:
         """Overwrite complete rows with `p_j * d z_j / d (a x_j / tau)`, the gradient of their log-sum-exp with respect
         to `a x / tau`."""

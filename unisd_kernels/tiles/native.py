@@ -79,6 +79,11 @@ class NativeTiles:
             *running,
         )
 
+    def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        out = torch.empty(rows.shape, dtype=dtype)
+        _lib.operations().scale_rows(rows, scale.to(torch.float32).contiguous(), out)
+        return out
+
     def softmax(self, tile: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor) -> SoftmaxRows:
         result = SoftmaxRows(tile.new_empty(tile.shape[0]), tile.new_empty(tile.shape[0]))
         _lib.operations().tile_softmax_(tile, transform.tanh_scale, target_ids.contiguous(), *result)

@@ -102,6 +102,9 @@ class TorchTiles:
             total = shifted.exp_().sum(-1)
         return TileLogSumExp(highest.squeeze(-1) + total.log(), mean)
 
+    def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return (rows * scale.unsqueeze(-1)).to(dtype)
+
     def softmax(self, tile: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor) -> SoftmaxRows:
         logsumexp = self._log_sum_exp(tile, transform, want_mean=False).logsumexp
         target_logits = tile.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
