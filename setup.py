@@ -53,7 +53,7 @@ def cpu_extension(torch: Path) -> Extension:
         libraries=["torch_cpu"],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
         # No contraction: a * b + c is fused where the source says so and nowhere else.
-        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"],
         py_limited_api=True,
         language="c++",
     )

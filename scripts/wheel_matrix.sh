@@ -8,7 +8,9 @@
 # The first argument is an interpreter, the second a version of torch or the path of a torch wheel. Makes an environment
 # in a temporary folder, installs torch as pip resolves it (its CUDA packages too, where its wheel asks for them), then
 # the wheel, then pytest, hypothesis and numpy; runs `unisd doctor` and tests/ops and tests/reference from a copy of the
-# tests that has no package beside it. The last line on stdout is the summary; the exit status is 0 if all of it passed.
+# tests that has no package beside it (a test takes its problems from bench/, which is copied too). The last line on
+# stdout is the summary; the exit status is 0 if all of it passed.
+#
 # It needs up to 10 GiB in $TMPDIR, freed at the end.
 #
 #     WHEEL         the wheel to test (default: the only one in dist/)
@@ -66,7 +68,7 @@ torch_version="$("$python" -c 'from importlib import metadata; print(metadata.ve
     fail "the wheel changed what else is installed" "$logs/install.txt"
 
 mkdir "$temporary/source"
-cp -r "$root/tests" "$root/csrc" "$root/pyproject.toml" "$temporary/source"
+cp -r "$root/tests" "$root/bench" "$root/csrc" "$root/pyproject.toml" "$temporary/source"
 cd "$temporary/source"
 
 # Loads the compiled library: without it the tests of the CPU operations would only be skipped.
@@ -89,6 +91,6 @@ isa="$(tail -n 1 "$logs/library.txt")"
 
 status=0
 "$python" -m pytest tests/ops tests/reference -rs >"$logs/tests.txt" 2>&1 || status=$?
-counts="$({ grep -E '(passed|failed|errors?) .*in ' "$logs/tests.txt" || true; } | tail -n 1 | sed 's/^=* *//; s/ *=*$//')"
+counts="$({ grep -E '(passed|failed|errors?)[ ,].*in [0-9]' "$logs/tests.txt" || true; } | tail -n 1 | sed 's/^=* *//; s/ *=*$//')"
 [ $status -eq 0 ] || fail "${counts:-pytest ended with $status}; doctor passed with $isa" "$logs/tests.txt"
 echo "python $version torch $torch_version: $counts; doctor passed with $isa"

@@ -43,7 +43,10 @@ def test_a_peft_model_is_compared_with_its_base(lora_model: Any, tokenizer: Any)
     base = copy.deepcopy(lora_model).unload()
     scores = evaluate_retention(lora_model, tokenizer, probe=PROBE)
     assert scores.kl > 1e-3
-    assert scores == evaluate_retention(lora_model, tokenizer, base_model=base, probe=PROBE)
+    copied = evaluate_retention(lora_model, tokenizer, base_model=base, probe=PROBE)
+    # Not to the last bit: with its own base the model shares one head, which is scored more exactly.
+    assert scores.kl == pytest.approx(copied.kl, rel=1e-5)
+    assert scores.kl_by_prompt == pytest.approx(copied.kl_by_prompt, rel=1e-4)
     # The adapter is on again afterwards.
     ids = torch.tensor([[5, 6, 7]])
     assert not torch.allclose(lora_model(ids).logits, base(ids).logits)
