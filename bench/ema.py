@@ -23,6 +23,9 @@ DECAY, STEPS = 0.999, 1000
 SHAPES = [(49152, 576)] + [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 28
 SHAPES += [(576,)] * (200 - len(SHAPES))
 
+# Weights whose error is followed.
+FOLLOWED = (200, 2000)
+
 
 def tensors(dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -76,8 +79,8 @@ def time_updates(rounds: int) -> list[dict]:
 def follow() -> list[dict]:
     """Error after `STEPS` updates towards a student that walks away from where both began."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(200, 2000, generator=generator).mul_(0.05).bfloat16()
-    pace = torch.randn(200, 2000, generator=generator).mul_(2e-5)
+    start = torch.randn(FOLLOWED, generator=generator).mul_(0.05).bfloat16()
+    pace = torch.randn(FOLLOWED, generator=generator).mul_(2e-5)
     exact = start.double()
     teachers = {
         "naive bfloat16": [start.clone()],

@@ -59,3 +59,37 @@ def test_command_writes_samples_and_surroundings(tmp_path):
     assert result["environment"]["versions"]["torch"] == torch.__version__
     assert "--case smoke" in result["environment"]["command"]
     assert all(len(row["samples_seconds"]) == 2 for row in result["rows"])
+
+
+def test_moving_average_command(monkeypatch, capsys, tmp_path):
+    from bench import ema
+
+    monkeypatch.setattr(ema, "SHAPES", [(7, 5), (3,)])
+    monkeypatch.setattr(ema, "FOLLOWED", (20, 200))
+    monkeypatch.setattr(sys, "argv", ["bench.ema", "--rounds", "1", "--output", str(tmp_path / "ema.json")])
+    ema.main()
+    written = json.loads((tmp_path / "ema.json").read_text())
+    errors = {row["teacher"]: row for row in written["errors"]}
+    # What the command is for: plain bfloat16 stalls, ours do not.
+    assert errors["naive bfloat16"]["progress"] < 0.5
+    for name in ("compensation", "stochastic", "float32 shadow"):
+        assert abs(errors[name]["progress"] - 1) < 0.02
+    assert all(row["samples_seconds"] for row in written["times"])
+    assert "| compensation |" in capsys.readouterr().out
+
+
+def test_numerics_command(monkeypatch, capsys, tmp_path):
+    from bench import numerics
+
+    for name, value in (("ROWS", 4), ("WIDTH", 32), ("COLUMNS", 1000), ("TARGETS", (1e-1, 1e-5))):
+        monkeypatch.setattr(numerics, name, value)
+    monkeypatch.setattr(sys, "argv", ["bench.numerics", "--output", str(tmp_path / "numerics.json")])
+    numerics.main()
+    rows = json.loads((tmp_path / "numerics.json").read_text())["rows"]
+    assert len(rows) == 2 * 3 * 4
+    for row in rows:
+        if "difference form" in row["contender"]:
+            assert row["largest"] < 1e-3
+        if row["contender"] == "bfloat16 logits" and row["mean"] < 1e-4:
+            assert row["largest"] > 1e-2
+    assert "| forward KL |" in capsys.readouterr().out
