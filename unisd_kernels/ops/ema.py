@@ -34,13 +34,17 @@ def ema_update_(
       (no extra memory; seeded through `generator`, whose state belongs in a checkpoint).
     - a 16-bit teacher with neither is refused.
 
+    With the compiled library (`unisd_kernels.explain()`; on CUDA only if it was built) all contiguous tensors are
+    updated in one pass that reads the student in its own dtype, and stochastic rounding gives the same bits for any
+    number of threads. Without it PyTorch operations do the same, with other random draws.
+
     Args:
         teacher: parameters or buffers to update.
         student: as many, of the same shapes; any floating dtype.
         decay: in [0, 1].
         rounding: None or "stochastic".
         compensation: as many tensors as the teacher, same shapes and dtypes, initially zero; updated in place.
-        generator: for stochastic rounding, on the teacher's device.
+        generator: for stochastic rounding, on the teacher's device; None for torch's default one.
 
     Raises:
         ValueError, TypeError: counts, shapes or dtypes that do not fit; a 16-bit teacher that would stall.

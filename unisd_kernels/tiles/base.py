@@ -82,8 +82,9 @@ class Tiles(Protocol):
     # Elements left free behind each row of a buffer.
     row_padding: int
 
-    def chunk_rows(self, num_rows: int, most: int) -> int:
-        """How many rows to take as a chunk: at most `most`, which is at least one."""
+    def chunk_rows(self, num_rows: int, most: int, weight_gradient: bool) -> int:
+        """How many rows to take as a chunk: at most `most`, which is at least one. With a weight gradient each chunk
+        reads and writes all of it."""
 
     def block_rows(self, num_columns: int, device: torch.device) -> int | None:
         """How many rows of a chunk to hand over at a time (cache blocking), or None for the whole chunk."""

@@ -121,7 +121,13 @@ def default_workspace_bytes(device: torch.device) -> int:
 
 
 def chunk_rows(
-    tiles: Tiles, num_rows: int, num_columns: int, dtype: torch.dtype, workspace_bytes: int, buffers: int
+    tiles: Tiles,
+    num_rows: int,
+    num_columns: int,
+    dtype: torch.dtype,
+    workspace_bytes: int,
+    buffers: int,
+    weight_gradient: bool = False,
 ) -> int:
     """Rows of a chunk such that `buffers` tiles of complete rows fit the workspace.
 
@@ -135,7 +141,7 @@ def chunk_rows(
             f"workspace_bytes={workspace_bytes} is too small: one row of {buffers} x {num_columns} logits takes "
             f"{row_bytes} bytes. Give at least that, better 64 times as much"
         )
-    return max(1, tiles.chunk_rows(num_rows, most))
+    return max(1, tiles.chunk_rows(num_rows, most, weight_gradient))
 
 
 def _row_stride(tiles: Tiles, num_columns: int) -> int:
@@ -226,7 +232,7 @@ def logprob_gradients(
     def part(values: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
         return None if values is None else values[rows]
 
-    step = chunk_rows(tiles, num_rows, projection.num_columns, projection.dtype, workspace_bytes, 1)
+    step = chunk_rows(tiles, num_rows, projection.num_columns, projection.dtype, workspace_bytes, 1, wanted.weight)
     buffer = _buffer(tiles, step, projection.num_columns, projection)
     for rows in _spans(num_rows, step):
         tile = buffer[: rows.stop - rows.start]
@@ -280,7 +286,7 @@ def divergence(
     results = {name: torch.zeros(num_rows, dtype=dtype, device=device) for name in names}
 
     if num_rows:
-        step = chunk_rows(tiles, num_rows, num_columns, dtype, workspace_bytes, 2)
+        step = chunk_rows(tiles, num_rows, num_columns, dtype, workspace_bytes, 2, wanted.weight)
         block_rows = tiles.block_rows(num_columns, device)
         buffer = _buffer(tiles, 2 * step, num_columns, student)
         as_difference = tiles.takes_difference and student.logits_differ_linearly(teacher)

@@ -21,7 +21,7 @@ _NUM_STATISTICS = 10
 # Rows of hidden states go through the product in panels of 48 with AVX-512, the last one lower by multiples of 16, and
 # of 16 with AVX2.
 _PANEL_STEP = 16
-# More rows in a chunk no longer make the products faster.
+# More rows in a chunk make our products no faster.
 _MOST_ROWS = 144
 
 
@@ -44,10 +44,10 @@ class NativeTiles:
     # the cache; one cache line more, and it does not.
     row_padding = 16
 
-    def chunk_rows(self, num_rows: int, most: int) -> int:
-        if num_rows <= min(most, _MOST_ROWS):
+    def chunk_rows(self, num_rows: int, most: int, weight_gradient: bool) -> int:
+        rows = most if weight_gradient else min(most, _MOST_ROWS)
+        if num_rows <= rows:
             return num_rows
-        rows = min(most, _MOST_ROWS)
         return rows if rows < _PANEL_STEP else rows // _PANEL_STEP * _PANEL_STEP
 
     def block_rows(self, num_columns: int, device: torch.device) -> None:

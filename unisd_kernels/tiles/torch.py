@@ -44,7 +44,7 @@ class TorchTiles:
     takes_difference = False
     row_padding = 0
 
-    def chunk_rows(self, num_rows: int, most: int) -> int:
+    def chunk_rows(self, num_rows: int, most: int, weight_gradient: bool) -> int:
         # Equally large ones.
         return num_rows if num_rows <= most else -(-num_rows // -(-num_rows // most))
 
