@@ -70,3 +70,31 @@ def test_figures_are_those_of_the_result_files():
             f"| {run['retention']['kl']:.3f} nats a token | {run['minutes']:.1f} |"
         )
         assert line in text
+
+
+def test_the_smaller_tables_are_those_of_the_result_files():
+    text = (ROOT / "README.md").read_text()
+
+    def result(name):
+        return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+
+    for name in ("cpu_qwen2.5-0.5b", "cpu_gemma3-270m"):
+        for row in result(name)["rows"]:
+            if row["peer"] == "unisd_kernels":
+                memory = f"{row['extra_peak_bytes'] / 1e6:.0f} MB"
+                assert f"| {row['divergence']} | {row['ratio_to_floor']:.2f} | {memory} |" in text
+    rows = [row for row in result("numerics_cpu")["rows"] if row["divergence"] == "forward KL"]
+    for start in range(0, len(rows), 4):
+        group = rows[start : start + 4]
+        cells = " | ".join(f"{row['largest']:.0e}" for row in group)
+        assert f"| {group[0]['mean']:.0e} | {cells} |" in text
+    average = result("ema_cpu")
+    progress = {row["teacher"]: row["progress"] for row in average["errors"]}
+    ratios = {row["update"]: row["ratio"] for row in average["times"]}
+    for update, teacher in (
+        ("bfloat16 teacher: _foreach_lerp_ (stalls)", "naive bfloat16"),
+        ("bfloat16 teacher: ema_update_, compensation", "compensation"),
+        ("bfloat16 teacher: ema_update_, stochastic", "stochastic"),
+        ("float32 teacher, float32 student: ema_update_", "float32 shadow"),
+    ):
+        assert f"| {ratios[update]:.2f} | {progress[teacher]:.2f} |" in text
