@@ -58,7 +58,8 @@ UNISD_HOST_DEVICE static inline uint32_t float_bits(float value) {
 
 // A draw that rounds to infinity, which no finite value should: then the nearest decides, which is infinity only for
 // magnitudes from `overflow` (half a unit above `largest`) on.
-UNISD_HOST_DEVICE static inline uint32_t bounded(uint32_t rounded, uint32_t magnitude, uint32_t largest, uint32_t overflow) {
+UNISD_HOST_DEVICE static inline uint32_t bounded(uint32_t rounded, uint32_t magnitude, uint32_t largest,
+                                                  uint32_t overflow) {
   if (rounded <= largest) return rounded;
   return magnitude < overflow ? largest : 0x7f800000u;
 }

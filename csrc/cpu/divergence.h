@@ -1,8 +1,8 @@
 // Divergence of two complete rows, and its gradient.
 //
 // With r = log p_t - log p_s, q = -|r| and `larger` the larger of the two probabilities, every term is `larger` times a
-// bounded function of q: nothing overflows, and nothing is NaN where both probabilities underflow. To each term is added
-// one that sums to zero over the vocabulary (a multiple of p_s - p_t), which makes all terms non-negative and of second
+// bounded function of q: nothing overflows, and nothing is NaN where both probabilities underflow. To each term is
+// added one that sums to zero over the vocabulary (a multiple of p_s - p_t), which makes all terms non-negative and of second
 // order in r: a small D keeps its digits, and the rounding of the two log-sum-exps cancels to first order.
 //
 //   E(q) = e^q - 1,   A(q) = E - q >= 0,   B(q) = q e^q - E >= 0
@@ -86,7 +86,8 @@ struct Mixture {
 
 struct MixtureScale {
   Vec beta, other;  // beta and 1 - beta, each rounded once
-  explicit MixtureScale(double b) : beta(Vec::set(static_cast<float>(b))), other(Vec::set(static_cast<float>(1.0 - b))) {}
+  explicit MixtureScale(double b)
+      : beta(Vec::set(static_cast<float>(b))), other(Vec::set(static_cast<float>(1.0 - b))) {}
 };
 
 inline Mixture make_mixture(const Pair& p, const MixtureScale& scale) {
@@ -150,7 +151,9 @@ inline DivergenceSums sum_divergence(const DivergenceTile& tile, const float* st
     };
     for_each_vector(
         length, [&](int64_t i) UNISD_INLINE { add(Vec::load(s + i), Vec::load(t + i)); },
-        [&](int64_t i, int n) UNISD_INLINE { add(Vec::load_part(s + i, n, -kInfinity), Vec::load_part(t + i, n, fill)); });
+        [&](int64_t i, int n) UNISD_INLINE {
+          add(Vec::load_part(s + i, n, -kInfinity), Vec::load_part(t + i, n, fill));
+        });
     total.first += sum_of_lanes(first);
     total.second += sum_of_lanes(second);
     total.student_entropy += sum_of_lanes(student_entropy);
@@ -167,8 +170,8 @@ inline float largest_magnitude(const float* x, int64_t columns) {
   return max_of_lanes(largest);
 }
 
-// L = log sum_j p_s(j) e^delta(j). By expm1 where every delta is small, which keeps the digits of a small L; else by the
-// log-sum-exp of z_s + delta. (D is insensitive to L to first order, its gradient is not.)
+// L = log sum_j p_s(j) e^delta(j). By expm1 where every delta is small, which keeps the digits of a small L; else by
+// the log-sum-exp of z_s + delta. (D is insensitive to L to first order, its gradient is not.)
 inline float log_mean_exp_delta(const float* student, const float* delta, int64_t columns, float max_logit,
                                 float log_sum) {
   if (largest_magnitude(delta, columns) <= 1.0f) {
@@ -295,7 +298,8 @@ inline void write_gradient(const DivergenceTile& tile, int64_t n) {
   };
   const float fill = tile.teacher_is_delta ? 0.0f : -kInfinity;
   for_each_vector(
-      tile.columns, [&](int64_t i) UNISD_INLINE { gradient(Vec::load(student + i), Vec::load(teacher + i)).store(student + i); },
+      tile.columns,
+      [&](int64_t i) UNISD_INLINE { gradient(Vec::load(student + i), Vec::load(teacher + i)).store(student + i); },
       [&](int64_t i, int k) UNISD_INLINE {
         gradient(Vec::load_part(student + i, k, -kInfinity), Vec::load_part(teacher + i, k, fill))
             .store_part(student + i, k);

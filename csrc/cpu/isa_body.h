@@ -15,7 +15,9 @@ template <Vec (*function)(Vec)>
 void map(const float* x, int64_t n, float* out) {
   for_each_vector(
       n, [&](int64_t i) UNISD_INLINE { function(Vec::load(x + i)).store(out + i); },
-      [&](int64_t i, int lanes) UNISD_INLINE { function(Vec::load_part(x + i, lanes, 1.0f)).store_part(out + i, lanes); });
+      [&](int64_t i, int lanes) UNISD_INLINE {
+        function(Vec::load_part(x + i, lanes, 1.0f)).store_part(out + i, lanes);
+      });
 }
 
 }  // namespace

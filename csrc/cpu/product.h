@@ -1,7 +1,7 @@
 // Matrix products with a head's weight, float32 accumulation, and what is fused to them.
 //
 // A library product packs the weight at every call. For a chunk of a hundred rows, all that a memory bound leaves
-// room for at a vocabulary of 150k, packing costs as much as multiplying. Here the weight is read where it lies, once a
+// room for at a vocabulary of 150k, packing is a large part of the work. Here the weight is read where it lies, once a
 // chunk: its elements are broadcast against vectors of hidden states that were transposed beforehand (logits, scores),
 // or its rows are the vectors and the gradient's elements are broadcast (backward).
 #pragma once
@@ -42,9 +42,8 @@ constexpr int64_t kStreamedFloats = 1 << 20;
 
 // c[i][j] (+)= sum_k a[k][j] b[i][k] for i < count and j in the vectors of a.
 template <int vectors, int count>
-inline UNISD_INLINE void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                                                    int64_t length, bool accumulate, float* c, int64_t c_stride,
-                                                    const float* prefetch) {
+inline UNISD_INLINE void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t length,
+                                  bool accumulate, float* c, int64_t c_stride, const float* prefetch) {
   Vec sum[count][vectors];
   UNISD_UNROLL
   for (int i = 0; i < count; ++i) {

@@ -64,8 +64,8 @@ Operands operands(const Tensor& hidden, const Tensor& weight, const std::optiona
 void linear_logits(Tensor hidden, Tensor weight, std::optional<Tensor> bias, double scale, Tensor out) {
   float* target = tile_data(out, "out");
   const int64_t columns = weight.size(0), stride = out.stride(0);
-  STD_TORCH_CHECK(out.size(0) == hidden.size(0) && out.size(1) == columns, "out must have shape [", hidden.size(0), ", ",
-                  columns, "]");
+  STD_TORCH_CHECK(out.size(0) == hidden.size(0) && out.size(1) == columns, "out must have shape [", hidden.size(0),
+                  ", ", columns, "]");
   const Operands given = operands(hidden, weight, bias);
   for_each_span(columns, kLogitColumns, [&](int64_t, int64_t begin, int64_t end) {
     kernels().logits(given.hidden, given.weight, given.bias, static_cast<float>(scale), begin, end, target, stride);

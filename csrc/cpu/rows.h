@@ -39,7 +39,8 @@ struct OnlineSum {
 
 // At most kSumColumns logits. `value(i)` and `value_part(i, n)` give the vectors; lanes beyond the end must be -inf.
 template <class Value, class ValuePart>
-inline UNISD_INLINE void add_block(int64_t columns, bool want_dot, const Value& value, const ValuePart& value_part, OnlineSum* total) {
+inline UNISD_INLINE void add_block(int64_t columns, bool want_dot, const Value& value, const ValuePart& value_part,
+                                   OnlineSum* total) {
   Vec highest = Vec::set(-kInfinity);
   for_each_vector(
       columns, [&](int64_t i) UNISD_INLINE { highest = max(value(i), highest); },
@@ -55,7 +56,8 @@ inline UNISD_INLINE void add_block(int64_t columns, bool want_dot, const Value& 
     if (want_dot) dot = fma(e, max(lowest, z), dot);
   };
   for_each_vector(
-      columns, [&](int64_t i) UNISD_INLINE { add(value(i)); }, [&](int64_t i, int n) UNISD_INLINE { add(value_part(i, n)); });
+      columns, [&](int64_t i) UNISD_INLINE { add(value(i)); },
+      [&](int64_t i, int n) UNISD_INLINE { add(value_part(i, n)); });
   total->merge(block_max, sum_of_lanes(sum), want_dot ? sum_of_lanes(dot) : 0.0);
 }
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from unisd.cli import main
@@ -34,17 +35,24 @@ def test_doctor_fails_on_wrong_numbers(monkeypatch, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
-def test_doctor_names_the_instruction_set_and_the_reason_why_not(tmp_path):
+@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+def test_every_instruction_set_passes_the_self_test(isa):
+    if isa == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this processor has no AVX2")
     script = "import sys; from unisd.cli import main; sys.exit(main(['doctor', '--device', 'cpu']))"
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "UNISD_CPU_ISA": "scalar"},
+        env={**os.environ, "UNISD_CPU_ISA": isa},
     )
-    assert "loaded, runs with scalar" in done.stdout
+    assert f"loaded, runs with {isa}" in done.stdout
     assert "native     used by default" in done.stdout
+
+
+def test_a_missing_library_is_reported_with_its_reason():
+    script = "import sys; from unisd.cli import main; sys.exit(main(['doctor', '--device', 'cpu']))"
     hidden = "from pathlib import Path\nfrom unisd_kernels import _lib\n_lib._CPU_LIBRARY = Path('absent')\n" + script
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=True)
     assert "not loaded: this installation was made without it" in done.stdout
