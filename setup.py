@@ -73,9 +73,6 @@ class Build(build_ext):
         if MODE == "cuda":
             build_cuda(Path(self.get_ext_fullpath("unisd_kernels._C")).parent)
 
-    def get_source_files(self) -> list[str]:
-        return [*super().get_source_files(), *(name for ext in self.extensions for name in ext.depends)]
-
 
 def build_cuda(directory: Path) -> None:
     spec = importlib.util.spec_from_file_location("unisd_nvcc", ROOT / "csrc" / "nvcc.py")

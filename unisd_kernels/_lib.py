@@ -44,11 +44,6 @@ def cpu_unavailable() -> str | None:
     return _load_cpu()[1]
 
 
-def cuda_unavailable() -> str | None:
-    """Why the ahead-of-time CUDA operations cannot be used, or None once they are loaded."""
-    return _load_cuda()
-
-
 def cpu_isa() -> str:
     """The instruction set the CPU operations run with: "avx512", "avx2" or "scalar". `UNISD_CPU_ISA` overrides the
     choice.
@@ -56,10 +51,8 @@ def cpu_isa() -> str:
     Raises:
         RuntimeError: there is no library.
     """
-    isa, reason = _load_cpu()
-    if isa is None:
-        raise RuntimeError(f"no compiled CPU library: {reason}")
-    return isa
+    operations()
+    return str(_load_cpu()[0])
 
 
 def operations() -> Any:
@@ -99,7 +92,8 @@ def _load_cpu() -> tuple[str | None, str | None]:
 
 
 @functools.cache
-def _load_cuda() -> str | None:
+def cuda_unavailable() -> str | None:
+    """Why the ahead-of-time CUDA operations cannot be used, or None once they are loaded."""
     reason = cpu_unavailable()
     if reason is not None:
         return f"the CPU library, which defines the operations, is not there: {reason}"

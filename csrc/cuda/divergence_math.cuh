@@ -7,6 +7,8 @@
 // Masked columns have both logits at -inf: then r is NaN, but both probabilities are exactly 0 and so is every term.
 #pragma once
 
+#include <type_traits>
+
 namespace unisd::cuda {
 
 // m = (1 - beta) p_s + beta p_t
@@ -112,6 +114,25 @@ __device__ __forceinline__ float divergence_gradient(const Column& c, float beta
     return -times(c.student, c.ratio + statistic);
   } else {
     return (beta - 1.0f) * times(c.student, (fmaxf(c.ratio, 0.0f) + log_mixture_share(c.ratio, beta)) + statistic);
+  }
+}
+
+// Calls launch(kind, delta) with both as compile-time constants.
+template <typename Launch>
+void dispatch_divergence(float beta, bool teacher_is_delta, const Launch& launch) {
+  const auto with_kind = [&](auto kind) {
+    if (teacher_is_delta) {
+      launch(kind, std::true_type{});
+    } else {
+      launch(kind, std::false_type{});
+    }
+  };
+  if (beta == 0.0f) {
+    with_kind(std::integral_constant<Kind, Kind::kForward>{});
+  } else if (beta == 1.0f) {
+    with_kind(std::integral_constant<Kind, Kind::kReverse>{});
+  } else {
+    with_kind(std::integral_constant<Kind, Kind::kMixture>{});
   }
 }
 

@@ -126,26 +126,13 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_kernel(const Divergenc
   write(kTeacherLogprob, log_teacher);
 }
 
-template <Kind kKind>
-void launch_kind(const DivergenceArguments& arguments, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(arguments.student.rows);
-  if (arguments.teacher_is_delta) {
-    divergence_kernel<kKind, true><<<blocks, kThreads, 0, stream>>>(arguments);
-  } else {
-    divergence_kernel<kKind, false><<<blocks, kThreads, 0, stream>>>(arguments);
-  }
-}
-
 }  // namespace
 
 cudaError_t launch_divergence(const DivergenceArguments& arguments, cudaStream_t stream) {
-  if (arguments.beta == 0.0f) {
-    launch_kind<Kind::kForward>(arguments, stream);
-  } else if (arguments.beta == 1.0f) {
-    launch_kind<Kind::kReverse>(arguments, stream);
-  } else {
-    launch_kind<Kind::kMixture>(arguments, stream);
-  }
+  const auto blocks = static_cast<unsigned>(arguments.student.rows);
+  dispatch_divergence(arguments.beta, arguments.teacher_is_delta, [&](auto kind, auto delta) {
+    divergence_kernel<decltype(kind)::value, decltype(delta)::value><<<blocks, kThreads, 0, stream>>>(arguments);
+  });
   return cudaGetLastError();
 }
 

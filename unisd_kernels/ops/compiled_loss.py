@@ -154,9 +154,9 @@ def _loss_operator(
     result, gradients, unit = loss_and_gradients(
         inputs, spec, driver.Wanted(*wanted), implementation.tiles(), workspace
     )
-    # An operator's results own their memory; statistics may be rows of one tensor.
-    empty = unit.new_empty(0)
-    return [empty.clone() if value is None else value.clone() for value in (*result, *gradients, unit)]
+    # An operator's results own their memory: statistics may be rows of one tensor, gradients are not.
+    fields = [unit.new_empty(0) if value is None else value.clone() for value in result]
+    return [*fields, *(unit.new_empty(0) if value is None else value for value in gradients), unit]
 
 
 @_loss_operator.register_fake
