@@ -20,7 +20,8 @@ from unisd_kernels import ema_update_
 
 DECAY, STEPS = 0.999, 1000
 # SmolLM2-135M: one embedding, and 30 layers of attention, MLP and norms, cut to 200 tensors.
-SHAPES = [(49152, 576)] + [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 28
+LAYER: list[tuple[int, ...]] = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+SHAPES = [(49152, 576), *LAYER * 28]
 SHAPES += [(576,)] * (200 - len(SHAPES))
 
 # Weights whose error is followed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -14,16 +15,19 @@ import torch
 
 from unisd_kernels import _lib
 
+PACKAGES = ("torch", "triton", "trl", "transformers", "liger-kernel", "cut-cross-entropy", "unisd-kernels")
+
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
     """Machine and versions, to stand beside every figure."""
-    versions = {}
-    for package in ("torch", "triton", "trl", "transformers", "unisd-kernels"):
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    commit = _output_of("git", "rev-parse", "--short", "HEAD")
+    # A copy of the tree without its history can be told which commit it is.
+    commit = _output_of("git", "rev-parse", "--short", "HEAD") or os.environ.get("UNISD_COMMIT")
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -38,11 +42,15 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "library": _lib.cpu_isa() if _lib.cpu_unavailable() is None else None,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if device.type == "cuda"
-        else None,
+        "driver": _gpu("driver_version") if device.type == "cuda" else None,
+        "gpu": _gpu("memory.total,power.limit,clocks.max.sm,clocks.max.memory") if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
         "command": " ".join([command, *sys.argv[1:]]),
     }
+
+
+def _gpu(fields: str) -> str | None:
+    return _output_of("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
 
 
 def _output_of(*command: str) -> str | None:

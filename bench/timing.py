@@ -1,12 +1,30 @@
-"""Interleaved timing: every contender once a round, so that a drift of the machine touches all alike."""
+"""Interleaved timing: every contender once a round, so that a drift of the machine touches all alike.
+
+On CUDA a sample is the time between two events. A step shorter than two milliseconds is repeated inside its sample, so
+that the events' own resolution does not count. Nothing is flushed between: the head of every accelerator's case is
+several times the L2 cache (Qwen2.5-0.5B's, the smallest, is 272 MB), so one pass over it evicts what was there.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
+
+SHORTEST_SAMPLE = 2e-3
+MOST_REPETITIONS = 50
+
+
+class Spread(NamedTuple):
+    """Seconds: median, 0.2 and 0.8 quantile of the samples."""
+
+    median: float
+    p20: float
+    p80: float
 
 
 def interleaved_seconds(
@@ -14,27 +32,72 @@ def interleaved_seconds(
     rounds: int,
     device: torch.device,
     progress: Callable[[range], Iterable[int]] = lambda rounds: rounds,
+    fewer_rounds: Mapping[str, int] | None = None,
+    out_of_time: Callable[[], bool] = lambda: False,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Raw seconds of each contender, one sample a round, after one uncounted round."""
+    """Raw seconds of each contender, one sample a round, after one uncounted round.
+
+    Args:
+        fewer_rounds: contenders that take part in the first rounds only, and in how many.
+        out_of_time: asked before each round but the first counted one; true ends the measurement.
+        on_failure: told of a contender that raises, which then has no samples; None lets the exception through.
+    """
+    fewer_rounds = fewer_rounds or {}
     samples: dict[str, list[float]] = {name: [] for name in steps}
+    repetitions = dict.fromkeys(steps, 1)
     for round_index in progress(range(rounds + 1)):
-        for name, step in steps.items():
-            if device.type == "cuda":
-                start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start_event.record()
-                step()
-                end_event.record()
-                end_event.synchronize()
-                seconds = start_event.elapsed_time(end_event) / 1e3
-            else:
-                start = time.perf_counter()
-                step()
-                seconds = time.perf_counter() - start
-            if round_index:
-                samples[name].append(seconds)
+        if round_index > 1 and out_of_time():
+            break
+        for name in list(samples):
+            if round_index > fewer_rounds.get(name, rounds):
+                continue
+            try:
+                if round_index == 0:
+                    repetitions[name] = _warm_up(steps[name], device)
+                else:
+                    samples[name].append(_seconds(steps[name], repetitions[name], device))
+            except Exception as error:
+                if on_failure is None:
+                    raise
+                del samples[name]
+                on_failure(name, error)
     return samples
 
 
+def _warm_up(step: Callable[[], object], device: torch.device) -> int:
+    """Run it uncounted; how often it is to be repeated inside a sample."""
+    _seconds(step, 1, device)
+    return repetitions_for(_seconds(step, 1, device)) if device.type == "cuda" else 1
+
+
+def repetitions_for(seconds: float) -> int:
+    """How many steps of this length make a sample of two milliseconds."""
+    return max(1, min(MOST_REPETITIONS, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-9))))
+
+
+def _seconds(step: Callable[[], object], repetitions: int, device: torch.device) -> float:
+    """Mean seconds of one step."""
+    if device.type == "cuda":
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
+        for _ in range(repetitions):
+            step()
+        end_event.record()
+        end_event.synchronize()
+        return start_event.elapsed_time(end_event) / 1e3 / repetitions
+    start = time.perf_counter()
+    for _ in range(repetitions):
+        step()
+    return (time.perf_counter() - start) / repetitions
+
+
 def median_ratio(samples: dict[str, list[float]], name: str, base: str) -> float:
-    """Median over rounds of the ratio within the round."""
-    return statistics.median(a / b for a, b in zip(samples[name], samples[base], strict=True))
+    """Median over rounds of the ratio within the round; of the rounds that both took part in."""
+    return statistics.median(a / b for a, b in zip(samples[name], samples[base], strict=False))
+
+
+def spread(samples: list[float]) -> Spread:
+    ordered = torch.tensor(samples, dtype=torch.float64)
+    p20, p80 = torch.quantile(ordered, torch.tensor([0.2, 0.8], dtype=torch.float64)).tolist()
+    return Spread(statistics.median(samples), p20, p80)

@@ -1,7 +1,7 @@
 """Implementations by name: which exist, which can run here, which one an operation takes.
 
 `impl=` on an operation beats the environment variable `UNISD_IMPL`, which beats the automatic choice. A named
-implementation that cannot run raises; the automatic choice takes the first of `_PREFERENCE` that can.
+implementation that cannot run raises; the automatic choice takes the first of the device's preferences that can.
 """
 
 from __future__ import annotations
@@ -63,6 +63,28 @@ def _native_tiles() -> Tiles:
     return NativeTiles()
 
 
+def _triton_tiles(design: str | None) -> Tiles:
+    from unisd_kernels.tiles.triton import TritonTiles
+
+    return TritonTiles(design)
+
+
+@functools.cache
+def _triton_unavailable() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install triton>=3.6"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 6):
+        return f"triton {triton.__version__} is too old; install triton>=3.6"
+    return None
+
+
+# The CPU only under the interpreter, which is for checking: it is thousands of times slower.
+_TRITON_DEVICES = ("cuda", "xpu", *(("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ()))
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 _IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (
@@ -74,11 +96,42 @@ _IMPLEMENTATIONS: dict[str, Implementation] = {
             _lib.cpu_unavailable,
             _native_tiles,
         ),
+        Implementation(
+            "triton",
+            "memory-bounded, fused kernels for GPUs",
+            _TRITON_DEVICES,
+            _TRITON_DTYPES,
+            _triton_unavailable,
+            functools.partial(_triton_tiles, None),
+        ),
+        Implementation(
+            "triton_fused",
+            "the same, with our product kernel for both KLs",
+            _TRITON_DEVICES,
+            _TRITON_DTYPES,
+            _triton_unavailable,
+            functools.partial(_triton_tiles, "fused"),
+        ),
+        Implementation(
+            "triton_chunked",
+            "the same, with library products",
+            _TRITON_DEVICES,
+            _TRITON_DTYPES,
+            _triton_unavailable,
+            functools.partial(_triton_tiles, "chunked"),
+        ),
         Implementation("torch", "memory-bounded, PyTorch operations on tiles", (), (), lambda: None, _torch_tiles),
         Implementation("reference", "dense definitions; holds [N, V]; for checking", (), (), lambda: None, None),
     )
 }
-_PREFERENCE = ("native", "torch")
+# Of the automatic choice, by device type. Under its interpreter Triton runs on a CPU too, but only when asked for by
+# name.
+_PREFERENCE = {"cpu": ("native", "torch")}
+_PREFERENCE_ELSEWHERE = ("triton", "torch")
+
+
+def _preference(device: torch.device) -> tuple[str, ...]:
+    return _PREFERENCE.get(device.type, _PREFERENCE_ELSEWHERE)
 
 
 def resolve(impl: str | None, device: torch.device, dtype: torch.dtype | None = None) -> Implementation:
@@ -100,7 +153,7 @@ def resolve(impl: str | None, device: torch.device, dtype: torch.dtype | None = 
         if reason is not None:
             raise RuntimeError(f"{source}={impl!r} cannot be used on {device}: {reason}")
         return _IMPLEMENTATIONS[impl]
-    for name in _PREFERENCE:
+    for name in _preference(device):
         entry = _IMPLEMENTATIONS[name]
         if entry.does_not_apply(device, dtype) is not None:
             continue
@@ -126,7 +179,7 @@ def explain(device: torch.device | str | None = None) -> str:
     """Which implementation is taken on `device`, and for each of the others why not, as lines of text."""
     target = _device(device)
     forced = os.environ.get("UNISD_IMPL")
-    chosen = next((name for name in _PREFERENCE if _IMPLEMENTATIONS[name].reason_against(target) is None), None)
+    chosen = next((name for name in _preference(target) if _IMPLEMENTATIONS[name].reason_against(target) is None), None)
     lines = [f"implementations on {target}" + (f" (UNISD_IMPL={forced})" if forced else "") + ":"]
     for name, entry in _IMPLEMENTATIONS.items():
         reason = entry.reason_against(target)
@@ -136,7 +189,7 @@ def explain(device: torch.device | str | None = None) -> str:
             state = "used by default"
         else:
             state = f"available with impl={name!r}"
-        lines.append(f"  {name:<10} {state} ({entry.description})")
+        lines.append(f"  {name:<15} {state} ({entry.description})")
     return "\n".join(lines)
 
 

@@ -48,7 +48,7 @@ def test_every_instruction_set_passes_the_self_test(isa):
         env={**os.environ, "UNISD_CPU_ISA": isa},
     )
     assert f"loaded, runs with {isa}" in done.stdout
-    assert "native     used by default" in done.stdout
+    assert "native          used by default" in done.stdout
 
 
 def test_a_missing_library_is_reported_with_its_reason():
@@ -56,7 +56,7 @@ def test_a_missing_library_is_reported_with_its_reason():
     hidden = "from pathlib import Path\nfrom unisd_kernels import _lib\n_lib._CPU_LIBRARY = Path('absent')\n" + script
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=True)
     assert "not loaded: this installation was made without it" in done.stdout
-    assert "torch      used by default" in done.stdout
+    assert "torch           used by default" in done.stdout
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():

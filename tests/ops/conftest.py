@@ -18,9 +18,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def filling(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    before, name = dispatch._PREFERENCE, getattr(request, "param", None)
+    before, name = dict(dispatch._PREFERENCE), getattr(request, "param", None)
     if name is not None:
         # float64 goes to PyTorch's in any case.
-        dispatch._PREFERENCE = (name, "torch")
+        dispatch._PREFERENCE["cpu"] = (name, "torch")
     yield name
-    dispatch._PREFERENCE = before
+    dispatch._PREFERENCE.update(before)

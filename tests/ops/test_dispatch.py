@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import warnings
@@ -19,7 +20,11 @@ CPU = torch.device("cpu")
 
 def test_automatic_choice_is_the_compiled_one():
     assert resolve(None, CPU).name == "native"
-    assert available("cpu") == {"native": True, "torch": True, "reference": True}
+    assert [name for name, can in available("cpu").items() if can and "triton" not in name] == [
+        "native",
+        "torch",
+        "reference",
+    ]
 
 
 def test_what_the_compiled_one_does_not_take_goes_to_pytorch():
@@ -27,6 +32,8 @@ def test_what_the_compiled_one_does_not_take_goes_to_pytorch():
         assert resolve(None, CPU, dtype).name == "native"
     assert resolve(None, CPU, torch.float64).name == "torch"
     assert resolve(None, torch.device("meta")).name == "torch"
+    assert resolve(None, torch.device("cuda"), torch.bfloat16).name == "triton"
+    assert resolve(None, torch.device("cuda"), torch.float64).name == "torch"
     with pytest.raises(RuntimeError, match=r"impl='native' cannot be used on cpu: takes .*, not torch\.float64"):
         resolve("native", CPU, torch.float64)
     with pytest.raises(RuntimeError, match="runs on cpu, not on meta"):
@@ -48,13 +55,38 @@ def test_an_installation_without_the_library_says_so_once(monkeypatch):
     assert "unavailable: no compiler in this test" in explain("cpu")
 
 
+def test_the_interpreter_is_never_chosen_by_itself():
+    """Under TRITON_INTERPRET=1 the kernels run on a CPU, thousands of times slower: only when asked for by name."""
+    script = (
+        "import torch\nfrom unisd_kernels import dispatch, available\n"
+        "dispatch._IMPLEMENTATIONS['native'] = dispatch._IMPLEMENTATIONS['torch']\n"
+        "print(dispatch.resolve(None, torch.device('cpu')).name, available('cpu')['triton'])"
+    )
+    for setting, usable in (("1", True), ("0", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TRITON_INTERPRET": setting},
+        )
+        assert done.stdout.split() == ["torch", str(usable)]
+
+
+def test_without_triton_a_gpu_gets_pytorch_and_a_warning(monkeypatch):
+    entry = dataclasses.replace(dispatch._IMPLEMENTATIONS["triton"], unavailable=lambda: "no triton in this test")
+    monkeypatch.setitem(dispatch._IMPLEMENTATIONS, "triton", entry)
+    with pytest.warns(UserWarning, match="impl='triton' .* is not used: no triton in this test"):
+        assert resolve(None, torch.device("cuda"), torch.bfloat16).name == "torch"
+
+
 def test_environment_and_argument(monkeypatch):
     monkeypatch.setenv("UNISD_IMPL", "reference")
     assert resolve(None, CPU).name == "reference"
     assert resolve("torch", CPU).name == "torch"
     assert "UNISD_IMPL=reference" in explain("cpu")
     monkeypatch.setenv("UNISD_IMPL", "fastest")
-    with pytest.raises(ValueError, match="UNISD_IMPL must be one of 'native', 'torch', 'reference', got 'fastest'"):
+    with pytest.raises(ValueError, match=r"UNISD_IMPL must be one of 'native', .*'reference', got 'fastest'"):
         resolve(None, CPU)
 
 
@@ -69,9 +101,9 @@ def test_the_environment_reaches_the_operations(monkeypatch):
 
 def test_explain_names_every_implementation():
     text = explain("cpu")
-    assert "native     used by default" in text
-    assert "torch      available with impl='torch'" in text
-    assert "reference  available with impl='reference'" in text
+    assert "native          used by default" in text
+    assert "torch           available with impl='torch'" in text
+    assert "reference       available with impl='reference'" in text
 
 
 def test_the_kernels_need_torch_only():

@@ -199,6 +199,7 @@ def test_logprob_gradient(rows, columns, cap, with_weights, seed):
     native = tile.clone()
     TorchTiles().logprob_gradient(
         native,
+        native,
         LogitTransform(1.0, cap, 1.0),
         logsumexp,
         ids,

@@ -62,7 +62,7 @@ HEAD = LMHead(torch.randn(V, H))
         ({"num_items": 0}, ValueError, "num_items must be > 0, got 0"),
         ({"workspace_bytes": -1}, ValueError, "workspace_bytes must be > 0"),
         ({"workspace_bytes": 1e6}, TypeError, "workspace_bytes must be an int"),
-        ({"impl": "cuda"}, ValueError, "impl must be one of 'native', 'torch', 'reference', got 'cuda'"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of 'native', .*'reference', got 'cuda'"),
     ],
 )
 def test_unisd_loss(changes, error, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import time
 from importlib import metadata
 
 import torch
@@ -57,12 +58,17 @@ def main(arguments: list[str]) -> int:
     failed = False
     for name, usable in available(device).items():
         if not usable:
-            print(f"  {name:<10} skipped (unavailable, see above)")
+            print(f"  {name:<15} skipped (unavailable, see above)")
             continue
+        if name.startswith("triton") and device.type == "cpu":
+            print(f"  {name:<15} skipped (takes minutes under the interpreter; the test suite does it)")
+            continue
+        start = time.perf_counter()
         error = self_test(name, device)
+        first = time.perf_counter() - start
         verdict = "ok" if error <= _TOLERANCE else f"WRONG, more than {_TOLERANCE:g}"
         failed |= not error <= _TOLERANCE
-        print(f"  {name:<10} largest relative error {error:.1e}: {verdict}")
+        print(f"  {name:<15} largest relative error {error:.1e}: {verdict}{_compile_time(name, device, first)}")
     print("\nall well" if not failed else "\nthe self-test failed: do not train with this installation")
     return int(failed)
 
@@ -101,6 +107,18 @@ def self_test(impl: str, device: torch.device) -> float:
         for exact, ours in zip(*results, strict=True):
             worst = max(worst, float((ours - exact).abs().max() / exact.abs().max()))
     return worst
+
+
+def _compile_time(impl: str, device: torch.device, first: float) -> str:
+    """What the first call of kernels that are compiled when used took longer than the second."""
+    if not impl.startswith("triton"):
+        return ""
+    from triton import knobs
+
+    start = time.perf_counter()
+    self_test(impl, device)
+    again = time.perf_counter() - start
+    return f"; first call {first:.1f} s with compiling, then {again:.2f} s (compiled code is kept in {knobs.cache.dir})"
 
 
 def _version(name: str) -> str:

@@ -18,6 +18,7 @@ from unisd_kernels.reference.logprobs import statistics_dtype
 from unisd_kernels.results import UniSDLoss
 from unisd_kernels.spec import LossInputs, LossSpec
 from unisd_kernels.tiles import driver
+from unisd_kernels.tiles.base import Wanted
 from unisd_kernels.validation import check_loss_inputs
 
 _SCALARS = 4  # loss and its three parts lead the fields of UniSDLoss
@@ -151,9 +152,7 @@ def _loss_operator(
     check_loss_inputs(inputs, spec)
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
     assert implementation.tiles is not None
-    result, gradients, unit = loss_and_gradients(
-        inputs, spec, driver.Wanted(*wanted), implementation.tiles(), workspace
-    )
+    result, gradients, unit = loss_and_gradients(inputs, spec, Wanted(*wanted), implementation.tiles(), workspace)
     # An operator's results own their memory: statistics may be rows of one tensor, gradients are not.
     fields = [unit.new_empty(0) if value is None else value.clone() for value in result]
     return [*fields, *(unit.new_empty(0) if value is None else value for value in gradients), unit]

@@ -12,7 +12,7 @@ from unisd_kernels.dispatch import resolve
 from unisd_kernels.heads import LMHead
 from unisd_kernels.spec import check_number
 from unisd_kernels.tiles import driver
-from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, Tiles
+from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, Tiles, Wanted
 from unisd_kernels.tiles.projection import Projection
 from unisd_kernels.validation import (
     autocast_operands,
@@ -83,6 +83,7 @@ def linear_divergence(
             return reference.linear_divergence(
                 student_hidden, student_head, teacher_hidden, teacher_head, beta, temperature
             )
+    wanted = driver.wanted_gradients(student_hidden, student_head.active_weight, student_head.active_bias)
     return _LinearDivergence.apply(
         student_hidden,
         student_head.active_weight,
@@ -90,9 +91,9 @@ def linear_divergence(
         LogitTransform.of(student_head, temperature),
         Projection.of(teacher_hidden, teacher_head, temperature),
         float(beta),
-        driver.wanted_gradients(student_hidden, student_head.active_weight, student_head.active_bias),
+        wanted,
         implementation.tiles(),
-        workspace_bytes or driver.default_workspace_bytes(student_hidden.device),
+        workspace_bytes or driver.default_workspace_bytes(student_hidden.device, wanted.weight),
     )
 
 
@@ -106,7 +107,7 @@ class _LinearDivergence(torch.autograd.Function):
         transform: LogitTransform,
         teacher: Projection,
         beta: float,
-        wanted: driver.Wanted,
+        wanted: Wanted,
         tiles: Tiles,
         workspace: int,
     ) -> torch.Tensor:
@@ -142,7 +143,7 @@ class _LinearDivergence(torch.autograd.Function):
             beta,
             tiles,
             workspace,
-            driver.Wanted(*ctx.needs_input_grad[:3]),
+            Wanted(*ctx.needs_input_grad[:3]),
             row_weights,
         ).gradients
         return (*gradients.scaled(None, hidden.dtype, weight.dtype), *(None,) * 6)

@@ -16,11 +16,14 @@ from unisd_kernels.reference.logprobs import statistics_dtype
 from unisd_kernels.results import UniSDLoss
 from unisd_kernels.spec import LossInputs, LossSpec
 from unisd_kernels.tiles import driver
-from unisd_kernels.tiles.base import DivergenceRows, Tiles
+from unisd_kernels.tiles.base import DivergenceRows, Tiles, Wanted
 from unisd_kernels.tiles.projection import Projection
 
 # Feature matching widens this many bytes of hidden states at a time.
 _FEATURE_CHUNK_BYTES = 16 << 20
+# Up to this many rows of all auxiliary views are scored as one, so that the weight is read once for all of them. With
+# more of them a product covers the reading, and stacking would only cost the memory of a copy.
+_STACKED_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class _Plan:
     divergence_scale: torch.Tensor  # [N]: dL / d min(D_n, cap) before divergence_weight
     mean_scale: torch.Tensor  # [N]: dL / dC_n and dL / dF_n before their weights
     spec: LossSpec
-    wanted: driver.Wanted
+    wanted: Wanted
     tiles: Tiles
     workspace: int
 
@@ -54,7 +57,7 @@ class _UniSDLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         inputs: LossInputs,
         spec: LossSpec,
-        wanted: driver.Wanted,
+        wanted: Wanted,
         tiles: Tiles,
         workspace: int,
     ) -> tuple[torch.Tensor | None, ...]:
@@ -76,14 +79,15 @@ class _UniSDLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def loss_and_gradients(
-    inputs: LossInputs, spec: LossSpec, wanted: driver.Wanted, tiles: Tiles, workspace: int
+    inputs: LossInputs, spec: LossSpec, wanted: Wanted, tiles: Tiles, workspace: int
 ) -> tuple[UniSDLoss, driver.Gradients, torch.Tensor]:
     """The loss with its statistics, and its gradients in units of a 0-dim scale (`_unit`), which comes third."""
     target_ids = inputs.target_ids.long()
 
     def score(hidden: torch.Tensor, head: LMHead, temperature: float) -> torch.Tensor:
         projection = Projection.of(hidden, head, temperature)
-        return driver.score(projection, target_ids, tiles, workspace).logprobs
+        views = hidden.shape[0] // max(inputs.num_rows, 1)
+        return driver.score(projection, target_ids.repeat(views), tiles, workspace).logprobs
 
     negative = None
     if inputs.negative_hidden is not None:
@@ -93,7 +97,11 @@ def loss_and_gradients(
     auxiliary = spread = None
     if inputs.auxiliary_hidden:
         head = inputs.auxiliary_head or inputs.teacher_head
-        auxiliary = torch.stack([score(hidden, head, 1.0) for hidden in inputs.auxiliary_hidden])
+        views = inputs.auxiliary_hidden
+        if len(views) * inputs.num_rows <= _STACKED_ROWS:
+            auxiliary = score(torch.cat(views), head, 1.0).view(len(views), inputs.num_rows)
+        else:
+            auxiliary = torch.stack([score(hidden, head, 1.0) for hidden in views])
         weights, spread = agreement_weights(
             auxiliary,
             inputs.cu_seqlens,
@@ -225,12 +233,12 @@ def _divergence_and_contrastive(
         spec.beta,
         plan.tiles,
         plan.workspace,
-        wanted if in_logits else driver.Wanted(),
+        wanted if in_logits else Wanted(),
         row_weights,
         spec.return_entropy,
     )
     if not in_logits:
-        gradients = wanted.allocate(student)
+        gradients = driver.allocate(wanted, student)
     if spec.clip_quantile is not None and cap is None and student.hidden.shape[0]:
         cap = clip_cap_from_quantile(rows.divergence, spec.clip_quantile)
     clipped = None if cap is None else _Clipped(cap, rows.divergence > cap)

@@ -13,7 +13,7 @@ from unisd_kernels.heads import LMHead
 from unisd_kernels.results import LinearLogProbs
 from unisd_kernels.spec import check_number
 from unisd_kernels.tiles import driver
-from unisd_kernels.tiles.base import LogitTransform, Tiles
+from unisd_kernels.tiles.base import LogitTransform, Tiles, Wanted
 from unisd_kernels.tiles.projection import Projection
 from unisd_kernels.validation import autocast_operands, check_hidden, check_target_ids, check_workspace
 
@@ -69,9 +69,9 @@ def linear_logprobs(
             return reference.linear_logprobs(hidden, head, target_ids, temperature, return_entropy)
     target_ids = target_ids.long()
     tiles = implementation.tiles()
-    workspace = workspace_bytes or driver.default_workspace_bytes(hidden.device)
     weight, bias = head.active_weight, head.active_bias
     wanted = driver.wanted_gradients(hidden, weight, bias)
+    workspace = workspace_bytes or driver.default_workspace_bytes(hidden.device, wanted.weight)
     transform = LogitTransform.of(head, temperature)
     if not wanted.any:
         projection = Projection(hidden, weight, bias, transform).detach()
@@ -120,7 +120,7 @@ class _LinearLogProbs(torch.autograd.Function):
             logprob_weight,
             logsumexp_weight,
             entropy_weight,
-            driver.Wanted(*ctx.needs_input_grad[:3]),
+            Wanted(*ctx.needs_input_grad[:3]),
             tiles,
             workspace,
         )

@@ -149,8 +149,7 @@ def unisd_loss(
     )
     check_workspace(workspace_bytes)
     if torch.compiler.is_compiling() and (impl or os.environ.get("UNISD_IMPL")) != "reference":
-        workspace = workspace_bytes or driver.default_workspace_bytes(student_hidden.device)
-        return compiled_unisd_loss(_under_autocast(inputs), spec, impl, workspace)
+        return compiled_unisd_loss(_under_autocast(inputs), spec, impl, workspace_bytes or _default_workspace(inputs))
     check_loss_inputs(inputs, spec)
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
     if inputs.num_rows == 0:
@@ -163,11 +162,16 @@ def unisd_loss(
         if implementation.tiles is None:
             result = reference.unisd_loss(inputs, spec)
         else:
-            workspace = workspace_bytes or driver.default_workspace_bytes(student_hidden.device)
+            workspace = workspace_bytes or _default_workspace(inputs)
             result = fused_unisd_loss(inputs, spec, implementation.tiles(), workspace)
     if result.loss.device.type == "cpu" and not bool(torch.isfinite(result.loss)):
         warnings.warn(f"unisd_loss is {float(result.loss)}: {_blame(inputs)}", stacklevel=2)
     return result
+
+
+def _default_workspace(inputs: LossInputs) -> int:
+    weight_gradient = torch.is_grad_enabled() and inputs.student_head.weight.requires_grad
+    return driver.default_workspace_bytes(inputs.student_hidden.device, weight_gradient)
 
 
 def _views(auxiliary_hidden: torch.Tensor | Sequence[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:

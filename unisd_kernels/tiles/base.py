@@ -51,7 +51,7 @@ class RunningScores(NamedTuple):
 
     logsumexp: torch.Tensor  # initially -inf
     target_logits: torch.Tensor
-    mean_logit: torch.Tensor | None  # sum_j softmax_j z_j, initially 0; for the entropy
+    entropy: torch.Tensor | None  # initially 0
 
 
 class SoftmaxRows(NamedTuple):
@@ -71,14 +71,59 @@ class DivergenceRows(NamedTuple):
     teacher_entropy: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients to compute. With none, no gradient tile is formed and no product is spent on it."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias
+
+
+class PairWalk(Protocol):
+    """A student and a teacher over the same rows, chunk by chunk. Per chunk: `begin`, then for each block of its rows
+    `statistics` and, if wanted, `gradient`; then `gradient_tile` meets the weight in a product."""
+
+    # Rows whose gradient is held at a time.
+    chunk_rows: int
+    # Rows of a chunk whose statistics are taken at a time, or None for all.
+    block_rows: int | None
+
+    def begin(self, rows: slice) -> None:
+        """Start on some rows, at most `chunk_rows`."""
+
+    def statistics(
+        self, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
+    ) -> DivergenceRows:
+        """Of a block: `rows` of all, which are `local` in the chunk."""
+
+    def gradient(
+        self,
+        local: slice,
+        target_ids: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        logprob_weight: torch.Tensor | None,
+    ) -> None:
+        """The gradient of `sum_n weight_n D_n + logprob_weight_n logp_n(y_n)` with respect to `a x / tau` of the
+        student, for the block of the last `statistics`. A weight of None is one (`weight`) or absent."""
+
+    def gradient_tile(self, count: int) -> torch.Tensor:
+        """[count, V]: the gradients of the chunk's rows."""
+
+
 class Tiles(Protocol):
     """A filling. Tiles arrive as `product_scale * (h W^T + b)`, with contiguous rows, float32 or float64, and may be
     overwritten."""
 
     name: str
-    # Does `divergence` take the difference z_t - z_s in place of z_t? With one head for both it is `(h_t - h_s) W^T`,
-    # which keeps the digits of a small divergence.
-    takes_difference: bool
     # Elements left free behind each row of a buffer.
     row_padding: int
 
@@ -89,6 +134,10 @@ class Tiles(Protocol):
     def block_rows(self, num_columns: int, device: torch.device) -> int | None:
         """How many rows of a chunk to hand over at a time (cache blocking), or None for the whole chunk."""
 
+    def gradient_dtype(self, projection: Projection) -> torch.dtype:
+        """Of the gradient tiles that `softmax` and `logprob_gradient` write: the logits' own, which then overwrite
+        them, or a narrower one."""
+
     def logits(self, projection: Projection, rows: slice, out: torch.Tensor) -> None:
         """`out = product_scale * (h W^T + b)`, [rows, V]."""
 
@@ -98,19 +147,27 @@ class Tiles(Protocol):
     def score(
         self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
     ) -> None:
-        """Log-sum-exp, target logit and mean logit of some rows over the whole vocabulary, without holding more than
+        """Log-sum-exp, target logit and entropy of some rows over the whole vocabulary, without holding more than
         `tile_bytes` of logits. `running` comes with its initial values."""
 
     def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`scale_n rows_n`, rounded once to `dtype`; how upstream weights meet row gradients made in the forward."""
 
-    def softmax(self, tile: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor) -> SoftmaxRows:
-        """Overwrite complete rows with `p_j * d z_j / d (a x_j / tau)`, the gradient of their log-sum-exp with respect
-        to `a x / tau`."""
+    def pair_walk(
+        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
+    ) -> PairWalk:
+        """The walk for a divergence and those of the student's gradients that are wanted."""
+
+    def softmax(
+        self, tile: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
+    ) -> SoftmaxRows:
+        """Statistics of complete rows; writes `p_j * d z_j / d (a x_j / tau)`, the gradient of their log-sum-exp with
+        respect to `a x / tau`, into `gradient`, which is the tile if it has its dtype."""
 
     def logprob_gradient(
         self,
         tile: torch.Tensor,
+        gradient: torch.Tensor,
         transform: LogitTransform,
         logsumexp: torch.Tensor,
         target_ids: torch.Tensor,
@@ -119,8 +176,16 @@ class Tiles(Protocol):
         entropy: torch.Tensor | None,
         entropy_weight: torch.Tensor | None,
     ) -> None:
-        """Overwrite complete rows with the gradient of `sum_n weight_n * statistic_n` with respect to `a x / tau`
-        (the constant `gradient_scale` is left to the caller)."""
+        """Write the gradient of `sum_n weight_n * statistic_n` with respect to `a x / tau` (the constant
+        `gradient_scale` is left to the caller) into `gradient`, which is the tile if it has its dtype."""
+
+
+class TileFilling(Tiles, Protocol):
+    """A filling whose divergence works on logits that products have made (`pair_walk.TilePairWalk`)."""
+
+    # Does `divergence` take the difference z_t - z_s in place of z_t? With one head for both it is `(h_t - h_s) W^T`,
+    # which keeps the digits of a small divergence.
+    takes_difference: bool
 
     def divergence(
         self,

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from unisd_kernels.tiles.base import DivergenceRows, RunningScores, Tiles
+from unisd_kernels.tiles.base import DivergenceRows, RunningScores, Tiles, Wanted
+from unisd_kernels.tiles.buffers import most_rows, row_buffer, row_stride
 from unisd_kernels.tiles.projection import Projection
 
 _P = ParamSpec("_P")
@@ -56,32 +56,16 @@ class Gradients(NamedTuple):
         return finish(self.hidden, hidden_dtype), finish(self.weight, weight_dtype), finish(self.bias, weight_dtype)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which gradients to compute. With none, no gradient tile is formed and no product is spent on it."""
+def allocate(wanted: Wanted, projection: Projection) -> Gradients:
+    def zeros(like: torch.Tensor | None) -> torch.Tensor:
+        assert like is not None
+        return torch.zeros(like.shape, dtype=projection.dtype, device=like.device)
 
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
-
-    @property
-    def any(self) -> bool:
-        return self.hidden or self.weight or self.bias
-
-    @property
-    def head(self) -> bool:
-        return self.weight or self.bias
-
-    def allocate(self, projection: Projection) -> Gradients:
-        def zeros(like: torch.Tensor | None) -> torch.Tensor:
-            assert like is not None
-            return torch.zeros(like.shape, dtype=projection.dtype, device=like.device)
-
-        return Gradients(
-            zeros(projection.hidden) if self.hidden else None,
-            zeros(projection.weight) if self.weight else None,
-            zeros(projection.bias) if self.bias else None,
-        )
+    return Gradients(
+        zeros(projection.hidden) if wanted.hidden else None,
+        zeros(projection.weight) if wanted.weight else None,
+        zeros(projection.bias) if wanted.bias else None,
+    )
 
 
 def wanted_gradients(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Wanted:
@@ -115,44 +99,34 @@ def unit_row_weights(rows: slice, statistics: DivergenceRows) -> tuple[None, Non
     return None, None
 
 
-def default_workspace_bytes(device: torch.device) -> int:
-    """100 MiB on a CPU, 512 MiB on an accelerator (`docs/design.md`)."""
-    return (100 << 20) if device.type == "cpu" else (512 << 20)
+def default_workspace_bytes(device: torch.device, weight_gradient: bool = False) -> int:
+    """100 MiB on a CPU; 400 MiB on an accelerator, 800 MiB with a weight gradient there (`docs/design.md`).
 
-
-def chunk_rows(
-    tiles: Tiles,
-    num_rows: int,
-    num_columns: int,
-    dtype: torch.dtype,
-    workspace_bytes: int,
-    buffers: int,
-    weight_gradient: bool = False,
-) -> int:
-    """Rows of a chunk such that `buffers` tiles of complete rows fit the workspace.
-
-    Raises:
-        ValueError: not even one row fits.
+    Each chunk reads and writes all of the weight's gradient, which is several times as large anyway.
     """
-    row_bytes = buffers * _row_stride(tiles, num_columns) * dtype.itemsize
-    most = workspace_bytes // row_bytes
-    if most < 1:
-        raise ValueError(
-            f"workspace_bytes={workspace_bytes} is too small: one row of {buffers} x {num_columns} logits takes "
-            f"{row_bytes} bytes. Give at least that, better 64 times as much"
-        )
-    return max(1, tiles.chunk_rows(num_rows, most, weight_gradient))
+    if device.type == "cpu":
+        return 100 << 20
+    return (800 << 20) if weight_gradient else (400 << 20)
 
 
-def _row_stride(tiles: Tiles, num_columns: int) -> int:
-    if not tiles.row_padding:
-        return num_columns
-    return (-(-num_columns // tiles.row_padding) + 1) * tiles.row_padding
+class _LogitBuffers(NamedTuple):
+    """For chunks of one view's logits."""
 
+    chunk_rows: int
+    logits: torch.Tensor
+    gradient: torch.Tensor  # the same one, unless the filling writes gradients in a dtype of their own
 
-def _buffer(tiles: Tiles, rows: int, num_columns: int, like: Projection) -> torch.Tensor:
-    stride = _row_stride(tiles, num_columns)
-    return torch.empty(rows, stride, dtype=like.dtype, device=like.hidden.device)[:, :num_columns]
+    @classmethod
+    def of(cls, tiles: Tiles, projection: Projection, workspace_bytes: int, weight_gradient: bool) -> _LogitBuffers:
+        columns, padding, device = projection.num_columns, tiles.row_padding, projection.hidden.device
+        dtype, gradient_dtype = projection.dtype, tiles.gradient_dtype(projection)
+        in_place = gradient_dtype == dtype
+        element_bytes = dtype.itemsize + (0 if in_place else gradient_dtype.itemsize)
+        most = most_rows(workspace_bytes, row_stride(columns, padding) * element_bytes, columns)
+        rows = max(1, tiles.chunk_rows(projection.hidden.shape[0], most, weight_gradient))
+        logits = row_buffer(rows, columns, padding, dtype, device)
+        gradient = logits if in_place else row_buffer(rows, columns, padding, gradient_dtype, device)
+        return cls(rows, logits, gradient)
 
 
 def _spans(total: int, step: int) -> Iterator[slice]:
@@ -179,11 +153,10 @@ def score(
     num_rows, device, dtype = projection.hidden.shape[0], projection.hidden.device, projection.dtype
     logsumexp = torch.full((num_rows,), -torch.inf, dtype=dtype, device=device)
     target_logits = torch.zeros(num_rows, dtype=dtype, device=device)
-    mean_logit = torch.zeros(num_rows, dtype=dtype, device=device) if want_entropy else None
+    entropy = torch.zeros(num_rows, dtype=dtype, device=device) if want_entropy else None
     for rows in _spans(num_rows, _SCORE_ROWS):
-        running = RunningScores(logsumexp[rows], target_logits[rows], None if mean_logit is None else mean_logit[rows])
+        running = RunningScores(logsumexp[rows], target_logits[rows], None if entropy is None else entropy[rows])
         tiles.score(projection, rows, target_ids[rows], running, workspace_bytes)
-    entropy = None if mean_logit is None else logsumexp - mean_logit
     return Scores(target_logits - logsumexp, logsumexp, entropy)
 
 
@@ -200,16 +173,15 @@ def score_with_gradient(
     logsumexp = torch.zeros(num_rows, dtype=dtype, device=device)
     target_logits = torch.zeros(num_rows, dtype=dtype, device=device)
     gradient = torch.zeros(projection.hidden.shape, dtype=dtype, device=device)
-    step = chunk_rows(tiles, num_rows, projection.num_columns, dtype, workspace_bytes, 1)
-    buffer = _buffer(tiles, step, projection.num_columns, projection)
-    for rows in _spans(num_rows, step):
-        tile = buffer[: rows.stop - rows.start]
+    buffers = _LogitBuffers.of(tiles, projection, workspace_bytes, weight_gradient=False)
+    for rows in _spans(num_rows, buffers.chunk_rows):
+        tile, tile_gradient = buffers.logits[: rows.stop - rows.start], buffers.gradient[: rows.stop - rows.start]
         tiles.logits(projection, rows, tile)
         for block, local in _blocks(rows, tiles.block_rows(projection.num_columns, device)):
-            part = tiles.softmax(tile[local], projection.transform, target_ids[block])
+            part = tiles.softmax(tile[local], tile_gradient[local], projection.transform, target_ids[block])
             logsumexp[block] = part.logsumexp
             target_logits[block] = part.target_logits
-        tiles.hidden_gradient(projection, tile, gradient[rows])
+        tiles.hidden_gradient(projection, tile_gradient, gradient[rows])
     return Scores(target_logits - logsumexp, logsumexp, None), gradient
 
 
@@ -226,20 +198,20 @@ def logprob_gradients(
     workspace_bytes: int,
 ) -> Gradients:
     """Gradient of `sum_n` weight times statistic over all rows, from recomputed logits (weights [N] or None)."""
-    gradients = wanted.allocate(projection)
+    gradients = allocate(wanted, projection)
     num_rows, device = projection.hidden.shape[0], projection.hidden.device
 
     def part(values: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
         return None if values is None else values[rows]
 
-    step = chunk_rows(tiles, num_rows, projection.num_columns, projection.dtype, workspace_bytes, 1, wanted.weight)
-    buffer = _buffer(tiles, step, projection.num_columns, projection)
-    for rows in _spans(num_rows, step):
-        tile = buffer[: rows.stop - rows.start]
+    buffers = _LogitBuffers.of(tiles, projection, workspace_bytes, wanted.weight)
+    for rows in _spans(num_rows, buffers.chunk_rows):
+        tile, tile_gradient = buffers.logits[: rows.stop - rows.start], buffers.gradient[: rows.stop - rows.start]
         tiles.logits(projection, rows, tile)
         for block, local in _blocks(rows, tiles.block_rows(projection.num_columns, device)):
             tiles.logprob_gradient(
                 tile[local],
+                tile_gradient[local],
                 projection.transform,
                 scores.logsumexp[block],
                 target_ids[block],
@@ -248,7 +220,7 @@ def logprob_gradients(
                 part(scores.entropy, block),
                 part(entropy_weight, block),
             )
-        _accumulate(tiles, projection, tile, rows, gradients)
+        _accumulate(tiles, projection, tile_gradient, rows, gradients)
     return gradients
 
 
@@ -275,9 +247,9 @@ def divergence(
 
     Matrix products: 2, plus 1 for the hidden gradient, plus 1 for the weight gradient.
     """
-    num_rows, num_columns = student.hidden.shape[0], student.num_columns
+    num_rows = student.hidden.shape[0]
     device, dtype = student.hidden.device, student.dtype
-    gradients = wanted.allocate(student)
+    gradients = allocate(wanted, student)
     names = ["divergence"]
     if target_ids is not None:
         names += ["student_logprobs", "teacher_logprobs"]
@@ -286,55 +258,22 @@ def divergence(
     results = {name: torch.zeros(num_rows, dtype=dtype, device=device) for name in names}
 
     if num_rows:
-        step = chunk_rows(tiles, num_rows, num_columns, dtype, workspace_bytes, 2, wanted.weight)
-        block_rows = tiles.block_rows(num_columns, device)
-        buffer = _buffer(tiles, 2 * step, num_columns, student)
-        as_difference = tiles.takes_difference and student.logits_differ_linearly(teacher)
-        for rows in _spans(num_rows, step):
-            student_tile, teacher_tile = _pair(tiles, student, teacher, rows, buffer, as_difference)
-            for block, local in _blocks(rows, block_rows):
+        walk = tiles.pair_walk(student, teacher, beta, workspace_bytes, wanted)
+        for rows in _spans(num_rows, walk.chunk_rows):
+            walk.begin(rows)
+            for block, local in _blocks(rows, walk.block_rows):
                 targets = None if target_ids is None else target_ids[block]
-                statistics, state = tiles.divergence(
-                    student_tile[local],
-                    teacher_tile[local],
-                    student.transform,
-                    teacher.transform,
-                    targets,
-                    beta,
-                    want_entropy,
-                    as_difference,
-                )
+                statistics = walk.statistics(block, local, targets, want_entropy)
                 for name in names:
                     results[name][block] = getattr(statistics, name)
                 if wanted.any:
-                    weight, logprob_weight = row_weights(block, statistics)
-                    tiles.divergence_gradient(student_tile[local], state, targets, weight, logprob_weight)
-            _accumulate(tiles, student, student_tile, rows, gradients)
+                    walk.gradient(local, targets, *row_weights(block, statistics))
+            if wanted.any:
+                _accumulate(tiles, student, walk.gradient_tile(rows.stop - rows.start), rows, gradients)
     return DivergencePass(
         DivergenceRows(**{name: results.get(name) for name in DivergenceRows._fields}),  # type: ignore[arg-type]
         gradients,
     )
-
-
-def _pair(
-    tiles: Tiles, student: Projection, teacher: Projection, rows: slice, buffer: torch.Tensor, as_difference: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The student's logits of some rows, and the teacher's, or their difference from the student's."""
-    count = rows.stop - rows.start
-    student_tile, teacher_tile = buffer[:count], buffer[count : 2 * count]
-    if not as_difference:
-        tiles.logits(student, rows, student_tile)
-        tiles.logits(teacher, rows, teacher_tile)
-        return student_tile, teacher_tile
-    difference = teacher.minus(student, rows)
-    if student.bias is None:
-        # One walk through the weight for both.
-        both = student.of_rows(torch.cat((student.hidden[rows].to(student.dtype), difference.hidden)))
-        tiles.logits(both, slice(0, 2 * count), buffer[: 2 * count])
-    else:
-        tiles.logits(student, rows, student_tile)
-        tiles.logits(difference, slice(0, count), teacher_tile)
-    return student_tile, teacher_tile
 
 
 def _accumulate(tiles: Tiles, projection: Projection, tile: torch.Tensor, rows: slice, gradients: Gradients) -> None:

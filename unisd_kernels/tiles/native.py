@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from unisd_kernels import _lib
-from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, RunningScores, SoftmaxRows
+from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, PairWalk, RunningScores, SoftmaxRows, Wanted
+from unisd_kernels.tiles.pair_walk import TilePairWalk
 from unisd_kernels.tiles.projection import Projection
 
 # The rows of `statistics` (csrc/statistics.h).
@@ -53,6 +54,9 @@ class NativeTiles:
     def block_rows(self, num_columns: int, device: torch.device) -> None:
         return None
 
+    def gradient_dtype(self, projection: Projection) -> torch.dtype:
+        return projection.dtype
+
     def logits(self, projection: Projection, rows: slice, out: torch.Tensor) -> None:
         _lib.operations().linear_logits(
             _rows(projection.hidden[rows]),
@@ -69,6 +73,7 @@ class NativeTiles:
         self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
     ) -> None:
         transform = projection.transform
+        mean = None if running.entropy is None else torch.zeros_like(running.entropy)
         _lib.operations().linear_score(
             _rows(projection.hidden[rows]),
             _rows(projection.weight),
@@ -76,15 +81,26 @@ class NativeTiles:
             transform.product_scale,
             transform.tanh_scale,
             target_ids.contiguous(),
-            *running,
+            running.logsumexp,
+            running.target_logits,
+            mean,
         )
+        if running.entropy is not None and mean is not None:
+            torch.sub(running.logsumexp, mean, out=running.entropy)
 
     def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty(rows.shape, dtype=dtype)
         _lib.operations().scale_rows(rows, scale.to(torch.float32).contiguous(), out)
         return out
 
-    def softmax(self, tile: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor) -> SoftmaxRows:
+    def pair_walk(
+        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
+    ) -> PairWalk:
+        return TilePairWalk(self, student, teacher, beta, workspace_bytes, wanted)
+
+    def softmax(
+        self, tile: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
+    ) -> SoftmaxRows:
         result = SoftmaxRows(tile.new_empty(tile.shape[0]), tile.new_empty(tile.shape[0]))
         _lib.operations().tile_softmax_(tile, transform.tanh_scale, target_ids.contiguous(), *result)
         return result
@@ -92,6 +108,7 @@ class NativeTiles:
     def logprob_gradient(
         self,
         tile: torch.Tensor,
+        gradient: torch.Tensor,
         transform: LogitTransform,
         logsumexp: torch.Tensor,
         target_ids: torch.Tensor,

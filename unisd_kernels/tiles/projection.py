@@ -40,23 +40,24 @@ class Projection:
         """Other hidden states through the same head."""
         return Projection(hidden, self.weight, self.bias, self.transform)
 
-    def logits_differ_linearly(self, other: Projection) -> bool:
+    def weight_is(self, other: Projection) -> bool:
+        """Is the other one's weight this very memory?"""
+        return _is_same(self.weight, other.weight)
+
+    def differs_by_rows(self, other: Projection) -> bool:
         """Is `z_other - z_self` the projection of `h_other - h_self`? True for one and the same head without a soft
-        cap, where the device projects rows that are wider than the weight (the difference of two 16-bit rows has
-        more digits than either)."""
-
-        def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-            if a is None or b is None:
-                return a is b
-            return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-
+        cap."""
         return (
             self.transform == other.transform
             and self.transform.softcap is None
-            and same(self.weight, other.weight)
-            and same(self.bias, other.bias)
-            and not self._mixed_product
+            and _is_same(self.weight, other.weight)
+            and _is_same(self.bias, other.bias)
         )
+
+    def logits_differ_linearly(self, other: Projection) -> bool:
+        """`differs_by_rows`, and the device projects rows that are wider than the weight (the difference of two
+        16-bit rows may have more digits than either)."""
+        return self.differs_by_rows(other) and not self._mixed_product
 
     def minus(self, other: Projection, rows: slice) -> Projection:
         """The projection of the difference of some rows, for heads that satisfy `logits_differ_linearly`."""
@@ -125,7 +126,7 @@ class Projection:
         beta = 0.0
         for low, high in self._slices(0, self.num_columns):
             weight = self.weight[low:high].to(self.dtype)
-            torch.addmm(out, gradient[:, low:high], weight, beta=beta, alpha=scale, out=out)
+            torch.addmm(out, gradient[:, low:high].to(self.dtype), weight, beta=beta, alpha=scale, out=out)
             beta = 1.0
 
     def add_weight_gradient(self, gradient: torch.Tensor, rows: slice, out: torch.Tensor) -> None:
@@ -133,14 +134,16 @@ class Projection:
         scale = self.transform.gradient_scale
         if self._mixed_product:
             narrow = gradient.to(self.hidden.dtype)
-            # A product with a float32 addend is not offered for 16-bit operands, so it goes through a slice.
-            step = max(1, _WIDENED_BYTES // (4 * out.shape[1]))
-            for low in range(0, out.shape[0], step):
-                part = torch.mm(narrow[:, low : low + step].T, self.hidden[rows], out_dtype=self.dtype)
-                out[low : low + step].add_(part, alpha=scale)
+            torch.addmm(out, narrow.T, self.hidden[rows], out_dtype=self.dtype, alpha=scale, out=out)
             return
-        out.addmm_(gradient.T, self.hidden[rows].to(self.dtype), alpha=scale)
+        out.addmm_(gradient.to(self.dtype).T, self.hidden[rows].to(self.dtype), alpha=scale)
 
     def add_bias_gradient(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
         """`out += gradient_scale * sum_rows G`."""
-        out.add_(gradient.sum(0), alpha=self.transform.gradient_scale)
+        out.add_(gradient.sum(0, dtype=self.dtype), alpha=self.transform.gradient_scale)
+
+
+def _is_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype

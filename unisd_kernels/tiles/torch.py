@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, RunningScores, SoftmaxRows
+from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, PairWalk, RunningScores, SoftmaxRows, Wanted
+from unisd_kernels.tiles.buffers import equal_chunks
+from unisd_kernels.tiles.pair_walk import TilePairWalk
 from unisd_kernels.tiles.projection import Projection
 
 # Elementwise passes on a CPU run over blocks of this many bytes, so that a block is still in the cache at the next
@@ -45,12 +47,14 @@ class TorchTiles:
     row_padding = 0
 
     def chunk_rows(self, num_rows: int, most: int, weight_gradient: bool) -> int:
-        # Equally large ones.
-        return num_rows if num_rows <= most else -(-num_rows // -(-num_rows // most))
+        return equal_chunks(num_rows, most)
 
     def block_rows(self, num_columns: int, device: torch.device) -> int:
         block_bytes = _CPU_BLOCK_BYTES if device.type == "cpu" else _DEVICE_BLOCK_BYTES
         return max(1, block_bytes // (4 * num_columns))
+
+    def gradient_dtype(self, projection: Projection) -> torch.dtype:
+        return projection.dtype
 
     def logits(self, projection: Projection, rows: slice, out: torch.Tensor) -> None:
         projection.logits(rows, out)
@@ -68,26 +72,35 @@ class TorchTiles:
             tile_bytes = min(tile_bytes, _CPU_SCORE_TILE_BYTES)
         step = max(1, min(num_columns, tile_bytes // (num_rows * dtype.itemsize)))
         buffer = torch.empty(num_rows * step, dtype=dtype, device=device)
+        mean = None if running.entropy is None else torch.zeros_like(running.entropy)
         for start in range(0, num_columns, step):
             width = min(step, num_columns - start)
             tile = buffer[: num_rows * width].view(num_rows, width)
             projection.logits(rows, tile, start, start + width)
             block = self.block_rows(width, device)
             for low in range(0, num_rows, block):
-                self._merge(tile[low : low + block], projection.transform, _part(running, slice(low, low + block)))
+                part = slice(low, low + block)
+                mean_part = None if mean is None else mean[part]
+                self._merge(tile[part], projection.transform, running.logsumexp[part], mean_part)
             index = target_ids - start
             inside = (index >= 0) & (index < width)
             found = tile.gather(-1, index.clamp(0, width - 1).unsqueeze(-1)).squeeze(-1)
             running.target_logits.copy_(torch.where(inside, found, running.target_logits))
 
-    def _merge(self, tile: torch.Tensor, transform: LogitTransform, running: RunningScores) -> None:
-        part = self._log_sum_exp(tile, transform, running.mean_logit is not None)
-        before = running.logsumexp.clone()
+        if running.entropy is not None:
+            assert mean is not None
+            torch.sub(running.logsumexp, mean, out=running.entropy)
+
+    def _merge(
+        self, tile: torch.Tensor, transform: LogitTransform, logsumexp: torch.Tensor, mean: torch.Tensor | None
+    ) -> None:
+        part = self._log_sum_exp(tile, transform, mean is not None)
+        before = logsumexp.clone()
         after = torch.logaddexp(before, part.logsumexp)
-        if running.mean_logit is not None:
+        if mean is not None:
             assert part.mean_logit is not None
-            running.mean_logit.mul_((before - after).exp()).add_(part.mean_logit * (part.logsumexp - after).exp())
-        running.logsumexp.copy_(after)
+            mean.mul_((before - after).exp()).add_(part.mean_logit * (part.logsumexp - after).exp())
+        logsumexp.copy_(after)
 
     def _log_sum_exp(self, tile: torch.Tensor, transform: LogitTransform, want_mean: bool) -> TileLogSumExp:
         _finish_logits(tile, transform)
@@ -105,7 +118,14 @@ class TorchTiles:
     def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return (rows * scale.unsqueeze(-1)).to(dtype)
 
-    def softmax(self, tile: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor) -> SoftmaxRows:
+    def pair_walk(
+        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
+    ) -> PairWalk:
+        return TilePairWalk(self, student, teacher, beta, workspace_bytes, wanted)
+
+    def softmax(
+        self, tile: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
+    ) -> SoftmaxRows:
         logsumexp = self._log_sum_exp(tile, transform, want_mean=False).logsumexp
         target_logits = tile.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
         cap_gradient = _cap_gradient(tile, transform)
@@ -117,6 +137,7 @@ class TorchTiles:
     def logprob_gradient(
         self,
         tile: torch.Tensor,
+        gradient: torch.Tensor,
         transform: LogitTransform,
         logsumexp: torch.Tensor,
         target_ids: torch.Tensor,
@@ -223,10 +244,6 @@ class TorchTiles:
             student.scatter_add_(-1, target_ids.unsqueeze(-1), logprob_weight.unsqueeze(-1))
         if state.cap_gradient is not None:
             student.mul_(state.cap_gradient)
-
-
-def _part(running: RunningScores, rows: slice) -> RunningScores:
-    return RunningScores(*(None if values is None else values[rows] for values in running))  # type: ignore[arg-type]
 
 
 def _finish_logits(tile: torch.Tensor, transform: LogitTransform) -> None:

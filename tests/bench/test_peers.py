@@ -1,0 +1,207 @@
+"""Contenders compute the same thing, the reference sees where one does not, and what cannot run is a row."""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from bench import accuracy
+from bench.accuracy import expected_outcome
+from bench.cases import CASES, Case, make_inputs
+from bench.measure import measure
+from bench.peers import DEFAULT_PEERS, FLOOR, PEERS, NotOffered, Peer, compiled, gemm_floor
+from bench.peers.step import Outcome
+from unisd_kernels import reference
+
+CPU = torch.device("cpu")
+SMOKE = ("smoke", "smoke.kl", "smoke.kl_trainable", "smoke.scoring")
+
+
+def errors_of(name, inputs, beta=0.0):
+    peer = PEERS[name]
+    return expected_outcome(inputs, beta).errors(peer.build(inputs, beta)(), peer.mean_only)
+
+
+@pytest.mark.parametrize("case", SMOKE)
+@pytest.mark.parametrize("name", [name for name in (*DEFAULT_PEERS, "unisd torch") if name != FLOOR])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_contenders_agree_with_float64(case, name, beta):
+    inputs = make_inputs(CASES[case], CPU)
+    errors = errors_of(name, inputs, beta)
+    wanted = {"unisd_loss": {"gradient_error"}, "scoring": {"value_error"}}
+    assert set(errors) == wanted.get(inputs.case.operation, {"value_error", "gradient_error"})
+    assert max(errors.values()) < 1e-5
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_losses_agree(beta):
+    """The value of the UniSD* loss is one of all rows, which the float64 reference of one sequence cannot check."""
+    inputs = make_inputs(CASES["smoke"], CPU)
+    loss, gradient = PEERS["unisd_kernels"].build(inputs, beta)()
+    for name in ("dense float32", "trl composed", "unisd torch"):
+        other = PEERS[name].build(inputs, beta)()
+        torch.testing.assert_close(other.value, loss, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(other.gradient, gradient, rtol=1e-3, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("case", SMOKE)
+def test_an_error_shows_in_its_column(case):
+    inputs = make_inputs(CASES[case], CPU)
+    outcome = PEERS["unisd_kernels"].build(inputs, 0.0)()
+    wrong = Outcome(*(None if tensor is None else tensor * 1.01 for tensor in outcome))
+    errors = expected_outcome(inputs, 0.0).errors(wrong)
+    assert errors
+    assert all(error == pytest.approx(0.01, rel=0.05) for error in errors.values())
+
+
+def test_a_trainable_head_gets_its_gradient_from_every_contender(monkeypatch):
+    """Without it a contender would be timed for one product less."""
+    asked = []
+    grad = torch.autograd.grad
+
+    def watched(outputs, inputs, *rest):
+        asked.append(tuple(inputs))
+        return grad(outputs, inputs, *rest)
+
+    inputs = make_inputs(CASES["smoke.kl_trainable"], CPU)
+    for name in ("unisd_kernels", "dense float32", "trl composed"):
+        step = PEERS[name].build(inputs, 0.0)
+        monkeypatch.setattr(torch.autograd, "grad", watched)
+        step()
+        monkeypatch.setattr(torch.autograd, "grad", grad)
+        assert any(leaf is inputs.head.weight for leaf in asked.pop())
+
+
+@pytest.mark.parametrize("name", ["liger chunked"])
+@pytest.mark.parametrize("case", ["smoke.kl", "smoke.kl_trainable"])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_liger_is_the_mean(name, case, beta):
+    pytest.importorskip("liger_kernel")
+    inputs = make_inputs(CASES[case], CPU)
+    outcome = PEERS[name].build(inputs, beta)()
+    mean = PEERS["unisd_kernels"].build(inputs, beta)().value.mean()
+    torch.testing.assert_close(outcome.value, mean, rtol=1e-5, atol=0)
+    assert errors_of(name, inputs, beta)["gradient_error"] < 1e-5
+
+
+@pytest.mark.parametrize("case", SMOKE)
+def test_dense_compiles_without_a_break(case, monkeypatch):
+    """With the graphs captured but not lowered: `fullgraph` raises at a break."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    inputs = make_inputs(CASES[case], CPU)
+    assert max(errors_of("dense compiled", inputs).values()) < 1e-5
+
+
+def test_cut_cross_entropy_is_asked_for_the_right_thing(monkeypatch):
+    """Its signature, 25.1.1; the kernels need a GPU."""
+
+    def linear_cross_entropy(
+        e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="high", impl="cce"
+    ):
+        return torch.nn.functional.cross_entropy(e @ c.T, targets, reduction=reduction)
+
+    module = ModuleType("cut_cross_entropy")
+    module.linear_cross_entropy = linear_cross_entropy
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
+    assert errors_of("cut-cross-entropy", make_inputs(CASES["smoke.scoring"], CPU))["value_error"] < 1e-5
+
+
+def test_what_is_not_installed_is_a_row(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)
+    floor, absent = measure(CASES["smoke.scoring"], CPU, 1, [FLOOR, "cut-cross-entropy"], with_memory=False)
+    assert floor["ratio_to_floor"] == 1.0
+    assert absent["failure"].startswith("not installed: ")
+    assert "cut_cross_entropy" in absent["failure"]
+    assert "median_seconds" not in absent
+
+
+def test_refusals_are_rows_with_their_reason(monkeypatch):
+    def out_of_memory(inputs, beta):
+        def step():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 PiB")
+
+        return step
+
+    def fails_later(inputs, beta):
+        calls = iter([Outcome(None, None)])
+
+        def step():
+            return next(calls)
+
+        return step
+
+    def no_such_implementation(inputs, beta):
+        from bench.peers import unisd
+
+        return unisd.build(inputs, beta, impl="abacus")
+
+    makers = {"big": out_of_memory, "fickle": fails_later, "abacus": no_such_implementation}
+    for name, make in makers.items():
+        monkeypatch.setitem(PEERS, name, Peer(name, make))
+    rows = measure(CASES["smoke.kl"], CPU, 2, [FLOOR, *makers, "cut-cross-entropy", "dense float32"], with_memory=False)
+    failures = {row["peer"]: row.get("failure") for row in rows}
+    assert failures["big"] == "out of memory"
+    assert failures["fickle"].startswith("StopIteration")
+    assert failures["abacus"].startswith("ValueError: impl must be one of")
+    assert failures["cut-cross-entropy"].startswith("not offered: ")
+    assert failures["dense float32"] is None
+    assert rows[-1]["ratio_to_floor"] > 0
+
+
+def test_operations_a_contender_lacks_are_refused():
+    with pytest.raises(NotOffered, match="liger triton has divergence, not scoring"):
+        PEERS["liger triton"].build(make_inputs(CASES["smoke.scoring"], CPU), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("case", "products"), [("smoke", 7), ("smoke.kl", 3), ("smoke.kl_trainable", 4), ("smoke.scoring", 1)]
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_floor_is_the_products_it_says(case, products, chunked, monkeypatch):
+    if chunked:
+        monkeypatch.setattr(gemm_floor, "LARGEST_BUFFER", 0)
+        monkeypatch.setattr(gemm_floor, "CHUNK_ROWS", 20)
+    case = CASES[case]
+    step = PEERS[FLOOR].build(make_inputs(case, CPU), 0.0)
+    flops = []
+    product = torch.mm
+
+    def counted(a, b, out):
+        flops.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+        return product(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    step()
+    assert case.num_products == products
+    assert sum(flops) == products * 2 * case.num_rows * case.hidden_size * case.vocab_size
+    assert len(flops) == products * (2 if chunked else 1)
+
+
+def test_upstream_weights_are_those_of_the_loss():
+    """`sum_n u_n D_n` is `unisd_loss` of the same token weights: a frozen and a trainable case differ in dW only."""
+    inputs = make_inputs(CASES["smoke.kl_trainable"], CPU)
+    case = Case("odd", 33, 8, 50, "divergence", 0, num_sequences=5)
+    uneven = make_inputs(case, CPU)
+    for given in (inputs, uneven):
+        divergence = torch.rand(given.case.num_rows)
+        by_loss = reference.loss.reduce_per_token(
+            divergence, given.cu_seqlens, "sequence", given.token_weights, "count"
+        )
+        assert math.isclose(float(by_loss), float((given.upstream * divergence).sum()), rel_tol=1e-5)
+
+
+def test_a_sequence_too_long_for_float64_is_refused(monkeypatch):
+    case = CASES["smoke.kl"]
+    inputs = make_inputs(case, CPU)
+    needed = int(inputs.cu_seqlens[1]) * case.vocab_size * 8
+    with monkeypatch.context() as smaller:
+        smaller.setattr(accuracy, "LARGEST_TENSOR", needed - 1)
+        with pytest.raises(ValueError, match="too many for a float64 reference"):
+            expected_outcome(inputs, 0.0)
+    for name, accelerator in CASES.items():
+        sequence = accelerator.num_rows // accelerator.num_sequences
+        assert sequence * accelerator.vocab_size * 8 < accuracy.LARGEST_TENSOR, name

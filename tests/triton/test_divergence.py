@@ -1,0 +1,223 @@
+"""Both designs of the divergence: values, gradients, and the digits of small divergences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support import assert_accurate, make_problem, native_dtype_logits
+from tests.triton.support import DEVICE, DTYPES, NARROW, on_device
+from unisd_kernels import LMHead, linear_divergence, unisd_loss
+from unisd_kernels.tiles.base import LogitTransform, Wanted
+from unisd_kernels.tiles.projection import Projection
+from unisd_kernels.tiles.triton import FusedWalk, TritonTiles
+from unisd_kernels.triton import launch, tuning
+from unisd_kernels.triton.tuning import ProductConfig
+
+DESIGNS = ["triton_fused", "triton_chunked"]
+SHAPES = [
+    {"lengths": (1,), "hidden_size": 1, "vocab_size": 2},
+    {"lengths": (9, 0, 12), "hidden_size": 24, "vocab_size": 67},
+    {"lengths": (3, 40), "hidden_size": 17, "vocab_size": 129},
+]
+EXTRAS = [
+    {},
+    {"shared_head": True, "frozen_head": True},
+    {"shared_head": True, "bias": True, "logit_scale": -0.5},
+    {"shared_head": True, "softcap": 10.0},
+    {"bias": True, "softcap": 20.0, "padded_vocab": 5},
+]
+
+
+def run(problem, impl, **options):
+    settings = {"feature_weight": 0.1, "contrastive_margin": 1.0, "agreement_gamma": 0.5, "temperature": 0.7}
+    result = unisd_loss(**problem.arguments(), impl=impl, **{**settings, **options})
+    return result, torch.autograd.grad(result.loss, problem.leaves)
+
+
+def check(problem, dtype, impl, **options):
+    exact, narrow = problem, problem.to(dtype)
+    expected, expected_gradients = run(exact, "reference", **options)
+    with native_dtype_logits():
+        native, native_gradients = run(narrow, "reference", **options)
+    ours, gradients = run(narrow, impl, **options)
+    names = ["loss", "divergence", "student_logprobs", "teacher_logprobs", "negative_logprobs", "auxiliary_logprobs"]
+    for name in [*names, "student_entropy", "teacher_entropy"]:
+        if getattr(expected, name) is not None:
+            assert_accurate(name, *(getattr(result, name).detach() for result in (ours, expected, native)))
+    for position, tensors in enumerate(zip(gradients, expected_gradients, native_gradients, strict=True)):
+        assert_accurate(f"gradient {position}", *tensors)
+
+
+@pytest.mark.parametrize("impl", DESIGNS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
+def test_loss_and_gradients(impl, dtype, beta, shape):
+    if impl == "triton_fused" and 0.0 < beta < 1.0:
+        pytest.skip("the JSD is chunked in both")
+    extras = EXTRAS[(shape + DTYPES.index(dtype) + int(2 * beta)) % len(EXTRAS)]
+    problem = on_device(make_problem(dtype=dtype, **SHAPES[shape], **extras))
+    # A workspace for a few rows only: several chunks and blocks, the last ones partial.
+    check(problem, dtype, impl, beta=beta, workspace_bytes=20 << 10)
+
+
+@pytest.mark.parametrize("impl", DESIGNS)
+@pytest.mark.parametrize("extras", EXTRAS)
+def test_heads(impl, extras):
+    problem = on_device(make_problem(dtype=NARROW, lengths=(9, 0, 12), hidden_size=24, vocab_size=67, **extras))
+    check(problem, NARROW, impl, return_entropy=True)
+
+
+@pytest.mark.parametrize("impl", DESIGNS)
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("clip", [{"clip_cap": 0.5}, {"clip_quantile": 0.6}])
+def test_clipping(impl, beta, clip):
+    check(on_device(make_problem(lengths=(9, 0, 12))), torch.float32, impl, beta=beta, **clip)
+
+
+def test_no_views_no_rows_no_gradient():
+    problem = on_device(make_problem(num_auxiliary=0, negative=False, dtype=NARROW))
+    check(problem, NARROW, "triton")
+    empty = on_device(make_problem(lengths=(0, 0), dtype=NARROW)).to(NARROW)
+    with pytest.warns(UserWarning, match="no rows"):
+        result, gradients = run(empty, "triton")
+    assert float(result.loss.detach()) == 0.0
+    assert all(not gradient.any() for gradient in gradients)
+    with torch.no_grad():
+        narrow = problem.to(NARROW)
+        without = unisd_loss(**narrow.arguments(), impl="triton")
+    assert_accurate(
+        "D", without.divergence, run(problem, "reference", temperature=1.0)[0].divergence, without.divergence
+    )
+
+
+@pytest.mark.parametrize("impl", DESIGNS)
+@pytest.mark.parametrize("frozen_head", [True, False])
+def test_upstream_weights(impl, frozen_head):
+    problem = on_device(
+        make_problem(lengths=(21,), hidden_size=24, vocab_size=67, frozen_head=frozen_head, dtype=NARROW)
+    )
+    weights = torch.linspace(-1.0, 2.0, 21, device=DEVICE)
+
+    def gradients(problem, name):
+        d = linear_divergence(
+            problem.student_hidden, problem.student_head, problem.teacher_hidden, problem.teacher_head, impl=name
+        )
+        return torch.autograd.grad((d * weights.to(d.dtype)).sum(), problem.leaves)
+
+    narrow = problem.to(NARROW)
+    with native_dtype_logits():
+        native = gradients(narrow, "reference")
+    for tensors in zip(gradients(narrow, impl), gradients(problem, "reference"), native, strict=True):
+        assert_accurate("gradient", *tensors)
+
+
+def near(size: float, dtype: torch.dtype, rows: int = 24, width: int = 64, columns: int = 307):
+    """Student and teacher rows whose divergence is about `size`, and their head, exactly representable in `dtype`."""
+    generator = torch.Generator().manual_seed(1)
+    weight = (torch.randn(columns, width, generator=generator, dtype=torch.float64) * 2 / width**0.5).to(dtype).double()
+    student = torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype).double()
+    step = torch.randn(rows, width, generator=generator, dtype=torch.float64) * (size / 2) ** 0.5
+    return student.to(DEVICE), (student + step).to(dtype).double().to(DEVICE), weight.to(DEVICE)
+
+
+@pytest.mark.parametrize("impl", DESIGNS)
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.5])
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6])
+def test_small_divergences_keep_their_digits(impl, beta, size):
+    """One head for both. In float32, where the rows can be that near each other."""
+    student, teacher, weight = near(size, torch.float32)
+    exact = linear_divergence(student, LMHead(weight), teacher, LMHead(weight), beta=beta, impl="reference")
+    head = LMHead(weight.float())
+    ours = linear_divergence(student.float(), head, teacher.float(), head, beta=beta, impl=impl)
+    assert ((ours - exact).abs() <= 2e-5 * exact).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_near_rows_in_16_bits(beta):
+    """A few neighbouring 16-bit numbers apart: the difference is exact, so the divergence nearly is."""
+    student, _, weight = near(1e-4, NARROW)
+    teacher = student.clone()
+    teacher[:, ::7] *= 1.0 + 2.0**-6
+    teacher = teacher.to(NARROW).double()
+    exact = linear_divergence(student, LMHead(weight), teacher, LMHead(weight), beta=beta, impl="reference")
+    assert float(exact.max()) < 1e-3
+    head = LMHead(weight.to(NARROW))
+    for impl in DESIGNS:
+        ours = linear_divergence(student.to(NARROW), head, teacher.to(NARROW), head, beta=beta, impl=impl)
+        assert ((ours - exact).abs() <= 1e-4 * exact).all()
+
+
+def test_rows_are_marked_by_what_the_rounding_of_the_difference_costs():
+    student = torch.ones(3, 40, dtype=NARROW, device=DEVICE)
+    teacher = student.clone()
+    teacher[0, 0] = 1.5  # exact
+    teacher[1] = torch.linspace(-100, 100, 40).to(DEVICE, NARROW)  # rounded, and large
+    head = torch.zeros(8, 40, dtype=NARROW, device=DEVICE)
+    transform = LogitTransform(1.0, None, 1.0)
+    walk = FusedWalk(
+        Projection(student, head, None, transform), Projection(teacher, head, None, transform), 0.0, 1 << 20, Wanted()
+    )
+    rows, marks = walk._teacher_rows(slice(0, 3))
+    assert marks.tolist() == [1, 0, 1]
+    assert rows.hidden[0].tolist() == [0.5] + [0.0] * 39
+    assert torch.equal(rows.hidden[1], teacher[1])
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("impl", DESIGNS)
+def test_disagreement_beyond_the_range_of_exp(impl, beta):
+    """Student and teacher put all their mass on different tokens, hundreds of nats apart."""
+    columns, width = 70, 70
+    weight = torch.eye(columns, width, dtype=torch.float64, device=DEVICE)
+    student = torch.zeros(20, width, dtype=torch.float64, device=DEVICE)
+    teacher = torch.zeros(20, width, dtype=torch.float64, device=DEVICE)
+    student[:, 3], teacher[:, 68] = 300.0, 250.0
+    student[1], teacher[2] = 0.0, 0.0
+    student.requires_grad_()
+
+    def both(dtype, name):
+        leaf = student.detach().to(dtype).requires_grad_()
+        head = LMHead(weight.to(dtype))
+        d = linear_divergence(leaf, head, teacher.to(dtype), head, beta=beta, impl=name)
+        return d.detach(), torch.autograd.grad(d.sum(), leaf)[0]
+
+    exact, exact_gradient = both(torch.float64, "reference")
+    for dtype in (torch.float32, NARROW):
+        d, gradient = both(dtype, impl)
+        torch.testing.assert_close(d.double(), exact, rtol=2e-3, atol=1e-5)
+        torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-2, atol=2e-3)
+
+
+def test_descriptors_and_parts_give_the_same(monkeypatch):
+    problem = on_device(
+        make_problem(lengths=(40,), hidden_size=32, vocab_size=150, shared_head=True, frozen_head=True, dtype=NARROW)
+    ).to(NARROW)
+    name = launch.architecture(DEVICE)
+    results = []
+    for config in (
+        ProductConfig(16, 64, 16, 4, 1),
+        ProductConfig(16, 64, 16, 4, 1, descriptors=True),
+        ProductConfig(16, 64, 16, 4, 1, parts=2, descriptors=True, flatten=True),
+        ProductConfig(16, 64, 16, 4, 1, parts=4),
+    ):
+        kinds = dict.fromkeys(("pair", "pair-plain"), (config,))
+        monkeypatch.setitem(tuning.TABLE, name, {**tuning.TABLE.get(name, tuning._AMPERE), **kinds})
+        result, gradients = run(problem, "triton_fused")
+        results.append((result.divergence, gradients[0].float()))
+    for other in results[1:]:
+        torch.testing.assert_close(other[0], results[0][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(other[1], results[0][1], rtol=2e-3, atol=2e-5)
+
+
+def test_the_choice_of_design():
+    def walk(dtype, beta, design=None):
+        hidden, weight = torch.zeros(4, 8, dtype=dtype), torch.zeros(9, 8, dtype=dtype)
+        projection = Projection(hidden.to(DEVICE), weight.to(DEVICE), None, LogitTransform(1.0, None, 1.0))
+        return type(TritonTiles(design).pair_walk(projection, projection, beta, 1 << 20, Wanted())).__name__
+
+    assert walk(NARROW, 0.0) == walk(NARROW, 1.0) == "FusedWalk"
+    assert walk(NARROW, 0.5) == walk(torch.float32, 0.0) == "ChunkedWalk"
+    assert walk(NARROW, 0.0, "chunked") == "ChunkedWalk"
+    assert walk(torch.float32, 0.0, "fused") == "FusedWalk"

@@ -1,0 +1,130 @@
+"""The scoring kernel: every form of loading, shapes that fit no block, spans that end anywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support import assert_accurate, make_problem, native_dtype_logits
+from tests.triton.support import DEVICE, DTYPES, NARROW, on_device
+from unisd_kernels import LMHead, linear_logprobs
+from unisd_kernels.triton import launch, tuning
+from unisd_kernels.triton.tuning import ProductConfig
+
+FIELDS = ("logprobs", "logsumexp", "entropy")
+
+
+def check(problem, dtype, **options):
+    exact, ours = problem, problem.to(dtype)
+    with torch.no_grad():
+        expected = linear_logprobs(
+            exact.student_hidden, exact.student_head, exact.target_ids, impl="reference", return_entropy=True, **options
+        )
+        with native_dtype_logits():
+            native = linear_logprobs(
+                ours.student_hidden,
+                ours.student_head,
+                ours.target_ids,
+                impl="reference",
+                return_entropy=True,
+                **options,
+            )
+        for with_entropy in (True, False):
+            result = linear_logprobs(
+                ours.student_hidden,
+                ours.student_head,
+                ours.target_ids,
+                impl="triton",
+                return_entropy=with_entropy,
+                **options,
+            )
+            for name in FIELDS[: 3 if with_entropy else 2]:
+                assert_accurate(name, getattr(result, name), getattr(expected, name), getattr(native, name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "hidden_size", "vocab_size"), [((1,), 1, 2), ((16, 1), 16, 64), ((5, 30), 33, 131), ((70,), 40, 259)]
+)
+@pytest.mark.parametrize(
+    "extras", [{}, {"bias": True, "softcap": 5.0, "logit_scale": -0.5}, {"padded_vocab": 3, "logit_std": 20.0}]
+)
+def test_values(dtype, lengths, hidden_size, vocab_size, extras):
+    problem = make_problem(lengths=lengths, hidden_size=hidden_size, vocab_size=vocab_size, dtype=dtype, **extras)
+    check(on_device(problem), dtype, temperature=0.7)
+
+
+def use(monkeypatch, kind, config):
+    """Make a configuration the only one of a kind."""
+    name = launch.architecture(DEVICE)
+    monkeypatch.setitem(tuning.TABLE, name, {**tuning.TABLE.get(name, tuning._AMPERE), kind: (config,)})
+
+
+@pytest.mark.parametrize("spans", [1, 3, 50])
+@pytest.mark.parametrize("group", [1, 3])
+def test_spans_and_groups(monkeypatch, spans, group):
+    """Any cut of the vocabulary, any order of the programs."""
+    monkeypatch.setattr("unisd_kernels.tiles.triton.spans_of_vocabulary", lambda *_: spans)
+    for kind in ("score", "score-few", "score-heavy"):
+        use(monkeypatch, kind, ProductConfig(16, 32, 16, 4, 1, group=group))
+    check(on_device(make_problem(lengths=(70,), hidden_size=24, vocab_size=500, dtype=NARROW)), NARROW)
+
+
+@pytest.mark.parametrize("width", [16, 24, 32])
+def test_tensor_descriptors_give_the_same(monkeypatch, width):
+    problem = on_device(make_problem(lengths=(70,), hidden_size=width, vocab_size=131, dtype=NARROW)).to(NARROW)
+    arguments = (problem.student_hidden.detach(), problem.student_head.detach(), problem.target_ids)
+    config = ProductConfig(16, 32, 16, 4, 1)
+    use(monkeypatch, "score", config)
+    expected = linear_logprobs(*arguments, impl="triton")
+    taken = []
+
+    def watched(matrix, block):
+        taken.append(block)
+        return launch.descriptor(matrix, block)
+
+    monkeypatch.setattr("unisd_kernels.tiles.triton.descriptor", watched)
+    use(monkeypatch, "score", ProductConfig(16, 32, 16, 4, 1, descriptors=True))
+    result = linear_logprobs(*arguments, impl="triton")
+    assert taken == [(16, 16), (32, 16)]
+    assert torch.equal(result.logprobs, expected.logprobs)
+
+
+def test_rows_that_no_descriptor_can_address_are_loaded_plainly(monkeypatch):
+    use(monkeypatch, "score", ProductConfig(16, 32, 16, 4, 1, descriptors=True))
+    check(on_device(make_problem(lengths=(70,), hidden_size=17, vocab_size=131, dtype=NARROW)), NARROW)
+    matrix = torch.zeros(9, 24, dtype=NARROW, device=DEVICE)
+    assert launch.takes_descriptor(matrix)
+    assert not launch.takes_descriptor(matrix[:, 1:])  # starts off a multiple of 16 bytes
+    assert not launch.takes_descriptor(matrix.T)
+    assert not launch.takes_descriptor(torch.zeros(9, 17, dtype=NARROW, device=DEVICE))
+
+
+def test_operands_that_are_not_contiguous():
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(20, 48, generator=generator).to(DEVICE, NARROW)
+    columns = torch.randn(24, 99, generator=generator).to(DEVICE, NARROW)
+    target_ids = torch.randint(0, 99, (40,), generator=generator)[::2].to(DEVICE)
+    for hidden in (wide[:, ::2], wide[:, 5:29], torch.randn(24, 20, generator=generator).to(DEVICE, NARROW).T):
+        ours = linear_logprobs(hidden, LMHead(columns.T), target_ids, impl="triton")
+        plain = linear_logprobs(hidden.contiguous(), LMHead(columns.T.contiguous()), target_ids.clone(), impl="triton")
+        assert torch.equal(ours.logprobs, plain.logprobs)
+
+
+def test_not_a_number_stays_one():
+    problem = on_device(make_problem(lengths=(20,), hidden_size=16, vocab_size=70, dtype=NARROW)).to(NARROW)
+    hidden = problem.student_hidden.detach().clone()
+    hidden[3, 2] = torch.nan
+    result = linear_logprobs(hidden, problem.student_head.detach(), problem.target_ids, impl="triton")
+    assert result.logprobs.isnan().nonzero().tolist() == [[3]]
+
+
+def test_the_device_is_filled():
+    """64 rows give as many programs as 32768, and whole rounds of them."""
+    for row_blocks, column_blocks in ((1, 501), (2, 501), (64, 501), (256, 501), (5, 7), (1, 1)):
+        spans = launch.spans_of_vocabulary(row_blocks, column_blocks, 132)
+        assert 1 <= spans <= column_blocks
+        rounds = -(-row_blocks * spans // 132)
+        work = row_blocks * column_blocks
+        if work >= 1000:
+            assert rounds * -(-column_blocks // spans) * 132 < 1.06 * work, (row_blocks, column_blocks, spans)

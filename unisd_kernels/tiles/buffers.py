@@ -1,0 +1,67 @@
+"""How many rows of logits fit the workspace, and the buffers that hold them."""
+
+from __future__ import annotations
+
+import torch
+
+
+def row_stride(num_columns: int, padding: int) -> int:
+    """Elements from one row to the next: at least `padding` are free behind each row, if any."""
+    return (-(-num_columns // padding) + 1) * padding if padding else num_columns
+
+
+def most_rows(workspace_bytes: int, row_bytes: int, num_columns: int) -> int:
+    """How many rows of `row_bytes` fit the workspace.
+
+    Raises:
+        ValueError: not even one.
+    """
+    most = workspace_bytes // row_bytes
+    if most < 1:
+        raise ValueError(
+            f"workspace_bytes={workspace_bytes} is too small: the logits of one row of {num_columns} columns take "
+            f"{row_bytes} bytes. Give at least that, better 64 times as much"
+        )
+    return most
+
+
+def row_buffer(rows: int, num_columns: int, padding: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[rows, num_columns], uninitialized, its rows padded."""
+    return torch.empty(rows, row_stride(num_columns, padding), dtype=dtype, device=device)[:, :num_columns]
+
+
+def equal_chunks(num_rows: int, most: int) -> int:
+    """At most `most` rows a chunk, such that all chunks are about equally large."""
+    return max(1, num_rows if num_rows <= most else -(-num_rows // -(-num_rows // most)))
+
+
+# Rows of a chunk are a multiple of the tile of a GPU's matrix product where that many fit.
+TILE_ROWS = 128
+
+
+def whole_tiles(rows: int) -> int:
+    """`rows`, down to a multiple of `TILE_ROWS` where there is one."""
+    return rows // TILE_ROWS * TILE_ROWS or rows
+
+
+def equal_tiles(num_rows: int, most: int) -> int:
+    """At most `most` rows a chunk, whole tiles where that many fit, such that all chunks are about equally large."""
+    rows = equal_chunks(num_rows, most)
+    up = -(-rows // TILE_ROWS) * TILE_ROWS
+    return up if rows < num_rows and up <= most else rows
+
+
+def split_rows(num_rows: int, workspace_bytes: int, chunk_row_bytes: int, block_row_bytes: int) -> tuple[int, int]:
+    """Rows of a chunk, whose gradient is held until one product, and of a block of it, whose logits are.
+
+    Each product reads the weight once: for a block the two products of the logits, for a chunk the gradient's. So a
+    chunk gets about twice the rows of a block, which has two views; and a block at least two tiles. `chunk_row_bytes`
+    of 0: there is no gradient. The workspace holds at least one row of both.
+    """
+    block = whole_tiles(max(2 * TILE_ROWS, workspace_bytes // (2 * chunk_row_bytes + block_row_bytes)))
+    block = min(block, whole_tiles(workspace_bytes // (chunk_row_bytes + block_row_bytes)))
+    chunk = block
+    if chunk_row_bytes:
+        chunk = max(block, whole_tiles((workspace_bytes - block * block_row_bytes) // chunk_row_bytes))
+    chunk = equal_tiles(num_rows, chunk)
+    return chunk, min(block, chunk)

@@ -1,0 +1,361 @@
+"""Compile the kernels for GPUs that are not here: `python -m unisd_kernels.triton.ahead_of_time`.
+
+Prints, for each architecture and variant, what the compiler reports: shared memory, registers, bytes spilled, and which
+matrix and copy instructions are in the code. Needs no GPU; must not run under the interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from unisd_kernels.triton import gradients, pair, rows, score, statistics
+from unisd_kernels.triton.tuning import TABLE, ProductConfig
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+# What a product kernel must contain to run on the tensor cores at full rate.
+MATRIX_INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+# Bytes of shared memory a program may have.
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+_REGISTERS_PER_PROCESSOR = 65536
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with everything that is fixed at compile time."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+    config: ProductConfig | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler said. Bytes; counts are of instructions in the code, not executed ones."""
+
+    architecture: str
+    variant: str
+    tile: str
+    shared: int
+    registers: int
+    spilled: int
+    matrix_instructions: int
+    bulk_copies: int
+    programs_per_processor: int
+
+
+def compile_variant(variant: Variant, architecture: str) -> Report:
+    """Raises what Triton or ptxas raises."""
+    names = variant.kernel.arg_names
+    signature = {name: "constexpr" if name in variant.constants else variant.types[name] for name in names}
+    # As at run time: addresses, sizes and strides that are multiples of 16 let accesses be whole vectors.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if _is_aligned(name, signature[name])}
+    capability = int(architecture.removeprefix("sm_"))
+    compiled = triton.compile(
+        ASTSource(variant.kernel, signature=signature, constexprs=variant.constants, attrs=aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": variant.warps, "num_stages": variant.stages},
+    )
+    code = compiled.asm["ptx"]
+    registers, spilled = _resources(code, capability)
+    # Warp specialization adds warps of its own.
+    threads = 32 * compiled.metadata.num_warps
+    shared = compiled.metadata.shared
+    fits = min(_REGISTERS_PER_PROCESSOR // (registers * threads), SHARED_MEMORY[architecture] // max(shared, 1))
+    config = variant.config
+    return Report(
+        architecture,
+        variant.name,
+        ""
+        if config is None
+        else f"{config.rows}x{config.columns}x{config.width}, {config.warps} warps, {config.stages} stages",
+        shared,
+        registers,
+        spilled,
+        code.count(MATRIX_INSTRUCTIONS[architecture]),
+        code.count("cp.async.bulk.tensor"),
+        fits,
+    )
+
+
+def _is_aligned(name: str, kind: str) -> bool:
+    return kind.startswith("*") or name.endswith(("_stride", "width")) or name in ("stride", "num_columns")
+
+
+def _resources(code: str, capability: int) -> tuple[int, int]:
+    """Registers a thread and bytes spilled, from the assembler that comes with Triton."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    newer = folder / "ptxas-blackwell"
+    assembler = newer if capability >= 100 and newer.exists() else folder / "ptxas"
+    target = re.search(r"\.target (sm_\w+)", code)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "kernel.ptx"
+        source.write_text(code)
+        command = [
+            str(assembler),
+            "-v",
+            f"--gpu-name={target[1]}",
+            str(source),
+            "-o",
+            str(Path(scratch) / "kernel.cubin"),
+        ]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(number) for number in re.findall(r"Used (\d+) registers", report))
+    spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", report))
+    return registers, spilled
+
+
+def variants(architecture: str, everything: bool = False) -> Iterator[Variant]:
+    """The kernels as an architecture runs them; `everything`: also the candidates that only a measurement picks."""
+    table = TABLE[architecture]
+
+    def configs(kind: str) -> tuple[ProductConfig, ...]:
+        return table[kind] if everything else table[kind][:1]
+
+    for config in configs("score"):
+        yield _score("score", config)
+    for config in configs("score-heavy"):
+        yield _score("score, entropy and soft cap", config, WANT_ENTROPY=True, HAS_CAP=True, HAS_BIAS=True)
+    for config in configs("score-few"):
+        yield _score("score, few rows", config)
+        yield _score("score, few rows, entropy and soft cap", config, WANT_ENTROPY=True, HAS_CAP=True)
+    full: dict[str, Any] = {
+        "WANT_ENTROPY": True,
+        "STUDENT_BIAS": True,
+        "TEACHER_BIAS": True,
+        "STUDENT_CAP": True,
+        "TEACHER_CAP": True,
+    }
+    for config in configs("pair"):
+        yield _pair("pair", config)
+        yield _pair("pair, entropy", config, WANT_ENTROPY=True)
+        yield _pair("pair, statistics only", config, STORE=False)
+        yield _pair("pair, entropy, bias and soft cap", config, **full)
+    for config in configs("pair-separate"):
+        yield _pair("pair, two heads, entropy", config, SHARED_WEIGHT=False, WANT_ENTROPY=True)
+        yield _pair("pair, two heads, bias and soft cap", config, SHARED_WEIGHT=False, **full)
+    # For rows that the copy engine cannot address.
+    if architecture != "sm_80":
+        yield _score("score, plain loads", table["score"][0], DESCRIPTORS=False)
+        yield _pair("pair, plain loads", table["pair-plain"][0], WANT_ENTROPY=True)
+        yield _pair("pair, two heads, plain loads", table["pair-separate-plain"][0], SHARED_WEIGHT=False)
+    yield _score("score, float32", table["score-float32"][0], element="fp32", PRECISION="tf32")
+    yield _pair("pair, float32", table["pair-float32"][0], element="fp32", PRECISION="tf32")
+    yield from _elementwise(table["pair"][0])
+
+
+def _types(kernel: Any, **known: str) -> dict[str, str]:
+    """Signature types by the names of the arguments."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in known:
+            types[name] = known[name]
+        elif name.endswith(("_tanh", "_scale")) or name in ("beta", "rounding"):
+            types[name] = "fp32"
+        elif name == "target_ids":
+            types[name] = "*i64"
+        elif name == "is_difference":
+            types[name] = "*i8"
+        elif name.startswith("num_") or name.endswith(("_stride", "width", "_span")) or name == "stride":
+            types[name] = "i32"
+        else:
+            types[name] = "*fp32"
+    return types
+
+
+def _operand(element: str, rows_of_tile: int, config: ProductConfig, descriptors: bool) -> str:
+    return f"tensordesc<{element}[{rows_of_tile},{config.width}]>" if descriptors else f"*{element}"
+
+
+def _score(name: str, config: ProductConfig, element: str = "bf16", **constants: Any) -> Variant:
+    fixed = {
+        "HAS_BIAS": False,
+        "HAS_CAP": False,
+        "WANT_ENTROPY": False,
+        "DESCRIPTORS": config.descriptors,
+        "EVEN_WIDTH": True,
+        "PRECISION": "ieee",
+        "WARP_SPECIALIZE": config.warp_specialize,
+        "BLOCK_ROWS": config.rows,
+        "BLOCK_COLUMNS": config.columns,
+        "BLOCK_WIDTH": config.width,
+        "GROUP": config.group,
+        **constants,
+    }
+    descriptors = fixed["DESCRIPTORS"]
+    types = _types(
+        score.score_kernel,
+        hidden=_operand(element, config.rows, config, descriptors),
+        weight=_operand(element, config.columns, config, descriptors),
+        bias=f"*{element}",
+    )
+    return Variant(name, score.score_kernel, types, fixed, config.warps, config.stages, config)
+
+
+def _pair(name: str, config: ProductConfig, element: str = "bf16", **constants: Any) -> Variant:
+    fixed = {
+        "SHARED_WEIGHT": True,
+        "STUDENT_BIAS": False,
+        "TEACHER_BIAS": False,
+        "STUDENT_CAP": False,
+        "TEACHER_CAP": False,
+        "HAS_TARGETS": True,
+        "WANT_ENTROPY": False,
+        "STORE": True,
+        "DESCRIPTORS": config.descriptors,
+        "EVEN_WIDTH": True,
+        "PRECISION": "ieee",
+        "FLATTEN": config.flatten,
+        "WARP_SPECIALIZE": config.warp_specialize,
+        "BLOCK_ROWS": config.rows,
+        "BLOCK_COLUMNS": config.columns,
+        "BLOCK_WIDTH": config.width,
+        "PARTS": config.parts,
+        **constants,
+    }
+    descriptors = fixed["DESCRIPTORS"]
+    stored = "*fp32" if element == "fp32" else "*fp16"
+    hidden = _operand(element, config.rows, config, descriptors)
+    weight = _operand(element, config.columns, config, descriptors)
+    types = _types(
+        pair.pair_kernel,
+        student_hidden=hidden,
+        teacher_hidden=hidden,
+        student_weight=weight,
+        teacher_weight=weight,
+        student_bias=f"*{element}",
+        teacher_bias=f"*{element}",
+        shifted_student=stored,
+        shifted_teacher=stored,
+    )
+    return Variant(name, pair.pair_kernel, types, fixed, config.warps, config.stages, config)
+
+
+def _elementwise(config: ProductConfig) -> Iterator[Variant]:
+    columns = config.columns // config.parts
+    base = {"STUDENT_CAP": True, "TEACHER_CAP": True}
+    kernel = gradients.divergence_gradient_kernel
+    weights = {"HAS_WEIGHT": True, "HAS_LOGPROB_WEIGHT": True}
+    yield Variant(
+        "gradient from shifted logits",
+        kernel,
+        _types(kernel, student="*fp16", teacher="*fp16", gradient="*bf16"),
+        {
+            "FORWARD": True,
+            "REVERSE": False,
+            "SHIFTED": True,
+            **base,
+            **weights,
+            "BLOCK_ROWS": 2048 // columns,
+            "BLOCK_COLUMNS": columns,
+        },
+    )
+    yield Variant(
+        "gradient from float32 logits",
+        kernel,
+        _types(kernel, gradient="*bf16"),
+        {
+            "FORWARD": False,
+            "REVERSE": False,
+            "SHIFTED": False,
+            **base,
+            **weights,
+            "BLOCK_ROWS": 4,
+            "BLOCK_COLUMNS": 512,
+        },
+    )
+    kernel = statistics.block_statistics_kernel
+    yield Variant(
+        "statistics of float32 logits",
+        kernel,
+        _types(kernel),
+        {**base, "HAS_TARGETS": True, "WANT_ENTROPY": True, "BLOCK_ROWS": 4, "BLOCK_COLUMNS": 1024},
+        warps=8,
+    )
+    kernel = statistics.combine_kernel
+    yield Variant(
+        "statistics of rows",
+        kernel,
+        _types(kernel),
+        {"HAS_TARGETS": True, "WANT_ENTROPY": True, "REVERSE": False, "BLOCKS": 1024},
+    )
+    kernel = statistics.mixture_kernel
+    yield Variant("mixture", kernel, _types(kernel), {**base, "BLOCK_COLUMNS": 2048}, warps=8)
+    kernel = gradients.softmax_statistics_kernel
+    yield Variant("softmax", kernel, _types(kernel), {"HAS_CAP": True, "BLOCK_COLUMNS": 2048}, warps=8)
+    kernel = gradients.logprob_gradient_kernel
+    yield Variant(
+        "gradient of scores",
+        kernel,
+        _types(kernel, gradient="*bf16"),
+        {
+            "HAS_CAP": True,
+            "HAS_LOGPROB_WEIGHT": True,
+            "HAS_LOGSUMEXP_WEIGHT": True,
+            "HAS_ENTROPY_WEIGHT": True,
+            "BLOCK_ROWS": 4,
+            "BLOCK_COLUMNS": 512,
+        },
+    )
+    kernel = rows.scale_rows_kernel
+    yield Variant("scaled rows", kernel, _types(kernel, scale="*fp32", out="*bf16"), {"BLOCK_COLUMNS": 1024})
+    kernel = rows.difference_rows_kernel
+    yield Variant(
+        "differences of rows",
+        kernel,
+        _types(kernel, student="*bf16", teacher="*bf16", out="*bf16"),
+        {"BLOCK_COLUMNS": 1024},
+    )
+
+
+def table(reports: list[Report]) -> str:
+    lines = [
+        "| architecture | kernel | tile | shared KB | registers | spilled bytes | matrix instructions | bulk copies "
+        "| programs a processor |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        instructions = f"{report.matrix_instructions} {MATRIX_INSTRUCTIONS[report.architecture]}"
+        lines.append(
+            f"| {report.architecture} | {report.variant} | {report.tile} | {report.shared / 1024:.0f} "
+            f"| {report.registers} | {report.spilled} | {instructions if report.matrix_instructions else ''} "
+            f"| {report.bulk_copies or ''} | {report.programs_per_processor} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m unisd_kernels.triton.ahead_of_time", description=__doc__)
+    parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--everything", action="store_true", help="also the candidates that only a measurement picks")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set: kernels cannot be compiled under the interpreter; unset it")
+    reports = [
+        compile_variant(variant, architecture)
+        for architecture in arguments.architectures
+        for variant in variants(architecture, arguments.everything)
+    ]
+    print(json.dumps([asdict(report) for report in reports]) if arguments.json else table(reports))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Elementwise functions that keep the digits of small numbers, for use inside kernels.
+
+Plain Triton on purpose: the vendors' mathematical libraries are not there under the interpreter, and differ by backend.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expm1_remainder(x):
+    """e^x - 1 - x to a few units of the last place: a Taylor polynomial below |x| = 0.5, where terms would cancel."""
+    small = 1.0 / 40320.0 + x * (1.0 / 362880.0)
+    small = 1.0 / 5040.0 + x * small
+    small = 1.0 / 720.0 + x * small
+    small = 1.0 / 120.0 + x * small
+    small = 1.0 / 24.0 + x * small
+    small = 1.0 / 6.0 + x * small
+    small = 0.5 + x * small
+    return tl.where(tl.abs(x) < 0.5, x * x * small, tl.exp(x) - 1.0 - x)
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1 to a few units of the last place."""
+    return tl.where(tl.abs(x) < 0.5, x + expm1_remainder(x), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p_remainder(x):
+    """x - log(1 + x) for x > -1 to a few units of the last place.
+
+    With s = x / (2 + x), log(1 + x) = 2 atanh(s), whose series starts with 2 s; the difference of that from x is
+    x^2 / 2 times 1 - s. Beyond |x| = 0.4 nothing cancels.
+    """
+    half_square = 0.5 * x * x
+    near = tl.minimum(tl.maximum(x, -0.4), 0.4)
+    s = near / (2.0 + near)
+    square = s * s
+    series = 2.0 / 11.0 + square * (2.0 / 13.0)
+    series = 2.0 / 9.0 + square * series
+    series = 2.0 / 7.0 + square * series
+    series = 2.0 / 5.0 + square * series
+    series = 2.0 / 3.0 + square * series
+    small = half_square - s * (half_square + square * series)
+    return tl.where(near == x, small, x - tl.log(1.0 + x))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x > -1. The rounding of 1 + x is divided out (W. Kahan)."""
+    one_more = 1.0 + x
+    rounded = one_more - 1.0
+    ratio = x / tl.where(rounded == 0.0, 1.0, rounded)
+    return tl.where(rounded == 0.0, x, tl.log(one_more) * ratio)
+
+
+@triton.jit
+def tanh(x):
+    # 2 |x| <= 40: beyond it the result is one to the last bit, and e^(2x) would overflow.
+    e = expm1(tl.minimum(2.0 * tl.abs(x), 40.0))
+    magnitude = e / (e + 2.0)
+    # min() drops a NaN; put it back.
+    return tl.where(x != x, x, tl.where(x < 0.0, -magnitude, magnitude))
+
+
+@triton.jit
+def finish_logits(x, tanh_scale, HAS_CAP: tl.constexpr):
+    """z from `product_scale (h W^T + b)`: the tanh of a soft cap, or nothing."""
+    if HAS_CAP:
+        x = tanh(x) * tanh_scale
+    return x
+
+
+@triton.jit
+def cap_gradient(z, tanh_scale, HAS_CAP: tl.constexpr):
+    """dz / d(a x / tau): 1 - tanh^2 with a soft cap."""
+    if HAS_CAP:
+        ratio = z / tanh_scale
+        return 1.0 - ratio * ratio
+    else:
+        return tl.full(z.shape, 1.0, tl.float32)

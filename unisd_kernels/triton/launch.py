@@ -1,0 +1,99 @@
+"""What a launch needs to know about tensors and devices."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from contextlib import AbstractContextManager
+
+import torch
+from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Rows of the buffers are padded to whole vectors of this many elements.
+ROW_PADDING = 64
+
+
+def interpreting() -> bool:
+    """Do kernels run on the CPU, under the interpreter?"""
+    return bool(knobs.runtime.interpret)
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    if tensor.device.type == "xpu" and tensor.device.index != torch.xpu.current_device():
+        return torch.xpu.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90" and the like, "hip", "xpu", or "interpreter" for a CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """How many programs of a large tile run at a time."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return 4
+
+
+def takes_descriptor(matrix: torch.Tensor) -> bool:
+    """Can the copy engine address this matrix? It wants contiguous rows that start at multiples of 16 bytes."""
+    size = matrix.element_size()
+    return (
+        matrix.stride(1) == 1
+        and matrix.stride(0) * size % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+        and min(matrix.shape) > 0
+    )
+
+
+def descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
+
+
+def row_major(matrix: torch.Tensor) -> torch.Tensor:
+    """Kernels want contiguous rows, at any distance; a transposed or expanded matrix is copied."""
+    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+        return matrix.contiguous()
+    return matrix
+
+
+def product_precision(matrix: torch.Tensor) -> str:
+    """Of a float32 product: what PyTorch is set to. 16-bit operands are exact in the product either way."""
+    if (
+        matrix.dtype == torch.float32
+        and matrix.device.type == "cuda"
+        and torch.get_float32_matmul_precision() != "highest"
+    ):
+        return "tf32"
+    return "ieee"
+
+
+@functools.cache
+def spans_of_vocabulary(row_blocks: int, column_blocks: int, processors: int) -> int:
+    """Into how many spans to cut the vocabulary so that the rows' blocks times spans fill the device.
+
+    Minimizes the number of rounds times the blocks in a span; each round also pays about one block for starting.
+    """
+    best, least = 1, float("inf")
+    for spans in range(1, min(column_blocks, 4 * processors) + 1):
+        rounds = -(-row_blocks * spans // processors)
+        cost = rounds * (-(-column_blocks // spans) + 1)
+        if cost < least:
+            best, least = spans, cost
+    return best

@@ -1,0 +1,286 @@
+"""Student and teacher through the vocabulary at once: one product kernel with the statistics of a divergence behind it.
+
+A program makes the same tile of both logits, takes the block's statistics (statistics.py) while they are in registers,
+and stores what the gradient needs: z_s and z_t - z_s (or z_t, where that is far off), each less its block's reference.
+Near the reference, where the probability is, the shifted numbers are small, so that 16 bits hold them with the relative
+precision the gradient is rounded to anyway; the divergence itself never sees the rounded ones.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from unisd_kernels.triton.functions import finish_logits
+from unisd_kernels.triton.products import load_tile, product_tile
+from unisd_kernels.triton.statistics import MASKED, store_partials, store_targets
+
+# float16's largest number, less a margin; what is beyond it has no probability.
+_LARGEST = tl.constexpr(60000.0)
+
+
+@triton.jit
+def column_part(tile, PART: tl.constexpr, PARTS: tl.constexpr):
+    """Part `PART` of `PARTS` (1, 2 or 4) of the columns of a tile, taken from registers."""
+    if PARTS == 1:
+        return tile
+    else:
+        ROWS: tl.constexpr = tile.shape[0]
+        COLUMNS: tl.constexpr = tile.shape[1]
+        left, right = tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+        HALF: tl.constexpr = PARTS // 2
+        if PART < HALF:
+            return column_part(left, PART, HALF)
+        else:
+            return column_part(right, PART - HALF, HALF)
+
+
+@triton.jit
+def finish_block(
+    z,
+    other,
+    block,
+    first_column,
+    given,
+    targets,
+    rows,
+    row_mask,
+    student_bias,
+    teacher_bias,
+    shifted_student,
+    shifted_teacher,
+    partials,
+    statistics,
+    num_rows,
+    num_columns,
+    shifted_student_stride,
+    shifted_teacher_stride,
+    num_blocks,
+    student_scale,
+    teacher_scale,
+    student_tanh,
+    teacher_tanh,
+    STUDENT_BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+    STORE: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+    column_mask = columns < num_columns
+    if STUDENT_BIAS:
+        z += tl.load(student_bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    if TEACHER_BIAS:
+        # A difference of hidden states gives a difference of logits, in which the bias is gone.
+        bias = tl.load(teacher_bias + columns, mask=column_mask, other=0.0).to(tl.float32)
+        other += tl.where(given[:, None], 0.0, bias[None, :])
+    z = finish_logits(z * student_scale, student_tanh, STUDENT_CAP)
+    other = finish_logits(other * teacher_scale, teacher_tanh, TEACHER_CAP)
+    delta = tl.where(column_mask[None, :], tl.where(given[:, None], other, other - z), 0.0)
+    z = tl.where(column_mask[None, :], z, MASKED)
+    if HAS_TARGETS:
+        store_targets(statistics, z, delta, first_column, targets, row_mask, rows, num_rows, BLOCK_COLUMNS)
+    highest, shift, teacher_highest, far = store_partials(
+        partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY
+    )
+    if STORE:
+        # Rows are padded, so that a whole vector is written also where the vocabulary ends within one.
+        wide = rows.to(tl.int64)[:, None]
+        mask = row_mask[:, None] & (columns < shifted_student_stride)[None, :]
+        low = tl.maximum(z - highest[:, None], -_LARGEST)
+        tl.store(
+            shifted_student + wide * shifted_student_stride + columns[None, :],
+            low.to(shifted_student.dtype.element_ty),
+            mask=mask,
+        )
+        mask = row_mask[:, None] & (columns < shifted_teacher_stride)[None, :]
+        # Far from the student the teacher's own logit is the better one to round: where p_t is, it is near its maximum.
+        away = tl.where(far[:, None], z + delta - teacher_highest[:, None], delta - shift[:, None])
+        away = tl.minimum(tl.maximum(away, -_LARGEST), _LARGEST)
+        tl.store(
+            shifted_teacher + wide * shifted_teacher_stride + columns[None, :],
+            away.to(shifted_teacher.dtype.element_ty),
+            mask=mask,
+        )
+
+
+@triton.jit
+def pair_kernel(
+    student_hidden,
+    teacher_hidden,
+    student_weight,
+    teacher_weight,
+    student_bias,
+    teacher_bias,
+    is_difference,  # [rows] int8: does the row of teacher_hidden hold h_t - h_s?
+    target_ids,
+    shifted_student,
+    shifted_teacher,
+    partials,
+    statistics,
+    num_rows,
+    num_columns,
+    student_width,
+    teacher_width,
+    student_hidden_stride,
+    teacher_hidden_stride,
+    student_weight_stride,
+    teacher_weight_stride,
+    shifted_student_stride,
+    shifted_teacher_stride,
+    num_blocks,
+    num_programs,
+    student_scale,
+    teacher_scale,
+    student_tanh,
+    teacher_tanh,
+    SHARED_WEIGHT: tl.constexpr,
+    STUDENT_BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+    STORE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,  # 1, 2 or 4 blocks of statistics a tile; the more, the fewer registers are live at a time
+):
+    row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
+    num_tiles = row_blocks * tl.cdiv(num_columns, BLOCK_COLUMNS)
+    for tile in tl.range(tl.program_id(0), num_tiles, num_programs, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
+        # Tiles of the same columns run together: the weight comes from memory once, the hidden states stay cached.
+        first_row = (tile % row_blocks) * BLOCK_ROWS
+        first_column = (tile // row_blocks) * BLOCK_COLUMNS
+        z = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        other = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        if SHARED_WEIGHT:
+            for step in range(tl.cdiv(student_width, BLOCK_WIDTH)):
+                k = step * BLOCK_WIDTH
+                h = load_tile(
+                    student_hidden,
+                    first_row,
+                    num_rows,
+                    k,
+                    student_width,
+                    student_hidden_stride,
+                    DESCRIPTORS,
+                    EVEN_WIDTH,
+                    BLOCK_ROWS,
+                    BLOCK_WIDTH,
+                )
+                x = load_tile(
+                    teacher_hidden,
+                    first_row,
+                    num_rows,
+                    k,
+                    student_width,
+                    teacher_hidden_stride,
+                    DESCRIPTORS,
+                    EVEN_WIDTH,
+                    BLOCK_ROWS,
+                    BLOCK_WIDTH,
+                )
+                w = load_tile(
+                    student_weight,
+                    first_column,
+                    num_columns,
+                    k,
+                    student_width,
+                    student_weight_stride,
+                    DESCRIPTORS,
+                    EVEN_WIDTH,
+                    BLOCK_COLUMNS,
+                    BLOCK_WIDTH,
+                )
+                z = tl.dot(h, w.T, z, input_precision=PRECISION)
+                other = tl.dot(x, w.T, other, input_precision=PRECISION)
+        else:
+            z = product_tile(
+                student_hidden,
+                student_weight,
+                first_row,
+                num_rows,
+                first_column,
+                num_columns,
+                student_width,
+                student_hidden_stride,
+                student_weight_stride,
+                DESCRIPTORS,
+                EVEN_WIDTH,
+                PRECISION,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+                BLOCK_WIDTH,
+            )
+            other = product_tile(
+                teacher_hidden,
+                teacher_weight,
+                first_row,
+                num_rows,
+                first_column,
+                num_columns,
+                teacher_width,
+                teacher_hidden_stride,
+                teacher_weight_stride,
+                DESCRIPTORS,
+                EVEN_WIDTH,
+                PRECISION,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+                BLOCK_WIDTH,
+            )
+        rows = first_row + tl.arange(0, BLOCK_ROWS)
+        row_mask = rows < num_rows
+        given = tl.load(is_difference + rows, mask=row_mask, other=0) != 0
+        targets = rows
+        if HAS_TARGETS:
+            targets = tl.load(target_ids + rows, mask=row_mask, other=-1).to(tl.int32)
+        WIDTH: tl.constexpr = BLOCK_COLUMNS // PARTS
+        for part in tl.static_range(PARTS):
+            z_part = column_part(z, part, PARTS)
+            other_part = column_part(other, part, PARTS)
+            block = (tile // row_blocks) * PARTS + part
+            # A tile at the end of the vocabulary may have nothing in its right half: nothing of it is written.
+            finish_block(
+                z_part,
+                other_part,
+                block,
+                first_column + part * WIDTH,
+                given,
+                targets,
+                rows,
+                row_mask & (block < num_blocks),
+                student_bias,
+                teacher_bias,
+                shifted_student,
+                shifted_teacher,
+                partials,
+                statistics,
+                num_rows,
+                num_columns,
+                shifted_student_stride,
+                shifted_teacher_stride,
+                num_blocks,
+                student_scale,
+                teacher_scale,
+                student_tanh,
+                teacher_tanh,
+                STUDENT_BIAS,
+                TEACHER_BIAS,
+                STUDENT_CAP,
+                TEACHER_CAP,
+                HAS_TARGETS,
+                WANT_ENTROPY,
+                STORE,
+                WIDTH,
+            )

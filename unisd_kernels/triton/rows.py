@@ -1,0 +1,58 @@
+"""Kernels on [N, H] rows of hidden states and their gradients."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scale_rows_kernel(source, scale, out, num_columns, source_stride, out_stride, BLOCK_COLUMNS: tl.constexpr):
+    """`out_n = scale_n source_n`, rounded once."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = columns < num_columns
+    wide = row.to(tl.int64)
+    values = tl.load(source + wide * source_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    values *= tl.load(scale + row).to(tl.float32)
+    tl.store(out + wide * out_stride + columns, values.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def difference_rows_kernel(
+    student,
+    teacher,
+    out,
+    is_difference,
+    num_columns,
+    student_stride,
+    teacher_stride,
+    out_stride,
+    rounding,  # relative error of a logit made of the rows as they are
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """`out_n = h_t - h_s` where that, rounded to the rows' dtype, gives the better difference of logits; else `h_t`.
+
+    Rounding the difference costs its norm a fraction; taking the difference after the product costs `rounding` of the
+    norms of both. Similar rows of 16-bit numbers have differences that are exact, or nearly.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    lost = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    size = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    for start in range(0, num_columns, BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        mask = columns < num_columns
+        s = tl.load(student + row * student_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        t = tl.load(teacher + row * teacher_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        difference = t - s
+        residual = difference - difference.to(out.dtype.element_ty).to(tl.float32)
+        lost += residual * residual
+        size += s * s + t * t
+    better = tl.sum(lost, 0) <= rounding * rounding * tl.sum(size, 0)
+    tl.store(is_difference + row, better.to(tl.int8))
+    for start in range(0, num_columns, BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        mask = columns < num_columns
+        s = tl.load(student + row * student_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        t = tl.load(teacher + row * teacher_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + row * out_stride + columns, tl.where(better, t - s, t).to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,368 @@
+"""Statistics of a student's and a teacher's logits, block by block of columns, and of whole rows.
+
+A block of columns gives, per row, numbers that merge without losing the digits of a small divergence. With
+`delta = z_t - z_s` and, inside the block, the shift `mu = sum e_s delta / sum e_s` and `x = delta - mu`:
+
+    m_s = max z_s,  s = sum e_s,  e_s = exp(z_s - m_s)        and m_t, t, e_t of the teacher
+    b = sum e_s (e^x - 1 - x),   a = sum e_s (x e^x - (e^x - 1)),   moment = sum e_t x
+    h_s = sum e_s (z_s - m_s),   h_t = sum e_t (z_t - m_t)                           (entropies)
+
+a and b are sums of terms of second order in x that are not negative. Of the row, with r the mean of delta under p_s,
+`y = mu - r` of each block, and sums over the blocks weighted by e^(m_s - max m_s) and divided by that of s:
+
+    Q = E_s[e^(delta - r) - 1 - (delta - r)]                 = sum e^y b + s (e^y - 1 - y)
+    P = E_s[(delta - r) e^(delta - r) - (e^(delta - r) - 1)] = sum e^y (a + y b) + s (y e^y - (e^y - 1))
+    c - r = log1p(Q),   c = logsumexp(z_t) - logsumexp(z_s)
+    KL(p_t || p_s) = E_t[delta - r] - (c - r) = P / (1 + Q) - (log1p(Q) - Q / (1 + Q)),    KL(p_s || p_t) = c - r
+
+Where the teacher has its mass on tokens whose e_s is nothing in float32, P and Q miss it; the row then takes the same
+quantities from the log-sum-exps and the teacher's own moment. Source: docs/design.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from unisd_kernels.triton.functions import (
+    expm1,
+    expm1_remainder,
+    finish_logits,
+    log1p,
+    log1p_remainder,
+)
+
+# Rows of the partial statistics [PARTIALS, rows, blocks].
+STUDENT_MAX = tl.constexpr(0)
+STUDENT_SUM = tl.constexpr(1)
+TEACHER_MAX = tl.constexpr(2)
+TEACHER_SUM = tl.constexpr(3)
+SHIFT = tl.constexpr(4)
+EXCESS = tl.constexpr(5)  # b
+SECOND_ORDER = tl.constexpr(6)  # a
+MOMENT = tl.constexpr(7)
+STUDENT_SPREAD = tl.constexpr(8)
+TEACHER_SPREAD = tl.constexpr(9)
+NUM_PARTIALS = 10
+# The logit of a column that is not there. Finite, so that 0 times it is 0.
+MASKED = tl.constexpr(-1e30)
+
+# Rows of the statistics [STATISTICS, rows].
+DIVERGENCE = tl.constexpr(0)
+STUDENT_LOGPROB = tl.constexpr(1)  # first the target's logit, then its log-probability
+TEACHER_LOGPROB = tl.constexpr(2)  # first the difference of the target's logits
+STUDENT_ENTROPY = tl.constexpr(3)
+TEACHER_ENTROPY = tl.constexpr(4)
+STUDENT_LOGSUMEXP = tl.constexpr(5)
+LOGSUMEXP_DIFFERENCE = tl.constexpr(6)  # c
+STUDENT_KL = tl.constexpr(7)  # KL(p_s || m) of a mixture
+NUM_STATISTICS = 8
+
+
+@triton.jit
+def store_partials(
+    partials,
+    z,
+    delta,
+    row_mask,
+    rows,
+    num_rows,
+    block,
+    num_blocks,
+    WANT_ENTROPY: tl.constexpr,
+):
+    """Write the statistics of one block of columns, [rows, columns]; returns m_s, mu, m_t and
+    `is_far`.
+
+    Where a column is masked, `z` is `MASKED` and `delta` is 0: its exponential is 0, and 0 times it still 0.
+    """
+    plane = num_rows * num_blocks
+    out = partials + rows * num_blocks + block
+    highest = tl.max(z, 1)
+    exponentials = tl.exp(z - highest[:, None])
+    total = tl.sum(exponentials, 1)
+    shift = tl.sum(exponentials * delta, 1) / total
+    x = delta - shift[:, None]
+    # e^80 is still a number, also as a factor of the next steps.
+    bounded = tl.minimum(x, 80.0)
+    remainder = expm1_remainder(bounded)
+    excess = tl.sum(exponentials * remainder, 1)
+    second_order = tl.sum(exponentials * (bounded * expm1(bounded) - remainder), 1)
+    tl.store(out + STUDENT_MAX * plane, highest, mask=row_mask)
+    tl.store(out + STUDENT_SUM * plane, total, mask=row_mask)
+    tl.store(out + SHIFT * plane, shift, mask=row_mask)
+    tl.store(out + EXCESS * plane, excess, mask=row_mask)
+    tl.store(out + SECOND_ORDER * plane, second_order, mask=row_mask)
+    if WANT_ENTROPY:
+        spread = tl.sum(exponentials * (z - highest[:, None]), 1)
+        tl.store(out + STUDENT_SPREAD * plane, spread, mask=row_mask)
+    teacher = z + delta
+    teacher_highest = tl.max(teacher, 1)
+    exponentials = tl.exp(teacher - teacher_highest[:, None])
+    tl.store(out + TEACHER_MAX * plane, teacher_highest, mask=row_mask)
+    teacher_total = tl.sum(exponentials, 1)
+    moment = tl.sum(exponentials * x, 1)
+    tl.store(out + TEACHER_SUM * plane, teacher_total, mask=row_mask)
+    tl.store(out + MOMENT * plane, moment, mask=row_mask)
+    if WANT_ENTROPY:
+        spread = tl.sum(exponentials * (teacher - teacher_highest[:, None]), 1)
+        tl.store(out + TEACHER_SPREAD * plane, spread, mask=row_mask)
+    return highest, shift, teacher_highest, is_far(moment, teacher_total)
+
+
+@triton.jit
+def is_far(moment, teacher_total):
+    """Is the teacher far from the student in a block: does delta exceed its mean by more than one nat where p_t is?"""
+    return moment > teacher_total
+
+
+@triton.jit
+def store_targets(statistics, z, delta, first_column, targets, row_mask, rows, num_rows, BLOCK_COLUMNS: tl.constexpr):
+    """Put the target's logit and its difference where the log-probabilities will be, if the target is in the block."""
+    columns = first_column + tl.arange(0, BLOCK_COLUMNS)
+    is_target = columns[None, :] == targets[:, None]
+    mine = row_mask & (targets >= first_column) & (targets < first_column + BLOCK_COLUMNS)
+    tl.store(statistics + STUDENT_LOGPROB * num_rows + rows, tl.sum(tl.where(is_target, z, 0.0), 1), mask=mine)
+    tl.store(statistics + TEACHER_LOGPROB * num_rows + rows, tl.sum(tl.where(is_target, delta, 0.0), 1), mask=mine)
+
+
+@triton.jit
+def load_pair(
+    student,
+    teacher,
+    student_offsets,
+    teacher_offsets,
+    mask,
+    is_difference,
+    student_tanh,
+    teacher_tanh,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+):
+    """z_s and z_t - z_s of some columns, from two float32 tiles. `is_difference`: the second already holds it."""
+    z = finish_logits(tl.load(student + student_offsets, mask=mask, other=0.0), student_tanh, STUDENT_CAP)
+    other = finish_logits(tl.load(teacher + teacher_offsets, mask=mask, other=0.0), teacher_tanh, TEACHER_CAP)
+    return z, tl.where(is_difference, other, other - z)
+
+
+@triton.jit
+def block_statistics_kernel(
+    student,
+    teacher,
+    is_difference,  # [rows] int8
+    target_ids,
+    partials,
+    statistics,
+    num_rows,
+    num_columns,
+    student_stride,
+    teacher_stride,
+    num_blocks,
+    student_tanh,
+    teacher_tanh,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Partial statistics of float32 tiles that library products made. One read of each."""
+    rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    block = tl.program_id(0)
+    columns = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row_mask = rows < num_rows
+    column_mask = columns < num_columns
+    mask = row_mask[:, None] & column_mask[None, :]
+    given = tl.load(is_difference + rows, mask=row_mask, other=0) != 0
+    wide = rows.to(tl.int64)[:, None]
+    z, delta = load_pair(
+        student,
+        teacher,
+        wide * student_stride + columns[None, :],
+        wide * teacher_stride + columns[None, :],
+        mask,
+        given[:, None],
+        student_tanh,
+        teacher_tanh,
+        STUDENT_CAP,
+        TEACHER_CAP,
+    )
+    z = tl.where(column_mask[None, :], z, MASKED)
+    if HAS_TARGETS:
+        targets = tl.load(target_ids + rows, mask=row_mask, other=-1)
+        store_targets(statistics, z, delta, block * BLOCK_COLUMNS, targets, row_mask, rows, num_rows, BLOCK_COLUMNS)
+    store_partials(partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY)
+
+
+@triton.jit
+def combine_kernel(
+    partials,
+    statistics,
+    num_rows,
+    num_blocks,
+    HAS_TARGETS: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Statistics of one row from those of its blocks, `BLOCKS` of them at a time. One program a row."""
+    row = tl.program_id(0)
+    plane = num_rows * num_blocks
+    source = partials + row * num_blocks
+    lanes = tl.arange(0, BLOCKS)
+    student_max = tl.full([BLOCKS], -float("inf"), tl.float32)
+    teacher_max = tl.full([BLOCKS], -float("inf"), tl.float32)
+    for start in range(0, num_blocks, BLOCKS):
+        at = source + start + lanes
+        mask = start + lanes < num_blocks
+        student_max = tl.maximum(student_max, tl.load(at + STUDENT_MAX * plane, mask=mask, other=-float("inf")))
+        teacher_max = tl.maximum(teacher_max, tl.load(at + TEACHER_MAX * plane, mask=mask, other=-float("inf")))
+    highest = tl.max(student_max, 0)
+    teacher_highest = tl.max(teacher_max, 0)
+
+    sums = tl.zeros([BLOCKS], tl.float32)
+    teacher_sums = tl.zeros([BLOCKS], tl.float32)
+    shifts = tl.zeros([BLOCKS], tl.float32)
+    for start in range(0, num_blocks, BLOCKS):
+        at = source + start + lanes
+        mask = start + lanes < num_blocks
+        scale = tl.exp(tl.load(at + STUDENT_MAX * plane, mask=mask, other=-float("inf")) - highest)
+        teacher_scale = tl.exp(tl.load(at + TEACHER_MAX * plane, mask=mask, other=-float("inf")) - teacher_highest)
+        share = scale * tl.load(at + STUDENT_SUM * plane, mask=mask, other=0.0)
+        sums += share
+        shifts += share * tl.load(at + SHIFT * plane, mask=mask, other=0.0)
+        teacher_sums += teacher_scale * tl.load(at + TEACHER_SUM * plane, mask=mask, other=0.0)
+    total = tl.sum(sums, 0)
+    teacher_total = tl.sum(teacher_sums, 0)
+    logsumexp = highest + tl.log(total)
+    teacher_logsumexp = teacher_highest + tl.log(teacher_total)
+    mean_shift = tl.sum(shifts, 0) / total
+
+    first = tl.zeros([BLOCKS], tl.float32)  # Q
+    second = tl.zeros([BLOCKS], tl.float32)  # P
+    moments = tl.zeros([BLOCKS], tl.float32)
+    spreads = tl.zeros([BLOCKS], tl.float32)
+    teacher_spreads = tl.zeros([BLOCKS], tl.float32)
+    for start in range(0, num_blocks, BLOCKS):
+        at = source + start + lanes
+        mask = start + lanes < num_blocks
+        above = tl.load(at + STUDENT_MAX * plane, mask=mask, other=highest) - highest
+        teacher_above = tl.load(at + TEACHER_MAX * plane, mask=mask, other=teacher_highest) - teacher_highest
+        student_sum = tl.load(at + STUDENT_SUM * plane, mask=mask, other=0.0)
+        teacher_sum = tl.load(at + TEACHER_SUM * plane, mask=mask, other=0.0)
+        excess = tl.load(at + EXCESS * plane, mask=mask, other=0.0)
+        moment = tl.load(at + MOMENT * plane, mask=mask, other=0.0)
+        y = tl.load(at + SHIFT * plane, mask=mask, other=mean_shift) - mean_shift
+        bounded = tl.minimum(y, 40.0)
+        remainder = expm1_remainder(bounded)
+        grown = tl.exp(bounded)
+        scale = tl.exp(above)
+        first += scale * (grown * excess + student_sum * remainder)
+        if not REVERSE:
+            second_order = tl.load(at + SECOND_ORDER * plane, mask=mask, other=0.0)
+            of_shift = bounded * expm1(bounded) - remainder
+            second += scale * (grown * (second_order + bounded * excess) + student_sum * of_shift)
+            moments += tl.exp(teacher_above) * (moment + teacher_sum * y)
+        if WANT_ENTROPY:
+            spread = tl.load(at + STUDENT_SPREAD * plane, mask=mask, other=0.0)
+            spreads += scale * (spread + student_sum * above)
+            spread = tl.load(at + TEACHER_SPREAD * plane, mask=mask, other=0.0)
+            teacher_spreads += tl.exp(teacher_above) * (spread + teacher_sum * teacher_above)
+
+    q = tl.sum(first, 0) / total
+    direct = teacher_logsumexp - logsumexp - mean_shift
+    # The two agree but for the rounding of the log-sum-exps, unless something was out of float32's reach.
+    noise = 1e-6 * (1.0 + tl.abs(logsumexp) + tl.abs(teacher_logsumexp) + tl.abs(mean_shift))
+    in_reach = tl.abs(log1p(q) - direct) <= noise
+    beyond = tl.where(in_reach, log1p(q), direct)  # c - r
+    divergence = beyond
+    if not REVERSE:
+        # log1p(q) - q / (1 + q), without its first order
+        curvature = q * q / (1.0 + q) - log1p_remainder(q)
+        precise = tl.sum(second, 0) / total / (1.0 + q) - curvature
+        divergence = tl.sum(moments, 0) / teacher_total - beyond
+        divergence = tl.where(in_reach & (divergence < 1.0), precise, divergence)
+    # Below zero there is only rounding. A NaN stays.
+    divergence = tl.where(divergence < 0.0, 0.0, divergence)
+    difference = beyond + mean_shift
+    tl.store(statistics + DIVERGENCE * num_rows + row, divergence)
+    tl.store(statistics + STUDENT_LOGSUMEXP * num_rows + row, logsumexp)
+    tl.store(statistics + LOGSUMEXP_DIFFERENCE * num_rows + row, difference)
+    if HAS_TARGETS:
+        target = tl.load(statistics + STUDENT_LOGPROB * num_rows + row) - logsumexp
+        target_delta = tl.load(statistics + TEACHER_LOGPROB * num_rows + row)
+        tl.store(statistics + STUDENT_LOGPROB * num_rows + row, target)
+        tl.store(statistics + TEACHER_LOGPROB * num_rows + row, target + (target_delta - difference))
+    if WANT_ENTROPY:
+        entropy = tl.log(total) - tl.sum(spreads, 0) / total
+        teacher_entropy = tl.log(teacher_total) - tl.sum(teacher_spreads, 0) / teacher_total
+        tl.store(statistics + STUDENT_ENTROPY * num_rows + row, entropy)
+        tl.store(statistics + TEACHER_ENTROPY * num_rows + row, teacher_entropy)
+
+
+@triton.jit
+def mixture_kernel(
+    student,
+    teacher,
+    is_difference,
+    statistics,
+    num_rows,
+    num_columns,
+    student_stride,
+    teacher_stride,
+    student_tanh,
+    teacher_tanh,
+    beta,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """The generalized Jensen-Shannon divergence of one row, whose log-sum-exps are known. One program a row.
+
+    With `d = log p_t - log p_s`, the larger probability g, `q = -|d|`, `E = e^q - 1` and `w` the weight of the smaller
+    probability in m: `log(m / g) = log1p(w E)`. To both KLs are added terms that sum to zero over the vocabulary,
+    m - p_s and m - p_t, so that every term is of second order in d and not negative:
+
+        g log(g / m) - g + m = g X,   X = w E - log1p(w E)
+        e log(e / m) - e + m = g Y,   Y = (1 - w) E^2 + e^q (X - (E - q))       for the smaller one, e = g e^q
+    """
+    row = tl.program_id(0)
+    given = tl.load(is_difference + row) != 0
+    logsumexp = tl.load(statistics + STUDENT_LOGSUMEXP * num_rows + row)
+    difference = tl.load(statistics + LOGSUMEXP_DIFFERENCE * num_rows + row)
+    student_terms = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    teacher_terms = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    wide = row.to(tl.int64)
+    for start in range(0, num_columns, BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        mask = columns < num_columns
+        z, delta = load_pair(
+            student,
+            teacher,
+            wide * student_stride + columns,
+            wide * teacher_stride + columns,
+            mask,
+            given,
+            student_tanh,
+            teacher_tanh,
+            STUDENT_CAP,
+            TEACHER_CAP,
+        )
+        d = delta - difference
+        student_logprob = tl.where(mask, z - logsumexp, -float("inf"))
+        larger = tl.exp(tl.maximum(student_logprob, student_logprob + d))
+        teacher_larger = d > 0.0
+        weight = tl.where(teacher_larger, 1.0 - beta, beta)
+        q = tl.maximum(-tl.abs(d), -1e4)  # a finite number stands for infinity, and 0 times it is 0
+        remainder = expm1_remainder(q)  # E - q
+        e = expm1(q)
+        of_larger = log1p_remainder(tl.maximum(weight * e, -0.99999994))
+        of_smaller = (1.0 - weight) * e * e + tl.exp(q) * (of_larger - remainder)
+        student_terms += larger * tl.where(teacher_larger, of_smaller, of_larger)
+        teacher_terms += larger * tl.where(teacher_larger, of_larger, of_smaller)
+    student_kl = tl.sum(student_terms, 0)
+    teacher_kl = tl.sum(teacher_terms, 0)
+    divergence = beta * teacher_kl + (1.0 - beta) * student_kl
+    tl.store(statistics + DIVERGENCE * num_rows + row, tl.where(divergence < 0.0, 0.0, divergence))
+    tl.store(statistics + STUDENT_KL * num_rows + row, student_kl)

@@ -1,0 +1,202 @@
+"""Tile shapes: a table by architecture, and a measurement for who wants one.
+
+The table's entries are reasoned, not searched: the largest tile whose accumulators and statistics fit the registers
+without a spill, and as many stages as fit the shared memory. `tests/triton` compiles every entry and fails on a spill.
+With `UNISD_TRITON_AUTOTUNE=1` the few candidates of an architecture are timed at the first call of a shape, and the
+winner is kept in the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from unisd_kernels.triton.launch import architecture
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """Tile of a product kernel.
+
+    Attributes:
+        rows, columns, width: of a tile, and the step along the inner dimension.
+        warps, stages: of a program; of its software pipeline.
+        group: row blocks that walk the vocabulary together (scoring).
+        parts: blocks of statistics a tile (pair).
+        occupancy: programs that share a multiprocessor; with two, the products of one run beside the statistics of the
+            other.
+        descriptors: load through tensor descriptors (the copy engine) where the tensors allow it.
+        flatten: make one loop of tiles and steps, so that the loads of a tile run ahead into the end of the last one.
+        warp_specialize: loads, products and statistics in warps of their own.
+    """
+
+    rows: int
+    columns: int
+    width: int
+    warps: int
+    stages: int
+    group: int = 32
+    parts: int = 1
+    occupancy: int = 1
+    descriptors: bool = False
+    flatten: bool = False
+    warp_specialize: bool = False
+
+
+# By architecture and kind; the first is the default, the others are candidates for a measurement. Kinds: "score",
+# "score-heavy" with an entropy or a soft cap (more is alive in registers), "score-few" for at most 64 rows; "pair" and
+# "pair-separate" (two heads, two products one after the other); with "-plain" where the copy engine cannot address the
+# operands, which costs registers, or "-float32" for such operands.
+_AMPERE: dict[str, tuple[ProductConfig, ...]] = {
+    "score": (ProductConfig(128, 128, 64, 8, 3), ProductConfig(64, 128, 64, 8, 4)),
+    "score-heavy": (ProductConfig(64, 128, 64, 8, 4), ProductConfig(128, 128, 64, 8, 3)),
+    "score-few": (ProductConfig(64, 64, 64, 4, 4), ProductConfig(32, 128, 64, 4, 3)),
+    "score-float32": (ProductConfig(64, 64, 32, 4, 3),),
+    "pair": (ProductConfig(64, 128, 64, 8, 3, parts=2), ProductConfig(128, 64, 32, 8, 4)),
+    "pair-separate": (ProductConfig(64, 128, 64, 8, 3, parts=2), ProductConfig(64, 128, 32, 8, 4)),
+    "pair-plain": (ProductConfig(64, 128, 64, 8, 3, parts=2),),
+    "pair-separate-plain": (ProductConfig(64, 128, 64, 8, 3, parts=2),),
+    "pair-float32": (ProductConfig(64, 64, 32, 8, 2),),
+    "pair-separate-float32": (ProductConfig(64, 64, 32, 8, 2),),
+}
+_HOPPER: dict[str, tuple[ProductConfig, ...]] = {
+    "score": (
+        ProductConfig(128, 256, 64, 8, 4, descriptors=True),
+        ProductConfig(128, 256, 64, 8, 3, descriptors=True),
+        ProductConfig(128, 128, 64, 8, 4, descriptors=True),
+        ProductConfig(128, 128, 64, 4, 3, descriptors=True, occupancy=2),
+    ),
+    "score-heavy": (
+        ProductConfig(128, 128, 64, 8, 4, descriptors=True),
+        ProductConfig(64, 256, 64, 8, 4, descriptors=True),
+    ),
+    "score-few": (
+        ProductConfig(64, 128, 128, 4, 4, descriptors=True),
+        ProductConfig(64, 64, 128, 4, 4, descriptors=True),
+    ),
+    "score-float32": _AMPERE["score-float32"],
+    "pair": (
+        ProductConfig(128, 128, 64, 8, 3, parts=2, descriptors=True, flatten=True),
+        ProductConfig(128, 128, 64, 8, 4, parts=4, descriptors=True, flatten=True),
+        ProductConfig(64, 128, 64, 4, 3, descriptors=True, occupancy=2),
+    ),
+    "pair-separate": (
+        ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),
+        ProductConfig(128, 128, 64, 8, 4, parts=4, descriptors=True, flatten=True),
+    ),
+    "pair-plain": (ProductConfig(128, 128, 64, 8, 3, parts=4),),
+    "pair-separate-plain": (ProductConfig(128, 128, 64, 8, 3, parts=4),),
+    "pair-float32": _AMPERE["pair-float32"],
+    "pair-separate-float32": _AMPERE["pair-separate-float32"],
+}
+_BLACKWELL: dict[str, tuple[ProductConfig, ...]] = {
+    "score": (
+        ProductConfig(128, 256, 64, 8, 4, descriptors=True),
+        ProductConfig(128, 128, 64, 8, 4, descriptors=True, warp_specialize=True),
+    ),
+    "score-heavy": (ProductConfig(128, 128, 64, 8, 4, descriptors=True),),
+    "score-few": (ProductConfig(64, 128, 128, 4, 4, descriptors=True),),
+    "score-float32": _AMPERE["score-float32"],
+    "pair": (
+        ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),
+        ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True, flatten=True),
+    ),
+    "pair-separate": (ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
+    "pair-plain": (ProductConfig(128, 128, 64, 8, 3, parts=4),),
+    "pair-separate-plain": (ProductConfig(128, 128, 64, 8, 3, parts=4),),
+    "pair-float32": _AMPERE["pair-float32"],
+    "pair-separate-float32": _AMPERE["pair-separate-float32"],
+}
+# The interpreter's time is per operation and not per element; odd shapes need more than one tile all the same.
+_INTERPRETER: dict[str, tuple[ProductConfig, ...]] = {
+    kind: (ProductConfig(16, 32, 16, 4, 1, group=2, parts=2 if "pair" in kind else 1),) for kind in _AMPERE
+}
+TABLE: dict[str, dict[str, tuple[ProductConfig, ...]]] = {
+    "sm_80": _AMPERE,
+    "sm_90": _HOPPER,
+    "sm_100": _BLACKWELL,
+    "interpreter": _INTERPRETER,
+}
+_ALIASES = {"sm_103": "sm_100"}
+
+
+def candidates(kind: str, device: torch.device) -> tuple[ProductConfig, ...]:
+    """Of the table; a GPU that is not in it gets those of sm_80, which ask for the least shared memory."""
+    name = architecture(device)
+    return TABLE.get(_ALIASES.get(name, name), _AMPERE)[kind]
+
+
+def autotuning() -> bool:
+    return os.environ.get("UNISD_TRITON_AUTOTUNE", "0") not in ("", "0")
+
+
+def cache_directory() -> Path:
+    """Where winners are kept: `UNISD_CACHE`, or `unisd/` in the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(os.environ.get("UNISD_CACHE") or (Path(base) if base else Path.home() / ".cache") / "unisd")
+
+
+_winners: dict[str, ProductConfig] = {}
+# Milliseconds of every candidate measured in this process, by the same keys.
+measured: dict[str, dict[ProductConfig, float]] = {}
+
+
+def choose(
+    kind: str, device: torch.device, shape: Sequence[int], run: Callable[[ProductConfig], None]
+) -> ProductConfig:
+    """The configuration for a product of this shape (rows, columns, width).
+
+    The table's default, or, with `UNISD_TRITON_AUTOTUNE=1`, the fastest candidate: `run` launches one, and is called
+    with each of them at the first call of a shape (rows rounded up to a power of two). A failure of one to launch
+    raises. Never measures while a CUDA graph is being captured.
+    """
+    options = candidates(kind, device)
+    if len(options) == 1 or device.type == "cpu" or not autotuning():
+        return options[0]
+    rows, *rest = (int(size) for size in shape)
+    key = "/".join(map(str, (kind, 1 << max(rows - 1, 0).bit_length(), *rest)))
+    if key not in _winners:
+        stored = _load(device)
+        if key in stored and stored[key] in options:
+            _winners[key] = stored[key]
+        elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return options[0]
+        else:
+            times = measured[key] = {option: _median_milliseconds(run, option) for option in options}
+            _winners[key] = min(times, key=lambda option: times[option])
+            _store(device, {**_load(device), key: _winners[key]})
+    return _winners[key]
+
+
+def _median_milliseconds(run: Callable[[ProductConfig], None], option: ProductConfig) -> float:
+    return float(triton.testing.do_bench(lambda: run(option), warmup=5, rep=50, return_mode="median"))
+
+
+def _file(device: torch.device) -> Path:
+    # What a winner depends on besides the shape.
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    safe = "".join(c if c.isalnum() else "-" for c in f"{name}-triton-{triton.__version__}")
+    return cache_directory() / f"tuning-{safe}.json"
+
+
+def _load(device: torch.device) -> dict[str, ProductConfig]:
+    path = _file(device)
+    if not path.exists():
+        return {}
+    return {key: ProductConfig(**value) for key, value in json.loads(path.read_text()).items()}
+
+
+def _store(device: torch.device, winners: dict[str, ProductConfig]) -> None:
+    """Replaced as a whole, so that another process never reads half a file."""
+    path = _file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump({key: asdict(value) for key, value in sorted(winners.items())}, file, indent=1)
+    os.replace(file.name, path)
