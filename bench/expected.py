@@ -8,16 +8,21 @@ product are its operands and its result. A product of 2 N H V FLOPs is the unit 
     python -m bench.expected --tflops 700 --bandwidth 2900e9
     python -m bench.expected --measured ceilings.json --results bench.json     what a session on a GPU measured
 
-The designs:
+The designs, of which the first two are built (`unisd_kernels/tiles/triton_walks.py`); both score with the fused kernel:
 
-chunked     Library products on chunks of R rows, float32 logits of student and teacher in memory; then a pass over them
-            for the statistics (reads 8 bytes a pair of logits), one for the gradient (reads 8, writes 2). A JSD reads
-            8 more: its mixture needs both log-sum-exps first.
-fused       The statistics are in the product's epilogue, which leaves 16-bit shifted logits (2 bytes each); one pass
-            makes the gradient (reads 4 bytes a pair, writes 2 over them). A JSD reads 4 more.
-recomputed  Nothing is kept: two products for the statistics, two again for the gradient, then dh (and dW).
+fused       Student's and teacher's product are one kernel with the statistics behind it, which reads the weight once
+            for a block of rows, stores 16-bit shifted logits (2 + 2 bytes a pair) and the partial statistics of every
+            64 columns. Those are then combined by rows; one pass makes the gradient of the block (reads 4 bytes a pair
+            and what it needs of the partial statistics, writes 2). KLs only.
+chunked     Library products on a block of rows, float32 logits of student and teacher in memory, scaled there where
+            there is a temperature; then a pass for the statistics (reads 8 bytes a pair), one for the gradient (reads
+            8, writes 2). A JSD reads 8 more: its mixture needs both log-sum-exps first.
+recomputed  Not built: nothing is kept, two products for the statistics, two again for the gradient.
 
-A trainable head's dW is a float32 sum over the chunks: each one's product reads and writes 4 bytes of every weight.
+The gradient of a chunk, several blocks, then enters one product for dh, and one for dW with a trainable head. dW is a
+float32 sum over the chunks: each one's product reads and writes 4 bytes of every weight.
+
+Needs triton, whose tile shapes decide how many rows fit the workspace.
 """
 
 from __future__ import annotations
@@ -25,19 +30,32 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from bench.cases import ACCELERATOR_CASES, Case
+from unisd_kernels.tiles import driver
+from unisd_kernels.tiles import triton_walks as walks
+from unisd_kernels.tiles.buffers import row_stride, split_rows
+from unisd_kernels.triton.launch import ROW_PADDING
+from unisd_kernels.triton.statistics import NUM_PARTIALS
+from unisd_kernels.triton.tuning import TABLE
 
 DESIGNS = ("fused", "chunked", "recomputed")
 # Names of the contenders of `bench/peers` that are these designs.
 CONTENDERS = {"fused": "unisd fused", "chunked": "unisd chunked"}
+ARCHITECTURE = "sm_90"
 # The width that the shares of epilogue arithmetic are for.
 REFERENCE_WIDTH = 4096
 FLOAT32 = 4
-OPERAND = 2  # bytes of a bfloat16
+OPERAND = 2  # bytes of a bfloat16, and of a shifted logit
+# Of the partial statistics of a block of columns: those that exist only for an entropy, and those that the gradient
+# from shifted logits reads (both maxima, the shift, the teacher's sum and moment).
+ENTROPY_PARTIALS = 2
+GRADIENT_PARTIALS = 5
 
 
 @dataclass(frozen=True)
@@ -49,10 +67,10 @@ class Assumptions:
             H = 4096, V = 128256) come to, the project's target figure.
         bandwidth: 0.87 of the data sheet's 3.35 TB/s.
         efficiency: rate of a Triton product as a share of the library's.
-        loss_epilogue: arithmetic in the epilogues of student's and teacher's product, as a share of these two at
+        loss_epilogue: arithmetic in the epilogue of student's and teacher's product, as a share of these two at
             H = 4096; it goes with 4096 / H.
         scoring_epilogue: the same of a scoring (one exp a logit), as a share of its one product.
-        workspace: bytes of logits held at a time.
+        workspace: bytes of logits and gradient held at a time; None for the package's default on an accelerator.
         scoring_rows: rows for which a scoring reads the weight once.
     """
 
@@ -61,8 +79,21 @@ class Assumptions:
     efficiency: float = 0.92
     loss_epilogue: float = 0.10
     scoring_epilogue: float = 0.06
-    workspace: int = 352 << 20
-    scoring_rows: int = 4096
+    workspace: int | None = None
+    scoring_rows: int = driver._SCORE_ROWS
+
+
+class Rows(NamedTuple):
+    """Of a chunk and of a block of it, and the bytes that a row of each holds."""
+
+    chunk: int
+    block: int
+    chunk_row_bytes: int
+    block_row_bytes: int
+
+    @property
+    def held_bytes(self) -> int:
+        return self.chunk * self.chunk_row_bytes + self.block * self.block_row_bytes
 
 
 @dataclass(frozen=True)
@@ -72,17 +103,20 @@ class Model:
     case: Case
     given: Assumptions = Assumptions()
 
-    def product(self, rows: int, result_bytes: float, rate: float | None = None, extra: float = 0.0) -> float:
-        """One product of 2 rows H V FLOPs.
+    def product(
+        self, rows: int, result_bytes: float, rate: float | None = None, extra: float = 0.0, views: int = 1
+    ) -> float:
+        """Products of 2 rows H V FLOPs each that read the weight together.
 
         Args:
-            result_bytes: moved for the [rows, V] matrix, whichever side of the product it is on.
+            result_bytes: moved for the [rows, V] matrices, whichever side of the product they are on.
             rate: FLOP/s; None for the library's.
             extra: seconds of arithmetic that occupy the same units.
+            views: how many products.
         """
         case, given = self.case, self.given
-        flops = 2.0 * rows * case.hidden_size * case.vocab_size
-        moved = result_bytes + OPERAND * case.hidden_size * (case.vocab_size + rows)
+        flops = 2.0 * views * rows * case.hidden_size * case.vocab_size
+        moved = result_bytes + OPERAND * case.hidden_size * (case.vocab_size + views * rows)
         return max(flops / (rate or given.product_flops) + extra, moved / given.bandwidth)
 
     def weight_gradient(self, rows: int) -> float:
@@ -94,6 +128,13 @@ class Model:
         return max(flops / given.product_flops, moved / given.bandwidth)
 
     @property
+    def weight_gradient_ends(self) -> float:
+        """What dW costs before its first chunk and after its last: zeros, then times the upstream in float32, then
+        rounded to the weight's dtype."""
+        written_and_read = FLOAT32 + 2 * FLOAT32 + (FLOAT32 + OPERAND)
+        return written_and_read * self.case.vocab_size * self.case.hidden_size / self.given.bandwidth
+
+    @property
     def floor(self) -> float:
         """The bare products, each with its [N, V] matrix in bfloat16."""
         case = self.case
@@ -103,45 +144,84 @@ class Model:
         """Seconds of arithmetic on the logits of `rows` rows, from its share of one product at H = 4096."""
         return share * 2.0 * rows * REFERENCE_WIDTH * self.case.vocab_size / self.given.product_flops
 
-    def chunk_rows(self, design: str) -> int:
-        """Rows whose logits fit the workspace: chunked holds 4 + 4 bytes a pair; fused 2 bytes for R rows of the one
-        and R / 2 of the other; recomputed keeps the 16-bit gradient that dh is made from."""
-        bytes_a_column = {"chunked": 8.0, "fused": 3.0, "recomputed": 2.0}[design]
-        most = int(self.given.workspace / (bytes_a_column * self.case.vocab_size))
-        return max(_parts(self.case.num_rows, max(1, most)))
+    @property
+    def workspace(self) -> int:
+        default = driver.default_workspace_bytes(torch.device("cuda"), weight_gradient=not self.case.frozen_head)
+        return default if self.given.workspace is None else self.given.workspace
 
-    def scoring(self, design: str) -> float:
-        """One log-probability a row. chunked writes the float32 logits in its product and reads them once more; the
-        others leave no logit."""
-        case, given = self.case, self.given
-        if design == "chunked":
-            rows = max(1, min(case.num_rows, int(given.workspace / (FLOAT32 * case.vocab_size))))
-            return sum(
-                self.product(part, FLOAT32 * part * case.vocab_size)
-                + FLOAT32 * part * case.vocab_size / given.bandwidth
-                for part in _parts(case.num_rows, rows)
-            )
+    def rows(self, design: str) -> Rows:
+        """As the walks of `unisd_kernels/tiles/triton_walks.py` split them."""
+        columns = self.case.vocab_size
+        stride = row_stride(columns, ROW_PADDING)
+
+        def partials(block_columns: int) -> int:
+            return FLOAT32 * NUM_PARTIALS * -(-columns // block_columns)
+
+        block_row_bytes = {
+            "fused": OPERAND * stride + partials(min(_pair_columns())),
+            "chunked": 2 * FLOAT32 * stride + partials(walks._STATISTICS_COLUMNS),
+            "recomputed": partials(min(_pair_columns())),
+        }[design]
+        chunk, block = split_rows(self.case.num_rows, self.workspace, OPERAND * stride, block_row_bytes)
+        return Rows(chunk, block, OPERAND * stride, block_row_bytes)
+
+    @property
+    def scoring(self) -> float:
+        """One log-probability a row; no logit is left."""
+        given = self.given
         rate = given.efficiency * given.product_flops
         return sum(
             self.product(part, 0.0, rate, self.epilogue(part, given.scoring_epilogue))
-            for part in _parts(case.num_rows, given.scoring_rows)
+            for part in _spans(self.case.num_rows, given.scoring_rows)
         )
 
-    def exposed_bytes(self, design: str, jsd: bool = False) -> int:
-        """Bytes a pair of logits that are moved outside the products."""
-        return {"chunked": 8 + 8 + 2 + 8 * jsd, "fused": 4 + 2 + 4 * jsd, "recomputed": 0}[design]
+    def partial_bytes(self, design: str) -> float:
+        """Of the partial statistics that are written, a pair of logits."""
+        block_columns = walks._STATISTICS_COLUMNS if design == "chunked" else _pair_columns()[0]
+        # As `bench/peers/unisd.py` asks for it.
+        want_entropy = self.case.operation == "unisd_loss"
+        kept = NUM_PARTIALS if want_entropy else NUM_PARTIALS - ENTROPY_PARTIALS
+        return FLOAT32 * kept / block_columns
+
+    def exposed_bytes(self, design: str, jsd: bool = False) -> float:
+        """Bytes a pair of logits that are moved outside the products. What a pass reads twice within a row or a tile
+        counts once."""
+        partials = self.partial_bytes(design)
+        if design == "chunked" or jsd:
+            # A library product has no temperature: the logits of both are then read and written again.
+            scaled = 2 * 2 * FLOAT32 if self.case.options.get("temperature", 1.0) != 1.0 else 0
+            partials = self.partial_bytes("chunked")
+            # Partial statistics are written by the pass and read by their combination.
+            return scaled + 8 + 2 * partials + 8 * jsd + 8 + OPERAND
+        if design == "recomputed":
+            return partials
+        return partials + 2 * OPERAND + OPERAND + FLOAT32 * GRADIENT_PARTIALS / _pair_columns()[0]
+
+    def forward(self, design: str, rows: int) -> float:
+        """Student and teacher of one block of rows."""
+        pairs, given = rows * self.case.vocab_size, self.given
+        if design == "chunked":
+            return 2 * self.product(rows, FLOAT32 * pairs)
+        rate = given.efficiency * given.product_flops
+        # The share is of two products.
+        extra = 2 * self.epilogue(rows, given.loss_epilogue)
+        partials = self.partial_bytes(design)
+        if design == "fused":
+            return self.product(rows, (2 * OPERAND + partials) * pairs, rate, extra, views=2)
+        # Once for the statistics, once for the gradient.
+        return sum(self.product(rows, kept * pairs, rate, extra, views=2) for kept in (partials, OPERAND))
 
     def divergence(self, design: str, jsd: bool = False) -> float:
         """Student, teacher, dh and, with a trainable head, dW."""
+        if jsd and design == "recomputed":
+            raise ValueError("a JSD of the recomputed design is not counted")
+        if jsd:
+            design = "chunked"
         case, given = self.case, self.given
-        rate = None if design == "chunked" else given.efficiency * given.product_flops
-        kept = {"chunked": FLOAT32, "fused": OPERAND, "recomputed": 0}[design]
-        total = 0.0
-        for rows in _parts(case.num_rows, self.chunk_rows(design)):
-            # The share is of two products; each carries half of it.
-            extra = 0.0 if design == "chunked" else self.epilogue(rows, given.loss_epilogue)
-            forward = 2 * self.product(rows, kept * rows * case.vocab_size, rate, extra)
-            total += forward * (2 if design == "recomputed" else 1)
+        split = self.rows(design)
+        total = 0.0 if case.frozen_head else self.weight_gradient_ends
+        for rows in _spans(case.num_rows, split.chunk):
+            total += sum(self.forward(design, block) for block in _spans(rows, split.block))
             total += self.product(rows, OPERAND * rows * case.vocab_size)
             total += self.exposed_bytes(design, jsd) * rows * case.vocab_size / given.bandwidth
             if not case.frozen_head:
@@ -149,7 +229,7 @@ class Model:
         return total
 
     def seconds(self, design: str, jsd: bool = False) -> float:
-        scorings = self.case.num_scorings * self.scoring(design) if self.case.num_scorings else 0.0
+        scorings = self.case.num_scorings * self.scoring if self.case.num_scorings else 0.0
         return scorings + (0.0 if self.case.operation == "scoring" else self.divergence(design, jsd))
 
     def ratio(self, design: str, jsd: bool = False) -> float:
@@ -161,8 +241,7 @@ class Model:
         low, high = 0.3, 1.0
 
         def meets(efficiency: float) -> bool:
-            given = Assumptions(**{**self.given.__dict__, "efficiency": efficiency})
-            return Model(self.case, given).ratio("fused") <= bar
+            return Model(self.case, replace(self.given, efficiency=efficiency)).ratio("fused") <= bar
 
         if not meets(high):
             return None
@@ -172,25 +251,32 @@ class Model:
         return high
 
     def memory(self, design: str) -> float:
-        """Extra bytes at the peak: the logits of a chunk, the float32 row gradients kept for the backward, the gradient
-        handed over; with a trainable head its float32 sum and the bfloat16 result."""
+        """Extra bytes at the peak, in the walk or where the gradient is handed over.
+
+        The walk holds its buffers and the float32 gradients. A backward of `unisd_loss` holds those, the same times
+        the upstream, and what it returns; that of a per-token divergence has no float32 copy.
+        """
         case = self.case
-        if case.operation == "scoring" and design != "chunked":
-            return 3.0 * FLOAT32 * case.num_rows
-        bytes_a_column = {"chunked": 8.0, "fused": 3.0, "recomputed": 2.0}[design]
         if case.operation == "scoring":
-            return min(self.given.workspace, FLOAT32 * case.num_rows * case.vocab_size)
-        total = self.chunk_rows(design) * bytes_a_column * case.vocab_size
-        total += (FLOAT32 + OPERAND) * case.num_rows * case.hidden_size
-        if not case.frozen_head:
-            total += (FLOAT32 + OPERAND) * case.vocab_size * case.hidden_size
-        return total
+            return 3.0 * FLOAT32 * case.num_rows
+        hidden = case.num_rows * case.hidden_size
+        weight = 0 if case.frozen_head else case.vocab_size * case.hidden_size
+        walk = self.rows(design).held_bytes + FLOAT32 * (hidden + weight)
+        if case.operation == "divergence" and case.frozen_head:
+            return max(walk, (FLOAT32 + OPERAND) * hidden)
+        # One gradient after the other: the copy is of the larger.
+        backward = (FLOAT32 + OPERAND) * (hidden + weight) + FLOAT32 * max(hidden, weight)
+        return max(walk, backward)
 
 
-def _parts(total: int, most: int) -> list[int]:
-    """As few chunks of at most `most` rows as there can be, of even size."""
-    count = -(-total // most)
-    return [total * (i + 1) // count - total * i // count for i in range(count)]
+def _pair_columns() -> list[int]:
+    """Columns of a block of partial statistics in the fused product, the default's first."""
+    return [config.columns // config.parts for config in TABLE[ARCHITECTURE]["pair"]]
+
+
+def _spans(total: int, step: int) -> list[int]:
+    """As the driver walks: whole steps, then what is left."""
+    return [min(step, total - start) for start in range(0, total, step)]
 
 
 def measured_assumptions(file: Path) -> Assumptions:
@@ -219,10 +305,11 @@ def case_table(given: Assumptions, cases: Sequence[Case], measured: dict[tuple[s
         least = model.least_efficiency(case.bar)
         cells = [case.name, str(case.num_products), f"{1e3 * model.floor:.3g}"]
         for design in DESIGNS:
-            ratio = model.ratio(design)
-            cells.append("as fused" if design == "recomputed" and case.operation == "scoring" else f"{ratio:.2f}")
+            same = case.operation == "scoring" and design != "fused"
+            cells.append("as fused" if same else f"{model.ratio(design):.2f}")
         cells += [f"{case.bar:.2f}", "above 1" if least is None else f"{least:.2f}"]
-        cells.append(f"{model.memory('fused') / 1e6:.0f} MB" if case.operation != "scoring" else "< 1 MB")
+        memory = model.memory("fused")
+        cells.append(f"{memory / 1e6:.0f} MB" if memory >= 1e6 else "< 1 MB")
         if measured is not None:
             for contender in CONTENDERS.values():
                 seen = measured.get((case.name, contender))
@@ -237,6 +324,7 @@ def design_table(given: Assumptions, case: Case) -> str:
         "design",
         "products",
         "rows a chunk",
+        "rows a block",
         "bytes a pair outside products",
         "more for a JSD",
         "time / floor",
@@ -245,34 +333,37 @@ def design_table(given: Assumptions, case: Case) -> str:
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     model = Model(case, given)
     for design in DESIGNS:
-        exposed = model.exposed_bytes(design)
+        exposed, split = model.exposed_bytes(design), model.rows(design)
         cells = [
             design,
             str(case.num_products + 2 * (design == "recomputed")),
-            str(model.chunk_rows(design)),
-            str(exposed),
-            f"+ {model.exposed_bytes(design, jsd=True) - exposed}",
-            f"{model.ratio(design):.2f}",
-            f"{model.ratio(design, jsd=True):.2f}",
+            str(split.chunk),
+            str(split.block),
+            f"{exposed:.2f}",
         ]
+        jsd = {"fused": ("as chunked",) * 2, "recomputed": ("not counted",) * 2}
+        more = f"+ {model.exposed_bytes('chunked', jsd=True) - exposed:.0f}"
+        cells += [jsd[design][0] if design in jsd else more, f"{model.ratio(design):.2f}"]
+        cells.append(jsd[design][1] if design in jsd else f"{model.ratio(design, jsd=True):.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def report(given: Assumptions, measured: dict[tuple[str, str], float] | None = None) -> str:
-    headline = ACCELERATOR_CASES[0]
-    return "\n\n".join(
-        [
-            f"Products at {given.product_flops / 1e12:.0f} TFLOP/s, {given.bandwidth / 1e9:.0f} GB/s, Triton products "
-            f"at {given.efficiency:.2f} of the library's, workspace {given.workspace >> 20} MiB.\n"
-            "Ratios are expected time / floor, from counts"
-            + ("; the columns that say so are measured." if measured is not None else "."),
-            f"{headline.name}:",
-            design_table(given, headline),
-            "Every case:",
-            case_table(given, ACCELERATOR_CASES, measured),
-        ]
+    frozen, trainable = ACCELERATOR_CASES[:2]
+    held = " and ".join(
+        f"{Model(case, given).workspace >> 20} MiB ({head} head)"
+        for case, head in ((frozen, "frozen"), (trainable, "trainable"))
     )
+    parts = [
+        f"Products at {given.product_flops / 1e12:.0f} TFLOP/s, {given.bandwidth / 1e9:.0f} GB/s, Triton products "
+        f"at {given.efficiency:.2f} of the library's,\nworkspace {held}.\n"
+        "Ratios are expected time / floor, from counts"
+        + ("; the columns that say so are measured." if measured is not None else ".")
+    ]
+    for case in (frozen, trainable):
+        parts += [f"{case.name}:", design_table(given, case)]
+    return "\n\n".join([*parts, "Every case:", case_table(given, ACCELERATOR_CASES, measured)])
 
 
 def main() -> None:
@@ -283,7 +374,7 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=default.product_flops / 1e12, help="of a library product")
     parser.add_argument("--bandwidth", type=float, default=default.bandwidth, help="bytes/s")
     parser.add_argument("--efficiency", type=float, default=default.efficiency, help="of Triton's products")
-    parser.add_argument("--workspace-mib", type=int, default=default.workspace >> 20)
+    parser.add_argument("--workspace-mib", type=int, help="in place of the package's default, for every case")
     parser.add_argument("--measured", type=Path, help="ceilings.json: both ceilings from there")
     parser.add_argument("--results", type=Path, help="bench.json of the suite: measured ratios beside the expected")
     options = parser.parse_args()
@@ -292,12 +383,8 @@ def main() -> None:
         if options.measured
         else Assumptions(product_flops=options.tflops * 1e12, bandwidth=options.bandwidth)
     )
-    given = Assumptions(
-        product_flops=ceilings.product_flops,
-        bandwidth=ceilings.bandwidth,
-        efficiency=options.efficiency,
-        workspace=options.workspace_mib << 20,
-    )
+    workspace = None if options.workspace_mib is None else options.workspace_mib << 20
+    given = replace(ceilings, efficiency=options.efficiency, workspace=workspace)
     measured = measured_ratios(json.loads(options.results.read_text())) if options.results else None
     print(report(given, measured))
 

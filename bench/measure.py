@@ -52,7 +52,7 @@ def measure_memory(case: str, peer: str, beta: float, device: str) -> int:
     return int(result.stdout.split()[-1])
 
 
-def _device_lost(device: torch.device) -> str | None:
+def device_lost(device: torch.device) -> str | None:
     """Why the device takes no more work, or None."""
     if device.type != "cuda":
         return None
@@ -98,7 +98,7 @@ def measure(
 
         def failed(name: str, error: Exception, results: dict[str, dict[str, Any]] = results) -> None:
             results[name]["failure"] = failure_text(error)
-            lost = _device_lost(device)
+            lost = device_lost(device)
             if lost is not None:
                 for row in results.values():
                     row.setdefault("failure", f"not timed: {name} took the device with it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,24 +33,34 @@ class Problem:
     token_weights: torch.Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same numbers in another dtype, as fresh leaves."""
+        """The same numbers in another dtype, as fresh leaves; heads that share memory still do."""
+        return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, keep_weights=True)
+
+    def map(self, move: Callable[[torch.Tensor], torch.Tensor], keep_weights: bool = False) -> Problem:
+        """Every tensor moved, as fresh leaves (`keep_weights`: but `token_weights`)."""
+        moved: dict[int, torch.Tensor] = {}
+
+        def fresh(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            if tensor is None:
+                return None
+            address = tensor.data_ptr()
+            if not address or address not in moved:
+                moved[address] = move(tensor.detach())
+            return moved[address].detach().requires_grad_(tensor.requires_grad)
 
         def head(source: LMHead) -> LMHead:
-            def leaf(tensor: torch.Tensor | None) -> torch.Tensor | None:
-                return None if tensor is None else tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
-
-            return replace(source, weight=leaf(source.weight), bias=leaf(source.bias))
+            return replace(source, weight=fresh(source.weight), bias=fresh(source.bias))
 
         return Problem(
-            self.student_hidden.detach().to(dtype).requires_grad_(self.student_hidden.requires_grad),
+            fresh(self.student_hidden),
             head(self.student_head),
-            self.teacher_hidden.to(dtype),
+            fresh(self.teacher_hidden),
             head(self.teacher_head),
-            self.target_ids,
-            self.cu_seqlens,
-            [hidden.to(dtype) for hidden in self.auxiliary_hidden],
-            None if self.negative_hidden is None else self.negative_hidden.to(dtype),
-            self.token_weights,
+            fresh(self.target_ids),
+            fresh(self.cu_seqlens),
+            [fresh(hidden) for hidden in self.auxiliary_hidden],
+            fresh(self.negative_hidden),
+            self.token_weights if keep_weights else fresh(self.token_weights),
         )
 
     @property

@@ -123,7 +123,7 @@ def test_a_lost_device_costs_one_entry(tmp_path, monkeypatch):
     first, second = suite.plan("smoke")[:2]
     entries = [replace(first, peers=(FLOOR, OURS, "fatal")), replace(second, peers=(FLOOR, OURS))]
     with monkeypatch.context() as lost:
-        lost.setattr(measuring, "_device_lost", lambda device: "illegal memory access")
+        lost.setattr(measuring, "device_lost", lambda device: "illegal memory access")
         status, result = run(entries, tmp_path)
     assert status == suite.DEVICE_LOST
     assert [entry["case"] for entry in result["left_out"]] == [second.case.name]

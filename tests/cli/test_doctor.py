@@ -84,3 +84,15 @@ def test_unknown_command_and_help(capsys):
     assert main(["--help"]) == 0
     assert "doctor" in capsys.readouterr().out
     assert main([]) == 2
+
+
+def test_the_time_of_compiling_is_told(monkeypatch):
+    """Kernels that are compiled at their first call: what that took, against the second."""
+    from unisd.cli import doctor
+
+    calls = []
+    monkeypatch.setattr(doctor, "self_test", lambda *arguments: calls.append(arguments) or 0.0)
+    text = doctor._compile_time("triton", torch.device("cuda"), 12.3)
+    assert text.startswith("; first call 12.3 s with compiling, then 0.00 s (compiled code is kept in ")
+    assert calls == [("triton", torch.device("cuda"))]
+    assert doctor._compile_time("torch", torch.device("cuda"), 12.3) == ""

@@ -18,25 +18,7 @@ OPTIONS = {"feature_weight": 0.2, "contrastive_margin": 1.0, "agreement_gamma": 
 
 def on_cuda(problem: Problem) -> Problem:
     """The same problem on the GPU, as fresh leaves."""
-    from dataclasses import replace
-
-    def move(tensor):
-        return None if tensor is None else tensor.detach().cuda().requires_grad_(tensor.requires_grad)
-
-    def head(source):
-        return replace(source, weight=move(source.weight), bias=move(source.bias))
-
-    return Problem(
-        move(problem.student_hidden),
-        head(problem.student_head),
-        move(problem.teacher_hidden),
-        head(problem.teacher_head),
-        problem.target_ids.cuda(),
-        problem.cu_seqlens.cuda(),
-        [move(hidden) for hidden in problem.auxiliary_hidden],
-        move(problem.negative_hidden),
-        move(problem.token_weights),
-    )
+    return problem.map(lambda tensor: tensor.cuda())
 
 
 def run(problem, impl, **options):

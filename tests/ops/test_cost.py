@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import make_problem
 from unisd_kernels import linear_divergence, linear_logprobs, unisd_loss
+from unisd_kernels.tiles import driver
 
 N, H, V = 96, 8, 509
 WORKSPACE = 64 << 10  # 16 rows of two float32 [V] buffers
@@ -121,3 +122,19 @@ def test_a_tiny_workspace_is_refused():
     p = problem()
     with pytest.raises(ValueError, match="workspace_bytes=100 is too small"):
         unisd_loss(**p.arguments(), workspace_bytes=100)
+
+
+@pytest.mark.parametrize(
+    ("total", "step"), [(1, 5), (5, 5), (12, 5), (896, 384), (8192, 896), (1000, 256), (128, 256), (0, 3)]
+)
+def test_spans_cover_every_row_once(total, step):
+    spans = list(driver._spans(total, step))
+    assert [row for span in spans for row in range(span.start, span.stop)] == list(range(total))
+    assert len(spans) == -(-total // step)
+    assert all(span.stop - span.start <= step for span in spans)
+
+
+def test_whole_tiles_are_spread_evenly():
+    sizes = [span.stop - span.start for span in driver._spans(8192, 896)]
+    assert set(sizes) == {896, 768}
+    assert [span.stop - span.start for span in driver._spans(896, 384)] == [384, 256, 256]

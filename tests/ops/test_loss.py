@@ -216,3 +216,27 @@ def test_autocast_rounds_the_operands_and_nothing_else(impl):
     torch.testing.assert_close(ours.divergence, expected.divergence, rtol=1e-6, atol=1e-7)
     for ours_gradient, narrow in zip(gradients, narrow_gradients, strict=True):
         torch.testing.assert_close(ours_gradient, narrow.float())
+
+
+@pytest.mark.parametrize("lengths", [(), (0, 0), (9, 0, 12)])
+@pytest.mark.parametrize("features_only", [False, True])
+def test_nothing_depends_on_what_memory_held_before(lengths, features_only):
+    """Gradients start in memory that nothing has cleared; with poisoned memory the same numbers come out."""
+    options = {"divergence_weight": 0.0, "feature_weight": 1.0, "contrastive_weight": 0.0} if features_only else {}
+    p = make_problem(lengths=lengths or (0,), hidden_size=8, vocab_size=67, bias=True).to(torch.float32)
+
+    def gradients():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = unisd_loss(**p.arguments(), workspace_bytes=4 << 10, **options).loss
+        return torch.autograd.grad(loss, p.leaves)
+
+    expected = gradients()
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        poisoned = gradients()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for ours, plain in zip(poisoned, expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+        assert ours.isfinite().all()

@@ -77,13 +77,13 @@ def test_tensor_descriptors_give_the_same(monkeypatch, width):
     config = ProductConfig(16, 32, 16, 4, 1)
     use(monkeypatch, "score", config)
     expected = linear_logprobs(*arguments, impl="triton")
-    taken = []
+    taken, descriptor = [], launch.descriptor
 
     def watched(matrix, block):
         taken.append(block)
-        return launch.descriptor(matrix, block)
+        return descriptor(matrix, block)
 
-    monkeypatch.setattr("unisd_kernels.tiles.triton.descriptor", watched)
+    monkeypatch.setattr("unisd_kernels.triton.launch.descriptor", watched)
     use(monkeypatch, "score", ProductConfig(16, 32, 16, 4, 1, descriptors=True))
     result = linear_logprobs(*arguments, impl="triton")
     assert taken == [(16, 16), (32, 16)]

@@ -238,7 +238,7 @@ def _divergence_and_contrastive(
         spec.return_entropy,
     )
     if not in_logits:
-        gradients = driver.allocate(wanted, student)
+        gradients = driver.allocate(wanted, student, written=False)
     if spec.clip_quantile is not None and cap is None and student.hidden.shape[0]:
         cap = clip_cap_from_quantile(rows.divergence, spec.clip_quantile)
     clipped = None if cap is None else _Clipped(cap, rows.divergence > cap)

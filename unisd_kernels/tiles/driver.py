@@ -18,7 +18,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 
 from unisd_kernels.tiles.base import DivergenceRows, RunningScores, Tiles, Wanted
-from unisd_kernels.tiles.buffers import most_rows, row_buffer, row_stride
+from unisd_kernels.tiles.buffers import TILE_ROWS, most_rows, row_buffer, row_stride
 from unisd_kernels.tiles.projection import Projection
 
 _P = ParamSpec("_P")
@@ -51,20 +51,26 @@ class Gradients(NamedTuple):
         def finish(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
             if gradient is None:
                 return None
-            return (gradient if scale is None else gradient * scale).to(dtype)
+            if scale is None:
+                return gradient.to(dtype)
+            # Straight into the narrow dtype: a float32 product of a weight's gradient is large.
+            return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
         return finish(self.hidden, hidden_dtype), finish(self.weight, weight_dtype), finish(self.bias, weight_dtype)
 
 
-def allocate(wanted: Wanted, projection: Projection) -> Gradients:
-    def zeros(like: torch.Tensor | None) -> torch.Tensor:
+def allocate(wanted: Wanted, projection: Projection, written: bool) -> Gradients:
+    """For the wanted gradients; `written`: of hidden state and weight every element will be, and needs no zero."""
+
+    def make(like: torch.Tensor | None, written: bool) -> torch.Tensor:
         assert like is not None
-        return torch.zeros(like.shape, dtype=projection.dtype, device=like.device)
+        function = torch.empty if written else torch.zeros
+        return function(like.shape, dtype=projection.dtype, device=like.device)
 
     return Gradients(
-        zeros(projection.hidden) if wanted.hidden else None,
-        zeros(projection.weight) if wanted.weight else None,
-        zeros(projection.bias) if wanted.bias else None,
+        make(projection.hidden, written) if wanted.hidden else None,
+        make(projection.weight, written) if wanted.weight else None,
+        make(projection.bias, False) if wanted.bias else None,
     )
 
 
@@ -130,8 +136,15 @@ class _LogitBuffers(NamedTuple):
 
 
 def _spans(total: int, step: int) -> Iterator[slice]:
-    for start in range(0, total, step):
-        yield slice(start, min(start + step, total))
+    """Spans of at most `step`. Whole tiles are spread evenly: a last span of one tile would read the weight for it."""
+    in_tiles = step > TILE_ROWS and step % TILE_ROWS == 0
+    start = 0
+    for left in range(-(-total // step), 0, -1):
+        size = step
+        if in_tiles:
+            size = min(step, -(-(total - start) // (left * TILE_ROWS)) * TILE_ROWS)
+        yield slice(start, min(start + size, total))
+        start += size
 
 
 def _blocks(rows: slice, step: int | None) -> Iterator[tuple[slice, slice]]:
@@ -198,8 +211,8 @@ def logprob_gradients(
     workspace_bytes: int,
 ) -> Gradients:
     """Gradient of `sum_n` weight times statistic over all rows, from recomputed logits (weights [N] or None)."""
-    gradients = allocate(wanted, projection)
     num_rows, device = projection.hidden.shape[0], projection.hidden.device
+    gradients = allocate(wanted, projection, written=num_rows > 0)
 
     def part(values: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
         return None if values is None else values[rows]
@@ -249,7 +262,7 @@ def divergence(
     """
     num_rows = student.hidden.shape[0]
     device, dtype = student.hidden.device, student.dtype
-    gradients = allocate(wanted, student)
+    gradients = allocate(wanted, student, written=num_rows > 0)
     names = ["divergence"]
     if target_ids is not None:
         names += ["student_logprobs", "teacher_logprobs"]
@@ -280,6 +293,6 @@ def _accumulate(tiles: Tiles, projection: Projection, tile: torch.Tensor, rows: 
     if gradients.hidden is not None:
         tiles.hidden_gradient(projection, tile, gradients.hidden[rows])
     if gradients.weight is not None:
-        projection.add_weight_gradient(tile, rows, gradients.weight)
+        projection.add_weight_gradient(tile, rows, gradients.weight, first=rows.start == 0)
     if gradients.bias is not None:
         projection.add_bias_gradient(tile, gradients.bias)

@@ -90,11 +90,13 @@ class Projection:
         scale = self.transform.product_scale
         hidden = self.hidden[rows]
         if self._mixed_product:
+            if self.bias is None and scale != 1.0:
+                # The scale costs a pass over the logits otherwise.
+                torch.addmm(out, hidden, self.weight[start:end].T, out_dtype=self.dtype, beta=0.0, alpha=scale, out=out)
+                return
             torch.mm(hidden, self.weight[start:end].T, out_dtype=self.dtype, out=out)
             if self.bias is not None:
-                out.add_(self.bias[start:end])
-            if scale != 1.0:
-                out.mul_(scale)
+                out.add_(self.bias[start:end]).mul_(scale)
             return
         hidden = hidden.to(self.dtype)
         for low, high in self._slices(start, end):
@@ -129,14 +131,14 @@ class Projection:
             torch.addmm(out, gradient[:, low:high].to(self.dtype), weight, beta=beta, alpha=scale, out=out)
             beta = 1.0
 
-    def add_weight_gradient(self, gradient: torch.Tensor, rows: slice, out: torch.Tensor) -> None:
-        """`out += gradient_scale * G^T h`; `out` is [V, H] in the accumulator's dtype."""
-        scale = self.transform.gradient_scale
+    def add_weight_gradient(self, gradient: torch.Tensor, rows: slice, out: torch.Tensor, first: bool) -> None:
+        """`out += gradient_scale * G^T h`, or `=` for the `first` rows; `out` is [V, H] in the accumulator's dtype."""
+        scale, beta = self.transform.gradient_scale, 0.0 if first else 1.0
         if self._mixed_product:
             narrow = gradient.to(self.hidden.dtype)
-            torch.addmm(out, narrow.T, self.hidden[rows], out_dtype=self.dtype, alpha=scale, out=out)
+            torch.addmm(out, narrow.T, self.hidden[rows], out_dtype=self.dtype, beta=beta, alpha=scale, out=out)
             return
-        out.addmm_(gradient.to(self.dtype).T, self.hidden[rows].to(self.dtype), alpha=scale)
+        out.addmm_(gradient.to(self.dtype).T, self.hidden[rows].to(self.dtype), beta=beta, alpha=scale)
 
     def add_bias_gradient(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
         """`out += gradient_scale * sum_rows G`."""

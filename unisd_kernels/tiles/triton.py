@@ -5,50 +5,39 @@ Scores come from a product kernel that keeps the logits in registers. For a dive
 
 - fused (`triton/pair.py`): one product kernel for student and teacher, whose statistics are taken in registers and
   whose logits are stored in 16 bits relative to a reference, for the gradient alone. For the two KLs with 16-bit
-  operands.
+  operands and one head.
 - chunked: library products into float32 tiles, statistics in one read, gradients in one read and one write. Everything
-  else: the JSD, whose sums need the log-sum-exps first, and float32 operands.
+  else: the JSD, whose sums need the log-sum-exps first, float32 operands, and two heads, which share no tile.
 
 Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 
-from unisd_kernels.tiles.base import (
-    DivergenceRows,
-    LogitTransform,
-    PairWalk,
-    RunningScores,
-    SoftmaxRows,
-    Wanted,
-)
-from unisd_kernels.tiles.buffers import equal_tiles, most_rows, row_buffer, row_stride, split_rows, whole_tiles
+from unisd_kernels.tiles.base import LogitTransform, PairWalk, RunningScores, SoftmaxRows, Wanted
+from unisd_kernels.tiles.buffers import equal_tiles, whole_tiles
 from unisd_kernels.tiles.projection import Projection
-from unisd_kernels.triton import gradients, pair, score, statistics
+from unisd_kernels.tiles.triton_walks import ChunkedWalk, FusedWalk, target_logits
+from unisd_kernels.triton import gradients, score
 from unisd_kernels.triton import rows as row_kernels
 from unisd_kernels.triton.launch import (
+    LONG_COLUMNS,
     ROW_PADDING,
-    descriptor,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    contiguous,
+    matrices_or_descriptors,
     num_processors,
     on_device,
     product_precision,
     row_major,
     spans_of_vocabulary,
-    takes_descriptor,
+    tile_grid,
 )
-from unisd_kernels.triton.tuning import ProductConfig, candidates, choose
-
-# Columns a program of the elementwise kernels takes, and rows.
-_TILE_COLUMNS, _TILE_ROWS = 512, 4
-_STATISTICS_COLUMNS = 1024
-_LONG_COLUMNS = 2048
-# A float32 sum of products of 16-bit numbers is off by about this fraction of the rows' norms (2^-20).
-_PRODUCT_ROUNDING = 2.0**-20
+from unisd_kernels.triton.tuning import ProductConfig, choose
 
 
 class TritonTiles:
@@ -106,14 +95,14 @@ class TritonTiles:
             spans = triton.cdiv(column_blocks, blocks_per_span)
             partial = torch.empty(spans, num_rows, dtype=torch.float32, device=hidden.device)
             partial_entropy = torch.empty_like(partial) if want_entropy else None
-            operands, with_descriptors = _operands(config, (hidden, config.rows), (weight, config.columns))
+            operands, with_descriptors = matrices_or_descriptors(
+                config.descriptors, config.width, (hidden, config.rows), (weight, config.columns)
+            )
             score.score_kernel[(row_blocks * spans,)](
                 *operands,
                 bias,
-                target_ids,
                 partial,
                 partial_entropy,
-                running.target_logits,
                 num_rows,
                 num_columns,
                 width,
@@ -141,6 +130,7 @@ class TritonTiles:
 
         with on_device(hidden):
             run(choose(kind, hidden.device, (num_rows, num_columns, width), run))
+            target_logits(Projection(hidden, weight, bias, transform), None, target_ids, running.target_logits)
             partial, partial_entropy = results
             assert partial is not None
             torch.logsumexp(partial, 0, out=running.logsumexp)
@@ -165,7 +155,8 @@ class TritonTiles:
         self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
     ) -> PairWalk:
         narrow = all(p.hidden.dtype in (torch.float16, torch.bfloat16) for p in (student, teacher))
-        fused = beta in (0.0, 1.0) and (narrow if self._design is None else self._design == "fused")
+        one_weight = narrow and student.weight_is(teacher)
+        fused = beta in (0.0, 1.0) and (one_weight if self._design is None else self._design == "fused")
         walk = FusedWalk if fused else ChunkedWalk
         return walk(student, teacher, beta, workspace_bytes, wanted)
 
@@ -182,7 +173,7 @@ class TritonTiles:
                 tile.stride(0),
                 transform.tanh_scale or 1.0,
                 HAS_CAP=transform.tanh_scale is not None,
-                BLOCK_COLUMNS=min(_LONG_COLUMNS, triton.next_power_of_2(tile.shape[1])),
+                BLOCK_COLUMNS=min(LONG_COLUMNS, triton.next_power_of_2(tile.shape[1])),
                 num_warps=8,
             )
         ones = torch.ones_like(result.logsumexp)
@@ -202,15 +193,15 @@ class TritonTiles:
         entropy_weight: torch.Tensor | None,
     ) -> None:
         with on_device(tile):
-            gradients.logprob_gradient_kernel[_grid(tile, _TILE_ROWS, _TILE_COLUMNS)](
+            gradients.logprob_gradient_kernel[tile_grid(tile, TILE_ROWS, TILE_COLUMNS)](
                 tile,
                 gradient,
                 logsumexp.contiguous(),
                 target_ids.contiguous(),
-                _contiguous(logprob_weight),
-                _contiguous(logsumexp_weight),
-                _contiguous(entropy),
-                _contiguous(entropy_weight),
+                contiguous(logprob_weight),
+                contiguous(logsumexp_weight),
+                contiguous(entropy),
+                contiguous(entropy_weight),
                 *tile.shape,
                 tile.stride(0),
                 gradient.stride(0),
@@ -219,419 +210,6 @@ class TritonTiles:
                 HAS_LOGPROB_WEIGHT=logprob_weight is not None,
                 HAS_LOGSUMEXP_WEIGHT=logsumexp_weight is not None,
                 HAS_ENTROPY_WEIGHT=entropy_weight is not None,
-                BLOCK_ROWS=_TILE_ROWS,
-                BLOCK_COLUMNS=_TILE_COLUMNS,
+                BLOCK_ROWS=TILE_ROWS,
+                BLOCK_COLUMNS=TILE_COLUMNS,
             )
-
-
-class _Walk:
-    """What the two designs share: statistics of rows, and the gradient from what is stored.
-
-    The gradient of a chunk lies in one buffer of the operands' dtype; the logits of a block of it in others, or, where
-    the dtypes allow it, the student's in the gradient's own place.
-    """
-
-    chunk_rows: int
-    block_rows: int | None
-
-    def __init__(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
-    ) -> None:
-        self._student, self._teacher, self._beta, self._wanted = student, teacher, beta, wanted
-        self._statistics: torch.Tensor | None = None
-        self._partials: torch.Tensor | None = None
-
-    def begin(self, rows: slice) -> None:
-        """Logits are made block by block."""
-
-    def gradient_tile(self, count: int) -> torch.Tensor:
-        return self._gradient[:count]
-
-    _gradient: torch.Tensor
-
-    def _split_rows(self, workspace_bytes: int, chunk_row_bytes: int, block_row_bytes: int) -> None:
-        most_rows(workspace_bytes, chunk_row_bytes + block_row_bytes, self._student.num_columns)
-        self.chunk_rows, self.block_rows = split_rows(
-            self._student.hidden.shape[0], workspace_bytes, chunk_row_bytes, block_row_bytes
-        )
-
-    def _teacher_rows(self, rows: slice) -> tuple[Projection, torch.Tensor]:
-        """The teacher's projection of some rows, of which those marked hold h_t - h_s; and the marks, [rows] int8."""
-        student, teacher = (
-            self._student.of_rows(self._student.hidden[rows]),
-            self._teacher.of_rows(self._teacher.hidden[rows]),
-        )
-        count = student.hidden.shape[0]
-        if not student.differs_by_rows(teacher):
-            return teacher, torch.zeros(count, dtype=torch.int8, device=student.hidden.device)
-        marks = torch.empty(count, dtype=torch.int8, device=student.hidden.device)
-        s, t = row_major(student.hidden), row_major(teacher.hidden)
-        out = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-        if out.numel():
-            row_kernels.difference_rows_kernel[(count,)](
-                s,
-                t,
-                out,
-                marks,
-                s.shape[1],
-                s.stride(0),
-                t.stride(0),
-                out.stride(0),
-                _PRODUCT_ROUNDING,
-                BLOCK_COLUMNS=min(1024, triton.next_power_of_2(s.shape[1])),
-            )
-        else:
-            marks.zero_()
-        return teacher.of_rows(out), marks
-
-    def _combine(self, num_blocks: int, has_targets: bool, want_entropy: bool) -> None:
-        assert self._statistics is not None
-        rows = self._statistics.shape[1]
-        statistics.combine_kernel[(rows,)](
-            self._partials,
-            self._statistics,
-            rows,
-            num_blocks,
-            HAS_TARGETS=has_targets,
-            WANT_ENTROPY=want_entropy,
-            REVERSE=self._beta == 1.0,
-            BLOCKS=min(1024, triton.next_power_of_2(num_blocks)),
-        )
-
-    def _rows(self, has_targets: bool, want_entropy: bool) -> DivergenceRows:
-        values = self._statistics
-        assert values is not None
-        return DivergenceRows(
-            values[statistics.DIVERGENCE.value],
-            values[statistics.STUDENT_LOGPROB.value] if has_targets else None,
-            values[statistics.TEACHER_LOGPROB.value] if has_targets else None,
-            values[statistics.STUDENT_ENTROPY.value] if want_entropy else None,
-            values[statistics.TEACHER_ENTROPY.value] if want_entropy else None,
-        )
-
-    def _write_gradient(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        out: torch.Tensor,
-        marks: torch.Tensor,
-        target_ids: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        logprob_weight: torch.Tensor | None,
-        num_blocks: int,
-        shifted: bool,
-        block: tuple[int, int],
-    ) -> None:
-        cap, teacher_cap = self._student.transform.tanh_scale, self._teacher.transform.tanh_scale
-        with on_device(student):
-            gradients.divergence_gradient_kernel[_grid(out, *block)](
-                student,
-                teacher,
-                out,
-                marks,
-                self._partials,
-                self._statistics,
-                _contiguous(target_ids),
-                _contiguous(weight),
-                _contiguous(logprob_weight),
-                *out.shape,
-                student.stride(0),
-                teacher.stride(0),
-                out.stride(0),
-                num_blocks,
-                cap or 1.0,
-                teacher_cap or 1.0,
-                self._beta,
-                FORWARD=self._beta == 0.0,
-                REVERSE=self._beta == 1.0,
-                SHIFTED=shifted,
-                STUDENT_CAP=cap is not None,
-                TEACHER_CAP=teacher_cap is not None,
-                HAS_WEIGHT=weight is not None,
-                HAS_LOGPROB_WEIGHT=logprob_weight is not None,
-                BLOCK_ROWS=block[0],
-                BLOCK_COLUMNS=block[1],
-            )
-
-
-class FusedWalk(_Walk):
-    """One product kernel for both views; what the gradient needs in 16 bits (32 for float32 operands)."""
-
-    def __init__(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
-    ) -> None:
-        self._shared = student.weight_is(teacher)
-        student, teacher = _row_major_pair(student, teacher)
-        super().__init__(student, teacher, beta, workspace_bytes, wanted)
-        dtype, device, columns = student.hidden.dtype, student.hidden.device, student.num_columns
-        size = dtype.itemsize
-        self._kind = "pair" if self._shared else "pair-separate"
-        # What the copy engine cannot address row by row, it cannot address as a block of rows either.
-        operands = (student.hidden, teacher.hidden, student.weight, teacher.weight)
-        if torch.float32 in (dtype, teacher.hidden.dtype):
-            self._kind += "-float32"
-        elif not all(takes_descriptor(operand) for operand in operands):
-            self._kind += "-plain"
-        narrowest = min(config.columns // config.parts for config in candidates(self._kind, device))
-        partials_bytes = 4 * statistics.NUM_PARTIALS * triton.cdiv(columns, narrowest)
-        if wanted.any:
-            row_bytes = row_stride(columns, ROW_PADDING) * size
-            self._split_rows(workspace_bytes, row_bytes, row_bytes + partials_bytes)
-            self._gradient = row_buffer(self.chunk_rows, columns, ROW_PADDING, dtype, device)
-            block = self.block_rows or self.chunk_rows
-            stored = torch.float32 if size == 4 else torch.float16
-            self._shifted = row_buffer(block, columns, ROW_PADDING, stored, device)
-        else:
-            self._split_rows(workspace_bytes, 0, partials_bytes)
-
-    def statistics(
-        self, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
-    ) -> DivergenceRows:
-        student = self._student.of_rows(self._student.hidden[rows])
-        device, num_rows = student.hidden.device, student.hidden.shape[0]
-        self._local, self._targets = local, None if target_ids is None else target_ids.contiguous()
-        self._statistics = torch.empty(statistics.NUM_STATISTICS, num_rows, dtype=torch.float32, device=device)
-        with on_device(student.hidden):
-            teacher, self._marks = self._teacher_rows(rows)
-
-            def run(config: ProductConfig) -> None:
-                self._launch(config, student, teacher, want_entropy)
-
-            shape = (num_rows, student.num_columns, student.hidden.shape[1])
-            run(choose(self._kind, device, shape, run))
-            self._combine(self._num_blocks, target_ids is not None, want_entropy)
-        return self._rows(target_ids is not None, want_entropy)
-
-    def _launch(self, config: ProductConfig, student: Projection, teacher: Projection, want_entropy: bool) -> None:
-        num_rows, num_columns = student.hidden.shape[0], student.num_columns
-        device = student.hidden.device
-        self._block_columns = config.columns // config.parts
-        self._num_blocks = triton.cdiv(num_columns, self._block_columns)
-        self._partials = torch.empty(
-            statistics.NUM_PARTIALS, num_rows, self._num_blocks, dtype=torch.float32, device=device
-        )
-        shifted_student = shifted_teacher = None
-        if self._wanted.any:
-            shifted_student = self._gradient[self._local].view(self._shifted.dtype)
-            shifted_teacher = self._shifted[:num_rows]
-        hidden, teacher_hidden = student.hidden, teacher.hidden
-        weight, teacher_weight = student.weight, teacher.weight
-        operands, with_descriptors = _operands(
-            config,
-            (hidden, config.rows),
-            (teacher_hidden, config.rows),
-            (weight, config.columns),
-            (teacher_weight, config.columns),
-        )
-        tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
-        programs = min(tiles, config.occupancy * num_processors(device))
-        cap, teacher_cap = student.transform.tanh_scale, teacher.transform.tanh_scale
-        pair.pair_kernel[(programs,)](
-            *operands,
-            student.bias,
-            teacher.bias,
-            self._marks,
-            self._targets,
-            shifted_student,
-            shifted_teacher,
-            self._partials,
-            self._statistics,
-            num_rows,
-            num_columns,
-            hidden.shape[1],
-            teacher_hidden.shape[1],
-            hidden.stride(0),
-            teacher_hidden.stride(0),
-            weight.stride(0),
-            teacher_weight.stride(0),
-            0 if shifted_student is None else shifted_student.stride(0),
-            0 if shifted_teacher is None else shifted_teacher.stride(0),
-            self._num_blocks,
-            programs,
-            student.transform.product_scale,
-            teacher.transform.product_scale,
-            cap or 1.0,
-            teacher_cap or 1.0,
-            SHARED_WEIGHT=self._shared,
-            STUDENT_BIAS=student.bias is not None,
-            TEACHER_BIAS=teacher.bias is not None,
-            STUDENT_CAP=cap is not None,
-            TEACHER_CAP=teacher_cap is not None,
-            HAS_TARGETS=self._targets is not None,
-            WANT_ENTROPY=want_entropy,
-            STORE=self._wanted.any,
-            DESCRIPTORS=with_descriptors,
-            EVEN_WIDTH=hidden.shape[1] % config.width == 0 and teacher_hidden.shape[1] % config.width == 0,
-            PRECISION=product_precision(hidden),
-            FLATTEN=config.flatten,
-            WARP_SPECIALIZE=config.warp_specialize and with_descriptors,
-            BLOCK_ROWS=config.rows,
-            BLOCK_COLUMNS=config.columns,
-            BLOCK_WIDTH=config.width,
-            PARTS=config.parts,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
-
-    def gradient(
-        self,
-        local: slice,
-        target_ids: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        logprob_weight: torch.Tensor | None,
-    ) -> None:
-        out = self._gradient[local]
-        self._write_gradient(
-            out.view(self._shifted.dtype),
-            self._shifted[: out.shape[0]],
-            out,
-            self._marks,
-            target_ids,
-            weight,
-            logprob_weight,
-            self._num_blocks,
-            shifted=True,
-            block=(max(1, 2048 // self._block_columns), self._block_columns),
-        )
-
-
-class ChunkedWalk(_Walk):
-    """Library products into float32 tiles of a block of rows; the gradient of a chunk in the operands' dtype."""
-
-    def __init__(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
-    ) -> None:
-        super().__init__(student, teacher, beta, workspace_bytes, wanted)
-        dtype, device, columns = student.hidden.dtype, student.hidden.device, student.num_columns
-        # Where it has their dtype, the gradient overwrites the student's logits.
-        self._in_place = dtype == torch.float32
-        stride = row_stride(columns, ROW_PADDING)
-        partials_bytes = 4 * statistics.NUM_PARTIALS * triton.cdiv(columns, _STATISTICS_COLUMNS)
-        tiles_held = 1 if wanted.any and self._in_place else 2
-        self._split_rows(
-            workspace_bytes,
-            stride * dtype.itemsize if wanted.any else 0,
-            stride * 4 * tiles_held + partials_bytes,
-        )
-        block = self.block_rows or self.chunk_rows
-        self._teacher_logits = row_buffer(block, columns, ROW_PADDING, torch.float32, device)
-        if wanted.any:
-            self._gradient = row_buffer(self.chunk_rows, columns, ROW_PADDING, dtype, device)
-        if not (wanted.any and self._in_place):
-            self._student_logits = row_buffer(block, columns, ROW_PADDING, torch.float32, device)
-
-    def statistics(
-        self, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
-    ) -> DivergenceRows:
-        student = self._student
-        count, columns, device = rows.stop - rows.start, student.num_columns, student.hidden.device
-        in_place = self._in_place and self._wanted.any
-        self._student_tile = self._gradient[local] if in_place else self._student_logits[:count]
-        self._teacher_tile = self._teacher_logits[:count]
-        cap, teacher_cap = student.transform.tanh_scale, self._teacher.transform.tanh_scale
-        with on_device(student.hidden):
-            teacher, self._marks = self._teacher_rows(rows)
-            student.logits(rows, self._student_tile)
-            teacher.logits(slice(0, count), self._teacher_tile)
-            if teacher.bias is not None and student.differs_by_rows(teacher):
-                # The products added the bias to differences too.
-                bias = teacher.bias.float().mul(teacher.transform.product_scale)
-                self._teacher_tile.addcmul_(self._marks.float().unsqueeze(-1), bias, value=-1.0)
-            num_blocks = triton.cdiv(columns, _STATISTICS_COLUMNS)
-            self._statistics = torch.empty(statistics.NUM_STATISTICS, count, dtype=torch.float32, device=device)
-            self._partials = torch.empty(statistics.NUM_PARTIALS, count, num_blocks, dtype=torch.float32, device=device)
-            statistics.block_statistics_kernel[_grid(self._student_tile, _TILE_ROWS, _STATISTICS_COLUMNS)](
-                self._student_tile,
-                self._teacher_tile,
-                self._marks,
-                _contiguous(target_ids),
-                self._partials,
-                self._statistics,
-                count,
-                columns,
-                self._student_tile.stride(0),
-                self._teacher_tile.stride(0),
-                num_blocks,
-                cap or 1.0,
-                teacher_cap or 1.0,
-                STUDENT_CAP=cap is not None,
-                TEACHER_CAP=teacher_cap is not None,
-                HAS_TARGETS=target_ids is not None,
-                WANT_ENTROPY=want_entropy,
-                BLOCK_ROWS=_TILE_ROWS,
-                BLOCK_COLUMNS=_STATISTICS_COLUMNS,
-                num_warps=8,
-            )
-            self._num_blocks = num_blocks
-            self._combine(num_blocks, target_ids is not None, want_entropy)
-            if 0.0 < self._beta < 1.0:
-                statistics.mixture_kernel[(count,)](
-                    self._student_tile,
-                    self._teacher_tile,
-                    self._marks,
-                    self._statistics,
-                    count,
-                    columns,
-                    self._student_tile.stride(0),
-                    self._teacher_tile.stride(0),
-                    cap or 1.0,
-                    teacher_cap or 1.0,
-                    self._beta,
-                    STUDENT_CAP=cap is not None,
-                    TEACHER_CAP=teacher_cap is not None,
-                    BLOCK_COLUMNS=min(_LONG_COLUMNS, triton.next_power_of_2(columns)),
-                    num_warps=8,
-                )
-        return self._rows(target_ids is not None, want_entropy)
-
-    def gradient(
-        self,
-        local: slice,
-        target_ids: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        logprob_weight: torch.Tensor | None,
-    ) -> None:
-        self._write_gradient(
-            self._student_tile,
-            self._teacher_tile,
-            self._gradient[local],
-            self._marks,
-            target_ids,
-            weight,
-            logprob_weight,
-            self._num_blocks,
-            shifted=False,
-            block=(_TILE_ROWS, _TILE_COLUMNS),
-        )
-
-
-def _row_major_pair(student: Projection, teacher: Projection) -> tuple[Projection, Projection]:
-    """Both with contiguous rows, and still sharing what they share."""
-    copies: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
-
-    def once(matrix: torch.Tensor) -> torch.Tensor:
-        key = (matrix.data_ptr(), matrix.shape, matrix.stride())
-        if key not in copies:
-            copies[key] = row_major(matrix) if matrix.dim() == 2 else matrix.contiguous()
-        return copies[key]
-
-    def of(projection: Projection) -> Projection:
-        bias = None if projection.bias is None else once(projection.bias)
-        return Projection(once(projection.hidden), once(projection.weight), bias, projection.transform)
-
-    return of(student), of(teacher)
-
-
-def _operands(config: ProductConfig, *matrices: tuple[torch.Tensor, int]) -> tuple[list[Any], bool]:
-    """Descriptors of all matrices, or the matrices where one of them cannot have one."""
-    if config.descriptors and all(takes_descriptor(matrix) for matrix, _ in matrices):
-        return [descriptor(matrix, (rows, config.width)) for matrix, rows in matrices], True
-    return [matrix for matrix, _ in matrices], False
-
-
-def _grid(tile: torch.Tensor, rows: int, columns: int) -> tuple[int, int]:
-    return (triton.cdiv(tile.shape[1], columns), triton.cdiv(tile.shape[0], rows))
-
-
-def _contiguous(values: torch.Tensor | None) -> torch.Tensor | None:
-    return None if values is None else values.contiguous()

@@ -136,26 +136,27 @@ def variants(architecture: str, everything: bool = False) -> Iterator[Variant]:
     for config in configs("score-few"):
         yield _score("score, few rows", config)
         yield _score("score, few rows, entropy and soft cap", config, WANT_ENTROPY=True, HAS_CAP=True)
-    full: dict[str, Any] = {
-        "WANT_ENTROPY": True,
-        "STUDENT_BIAS": True,
-        "TEACHER_BIAS": True,
-        "STUDENT_CAP": True,
-        "TEACHER_CAP": True,
-    }
+    biased: dict[str, Any] = {"WANT_ENTROPY": True, "STUDENT_BIAS": True, "TEACHER_BIAS": True}
+    # A soft cap leaves no difference of rows that gives one of logits.
+    capped = {**biased, "STUDENT_CAP": True, "TEACHER_CAP": True, "MARKED": False}
     for config in configs("pair"):
         yield _pair("pair", config)
         yield _pair("pair, entropy", config, WANT_ENTROPY=True)
-        yield _pair("pair, statistics only", config, STORE=False)
-        yield _pair("pair, entropy, bias and soft cap", config, **full)
+        yield _pair("pair, entropy, statistics only", config, WANT_ENTROPY=True, STORE=False)
+    for config in configs("pair-heavy"):
+        yield _pair("pair, entropy and bias", config, **biased)
+        yield _pair("pair, entropy, bias and soft cap", config, **capped)
+    separate: dict[str, Any] = {"SHARED_WEIGHT": False, "MARKED": False}
     for config in configs("pair-separate"):
-        yield _pair("pair, two heads, entropy", config, SHARED_WEIGHT=False, WANT_ENTROPY=True)
-        yield _pair("pair, two heads, bias and soft cap", config, SHARED_WEIGHT=False, **full)
+        yield _pair("pair, two heads, entropy", config, WANT_ENTROPY=True, **separate)
+        yield _pair("pair, two heads, entropy, bias and soft cap", config, **{**capped, **separate})
     # For rows that the copy engine cannot address.
     if architecture != "sm_80":
         yield _score("score, plain loads", table["score"][0], DESCRIPTORS=False)
-        yield _pair("pair, plain loads", table["pair-plain"][0], WANT_ENTROPY=True)
-        yield _pair("pair, two heads, plain loads", table["pair-separate-plain"][0], SHARED_WEIGHT=False)
+        yield _pair("pair, plain loads, entropy and bias", table["pair-plain"][0], **biased)
+        yield _pair("pair, plain loads, entropy, bias and soft cap", table["pair-plain"][0], **capped)
+        plain = table["pair-separate-plain"][0]
+        yield _pair("pair, two heads, plain loads, entropy", plain, WANT_ENTROPY=True, **separate)
     yield _score("score, float32", table["score-float32"][0], element="fp32", PRECISION="tf32")
     yield _pair("pair, float32", table["pair-float32"][0], element="fp32", PRECISION="tf32")
     yield from _elementwise(table["pair"][0])
@@ -212,11 +213,11 @@ def _score(name: str, config: ProductConfig, element: str = "bf16", **constants:
 def _pair(name: str, config: ProductConfig, element: str = "bf16", **constants: Any) -> Variant:
     fixed = {
         "SHARED_WEIGHT": True,
+        "MARKED": True,
         "STUDENT_BIAS": False,
         "TEACHER_BIAS": False,
         "STUDENT_CAP": False,
         "TEACHER_CAP": False,
-        "HAS_TARGETS": True,
         "WANT_ENTROPY": False,
         "STORE": True,
         "DESCRIPTORS": config.descriptors,
@@ -286,7 +287,7 @@ def _elementwise(config: ProductConfig) -> Iterator[Variant]:
         "statistics of float32 logits",
         kernel,
         _types(kernel),
-        {**base, "HAS_TARGETS": True, "WANT_ENTROPY": True, "BLOCK_ROWS": 4, "BLOCK_COLUMNS": 1024},
+        {**base, "WANT_ENTROPY": True, "BLOCK_ROWS": 2, "BLOCK_COLUMNS": 1024},
         warps=8,
     )
     kernel = statistics.combine_kernel
@@ -294,7 +295,7 @@ def _elementwise(config: ProductConfig) -> Iterator[Variant]:
         "statistics of rows",
         kernel,
         _types(kernel),
-        {"HAS_TARGETS": True, "WANT_ENTROPY": True, "REVERSE": False, "BLOCKS": 1024},
+        {"MARKED": True, "HAS_TARGETS": True, "WANT_ENTROPY": True, "REVERSE": False, "BLOCKS": 1024},
     )
     kernel = statistics.mixture_kernel
     yield Variant("mixture", kernel, _types(kernel), {**base, "BLOCK_COLUMNS": 2048}, warps=8)
@@ -316,6 +317,13 @@ def _elementwise(config: ProductConfig) -> Iterator[Variant]:
     )
     kernel = rows.scale_rows_kernel
     yield Variant("scaled rows", kernel, _types(kernel, scale="*fp32", out="*bf16"), {"BLOCK_COLUMNS": 1024})
+    kernel = rows.target_logits_kernel
+    yield Variant(
+        "target logits",
+        kernel,
+        _types(kernel, hidden="*bf16", weight="*bf16", bias="*bf16"),
+        {"MARKED": True, "HAS_BIAS": True, "HAS_CAP": True, "BLOCK_WIDTH": 1024},
+    )
     kernel = rows.difference_rows_kernel
     yield Variant(
         "differences of rows",

@@ -14,6 +14,7 @@ from unisd_kernels.triton.statistics import (
     DIVERGENCE,
     LOGSUMEXP_DIFFERENCE,
     MOMENT,
+    RECORD,
     SHIFT,
     STUDENT_KL,
     STUDENT_LOGSUMEXP,
@@ -71,16 +72,16 @@ def divergence_gradient_kernel(
     logsumexp = tl.load(statistics + STUDENT_LOGSUMEXP * num_rows + rows, mask=row_mask, other=0.0)
     difference = tl.load(statistics + LOGSUMEXP_DIFFERENCE * num_rows + rows, mask=row_mask, other=0.0)
     if SHIFTED:
-        reference = partials + rows * num_blocks + block
-        highest = tl.load(reference + STUDENT_MAX * num_rows * num_blocks, mask=row_mask, other=0.0)
-        shift = tl.load(reference + SHIFT * num_rows * num_blocks, mask=row_mask, other=0.0)
+        reference = partials + (rows * num_blocks + block) * RECORD
+        highest = tl.load(reference + STUDENT_MAX, mask=row_mask, other=0.0)
+        shift = tl.load(reference + SHIFT, mask=row_mask, other=0.0)
         z = tl.load(student + wide * student_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         d = tl.load(teacher + wide * teacher_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        moment = tl.load(reference + MOMENT * num_rows * num_blocks, mask=row_mask, other=0.0)
-        teacher_sum = tl.load(reference + TEACHER_SUM * num_rows * num_blocks, mask=row_mask, other=1.0)
+        moment = tl.load(reference + MOMENT, mask=row_mask, other=0.0)
+        teacher_sum = tl.load(reference + TEACHER_SUM, mask=row_mask, other=1.0)
         far = is_far(moment, teacher_sum)[:, None]
         # What the second tile holds is relative to the teacher's maximum where the teacher is far, else to the shift.
-        teacher_highest = tl.load(reference + TEACHER_MAX * num_rows * num_blocks, mask=row_mask, other=0.0)
+        teacher_highest = tl.load(reference + TEACHER_MAX, mask=row_mask, other=0.0)
         logprob = z + (highest - logsumexp)[:, None]
         far_logprob = d + (teacher_highest - logsumexp - difference)[:, None]
         d = tl.where(far, far_logprob - logprob, d + (shift - difference)[:, None])

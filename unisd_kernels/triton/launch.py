@@ -7,11 +7,15 @@ import functools
 from contextlib import AbstractContextManager
 
 import torch
+import triton
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Rows of the buffers are padded to whole vectors of this many elements.
 ROW_PADDING = 64
+# What a program of the elementwise kernels takes; of those that walk a whole row, at a time.
+TILE_ROWS, TILE_COLUMNS = 4, 512
+LONG_COLUMNS = 2048
 
 
 def interpreting() -> bool:
@@ -97,3 +101,22 @@ def spans_of_vocabulary(row_blocks: int, column_blocks: int, processors: int) ->
         if cost < least:
             best, least = spans, cost
     return best
+
+
+def matrices_or_descriptors(
+    wanted: bool, width: int, *matrices: tuple[torch.Tensor, int]
+) -> tuple[list[torch.Tensor | TensorDescriptor], bool]:
+    """Descriptors of all matrices, for tiles of the given rows and `width` columns, if they are wanted and all of the
+    matrices can have one; else the matrices. Says which."""
+    if wanted and all(takes_descriptor(matrix) for matrix, _ in matrices):
+        return [descriptor(matrix, (rows, width)) for matrix, rows in matrices], True
+    return [matrix for matrix, _ in matrices], False
+
+
+def tile_grid(tile: torch.Tensor, rows: int, columns: int) -> tuple[int, int]:
+    """Programs over the columns, then over the rows, of a tile of logits."""
+    return triton.cdiv(tile.shape[1], columns), triton.cdiv(tile.shape[0], rows)
+
+
+def contiguous(values: torch.Tensor | None) -> torch.Tensor | None:
+    return None if values is None else values.contiguous()

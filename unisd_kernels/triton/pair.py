@@ -13,7 +13,7 @@ import triton.language as tl
 
 from unisd_kernels.triton.functions import finish_logits
 from unisd_kernels.triton.products import load_tile, product_tile
-from unisd_kernels.triton.statistics import MASKED, store_partials, store_targets
+from unisd_kernels.triton.statistics import MASKED, store_partials
 
 # float16's largest number, less a margin; what is beyond it has no probability.
 _LARGEST = tl.constexpr(60000.0)
@@ -42,7 +42,6 @@ def finish_block(
     block,
     first_column,
     given,
-    targets,
     rows,
     row_mask,
     student_bias,
@@ -50,7 +49,6 @@ def finish_block(
     shifted_student,
     shifted_teacher,
     partials,
-    statistics,
     num_rows,
     num_columns,
     shifted_student_stride,
@@ -60,11 +58,11 @@ def finish_block(
     teacher_scale,
     student_tanh,
     teacher_tanh,
+    MARKED: tl.constexpr,
     STUDENT_BIAS: tl.constexpr,
     TEACHER_BIAS: tl.constexpr,
     STUDENT_CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr,
-    HAS_TARGETS: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -74,15 +72,18 @@ def finish_block(
     if STUDENT_BIAS:
         z += tl.load(student_bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if TEACHER_BIAS:
-        # A difference of hidden states gives a difference of logits, in which the bias is gone.
-        bias = tl.load(teacher_bias + columns, mask=column_mask, other=0.0).to(tl.float32)
-        other += tl.where(given[:, None], 0.0, bias[None, :])
+        bias = tl.load(teacher_bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        if MARKED:
+            # A difference of hidden states gives a difference of logits, in which the bias is gone.
+            bias = tl.where(given[:, None], 0.0, bias)
+        other += bias
     z = finish_logits(z * student_scale, student_tanh, STUDENT_CAP)
     other = finish_logits(other * teacher_scale, teacher_tanh, TEACHER_CAP)
-    delta = tl.where(column_mask[None, :], tl.where(given[:, None], other, other - z), 0.0)
+    delta = other - z
+    if MARKED:
+        delta = tl.where(given[:, None], other, delta)
+    delta = tl.where(column_mask[None, :], delta, 0.0)
     z = tl.where(column_mask[None, :], z, MASKED)
-    if HAS_TARGETS:
-        store_targets(statistics, z, delta, first_column, targets, row_mask, rows, num_rows, BLOCK_COLUMNS)
     highest, shift, teacher_highest, far = store_partials(
         partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY
     )
@@ -115,12 +116,10 @@ def pair_kernel(
     teacher_weight,
     student_bias,
     teacher_bias,
-    is_difference,  # [rows] int8: does the row of teacher_hidden hold h_t - h_s?
-    target_ids,
+    is_difference,  # [rows] int8, if MARKED: does the row of teacher_hidden hold h_t - h_s?
     shifted_student,
     shifted_teacher,
     partials,
-    statistics,
     num_rows,
     num_columns,
     student_width,
@@ -138,11 +137,11 @@ def pair_kernel(
     student_tanh,
     teacher_tanh,
     SHARED_WEIGHT: tl.constexpr,
+    MARKED: tl.constexpr,
     STUDENT_BIAS: tl.constexpr,
     TEACHER_BIAS: tl.constexpr,
     STUDENT_CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr,
-    HAS_TARGETS: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     STORE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -241,10 +240,9 @@ def pair_kernel(
             )
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         row_mask = rows < num_rows
-        given = tl.load(is_difference + rows, mask=row_mask, other=0) != 0
-        targets = rows
-        if HAS_TARGETS:
-            targets = tl.load(target_ids + rows, mask=row_mask, other=-1).to(tl.int32)
+        given = row_mask
+        if MARKED:
+            given = tl.load(is_difference + rows, mask=row_mask, other=0) != 0
         WIDTH: tl.constexpr = BLOCK_COLUMNS // PARTS
         for part in tl.static_range(PARTS):
             z_part = column_part(z, part, PARTS)
@@ -257,7 +255,6 @@ def pair_kernel(
                 block,
                 first_column + part * WIDTH,
                 given,
-                targets,
                 rows,
                 row_mask & (block < num_blocks),
                 student_bias,
@@ -265,7 +262,6 @@ def pair_kernel(
                 shifted_student,
                 shifted_teacher,
                 partials,
-                statistics,
                 num_rows,
                 num_columns,
                 shifted_student_stride,
@@ -275,11 +271,11 @@ def pair_kernel(
                 teacher_scale,
                 student_tanh,
                 teacher_tanh,
+                MARKED,
                 STUDENT_BIAS,
                 TEACHER_BIAS,
                 STUDENT_CAP,
                 TEACHER_CAP,
-                HAS_TARGETS,
                 WANT_ENTROPY,
                 STORE,
                 WIDTH,

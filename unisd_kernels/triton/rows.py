@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from unisd_kernels.triton.functions import finish_logits
+
 
 @triton.jit
 def scale_rows_kernel(source, scale, out, num_columns, source_stride, out_stride, BLOCK_COLUMNS: tl.constexpr):
@@ -56,3 +58,43 @@ def difference_rows_kernel(
         s = tl.load(student + row * student_stride + columns, mask=mask, other=0.0).to(tl.float32)
         t = tl.load(teacher + row * teacher_stride + columns, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + row * out_stride + columns, tl.where(better, t - s, t).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def target_logits_kernel(
+    hidden,
+    weight,
+    bias,
+    is_difference,
+    target_ids,
+    out,
+    width,
+    hidden_stride,
+    weight_stride,
+    product_scale,
+    tanh_scale,
+    MARKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """The logit of one token a row: `softcap(a (h_n W_y + b_y)) / tau`. `MARKED` rows hold differences: no bias.
+
+    A product of its own, because to look for the token in every tile of logits costs more than to read its row again.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ids + row).to(tl.int64)
+    sums = tl.zeros([BLOCK_WIDTH], tl.float32)
+    for start in range(0, width, BLOCK_WIDTH):
+        k = start + tl.arange(0, BLOCK_WIDTH)
+        mask = k < width
+        h = tl.load(hidden + row * hidden_stride + k, mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(weight + target * weight_stride + k, mask=mask, other=0.0).to(tl.float32)
+        sums += h * w
+    x = tl.sum(sums, 0)
+    if HAS_BIAS:
+        b = tl.load(bias + target).to(tl.float32)
+        if MARKED:
+            b = tl.where(tl.load(is_difference + row) != 0, 0.0, b)
+        x += b
+    tl.store(out + row, finish_logits(x * product_scale, tanh_scale, HAS_CAP))

@@ -20,10 +20,8 @@ def score_kernel(
     hidden,
     weight,
     bias,
-    target_ids,
     span_logsumexp,  # [spans, rows]
     span_entropy,  # [spans, rows]: of the softmax over the span
-    target_logits,  # [rows]
     num_rows,
     num_columns,
     width,
@@ -55,11 +53,9 @@ def score_kernel(
 
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     row_mask = rows < num_rows
-    targets = tl.load(target_ids + rows, mask=row_mask, other=-1)
     highest = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     weighted = tl.zeros([BLOCK_ROWS], tl.float32)
-    found = tl.zeros([BLOCK_ROWS], tl.float32)
     first_block = span * blocks_per_span
     last_block = tl.minimum(first_block + blocks_per_span, tl.cdiv(num_columns, BLOCK_COLUMNS))
     for block in tl.range(first_block, last_block, warp_specialize=WARP_SPECIALIZE):
@@ -86,7 +82,6 @@ def score_kernel(
             sums += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
         z = finish_logits(sums * product_scale, tanh_scale, HAS_CAP)
         z = tl.where(columns[None, :] < num_columns, z, MASKED)
-        found += tl.sum(tl.where(columns[None, :] == targets[:, None], z, 0.0), 1)
         higher = tl.maximum(highest, tl.max(z, 1))
         rescale = tl.exp(highest - higher)
         exponentials = tl.exp(z - higher[:, None])
@@ -100,6 +95,3 @@ def score_kernel(
     tl.store(span_logsumexp + span * num_rows + rows, highest + tl.log(total), mask=row_mask)
     if WANT_ENTROPY:
         tl.store(span_entropy + span * num_rows + rows, tl.log(total) - weighted / total, mask=row_mask)
-    # Each target lies in one span.
-    mine = (targets >= first_block * BLOCK_COLUMNS) & (targets < last_block * BLOCK_COLUMNS)
-    tl.store(target_logits + rows, found, mask=row_mask & mine)

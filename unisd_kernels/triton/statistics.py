@@ -32,7 +32,9 @@ from unisd_kernels.triton.functions import (
     log1p_remainder,
 )
 
-# Rows of the partial statistics [PARTIALS, rows, blocks].
+# The partial statistics are records [rows, blocks, RECORD] of 32 bytes, one sector of the memory, so that to write or
+# read one number of a record costs no more than all of them; behind them, if wanted, [rows, blocks, SPREADS] for the
+# entropies.
 STUDENT_MAX = tl.constexpr(0)
 STUDENT_SUM = tl.constexpr(1)
 TEACHER_MAX = tl.constexpr(2)
@@ -41,16 +43,18 @@ SHIFT = tl.constexpr(4)
 EXCESS = tl.constexpr(5)  # b
 SECOND_ORDER = tl.constexpr(6)  # a
 MOMENT = tl.constexpr(7)
-STUDENT_SPREAD = tl.constexpr(8)
-TEACHER_SPREAD = tl.constexpr(9)
-NUM_PARTIALS = 10
+RECORD = tl.constexpr(8)
+STUDENT_SPREAD = tl.constexpr(0)
+TEACHER_SPREAD = tl.constexpr(1)
+SPREADS = tl.constexpr(2)
+NUM_PARTIALS = RECORD.value + SPREADS.value
 # The logit of a column that is not there. Finite, so that 0 times it is 0.
 MASKED = tl.constexpr(-1e30)
 
 # Rows of the statistics [STATISTICS, rows].
 DIVERGENCE = tl.constexpr(0)
 STUDENT_LOGPROB = tl.constexpr(1)  # first the target's logit, then its log-probability
-TEACHER_LOGPROB = tl.constexpr(2)  # first the difference of the target's logits
+TEACHER_LOGPROB = tl.constexpr(2)  # first the target's logit, of a marked row the difference of the logits
 STUDENT_ENTROPY = tl.constexpr(3)
 TEACHER_ENTROPY = tl.constexpr(4)
 STUDENT_LOGSUMEXP = tl.constexpr(5)
@@ -76,8 +80,9 @@ def store_partials(
 
     Where a column is masked, `z` is `MASKED` and `delta` is 0: its exponential is 0, and 0 times it still 0.
     """
-    plane = num_rows * num_blocks
-    out = partials + rows * num_blocks + block
+    place = rows * num_blocks + block
+    out = partials + place * RECORD
+    spreads = partials + num_rows * num_blocks * RECORD + place * SPREADS
     highest = tl.max(z, 1)
     exponentials = tl.exp(z - highest[:, None])
     total = tl.sum(exponentials, 1)
@@ -88,25 +93,25 @@ def store_partials(
     remainder = expm1_remainder(bounded)
     excess = tl.sum(exponentials * remainder, 1)
     second_order = tl.sum(exponentials * (bounded * expm1(bounded) - remainder), 1)
-    tl.store(out + STUDENT_MAX * plane, highest, mask=row_mask)
-    tl.store(out + STUDENT_SUM * plane, total, mask=row_mask)
-    tl.store(out + SHIFT * plane, shift, mask=row_mask)
-    tl.store(out + EXCESS * plane, excess, mask=row_mask)
-    tl.store(out + SECOND_ORDER * plane, second_order, mask=row_mask)
+    tl.store(out + STUDENT_MAX, highest, mask=row_mask)
+    tl.store(out + STUDENT_SUM, total, mask=row_mask)
+    tl.store(out + SHIFT, shift, mask=row_mask)
+    tl.store(out + EXCESS, excess, mask=row_mask)
+    tl.store(out + SECOND_ORDER, second_order, mask=row_mask)
     if WANT_ENTROPY:
         spread = tl.sum(exponentials * (z - highest[:, None]), 1)
-        tl.store(out + STUDENT_SPREAD * plane, spread, mask=row_mask)
+        tl.store(spreads + STUDENT_SPREAD, spread, mask=row_mask)
     teacher = z + delta
     teacher_highest = tl.max(teacher, 1)
     exponentials = tl.exp(teacher - teacher_highest[:, None])
-    tl.store(out + TEACHER_MAX * plane, teacher_highest, mask=row_mask)
+    tl.store(out + TEACHER_MAX, teacher_highest, mask=row_mask)
     teacher_total = tl.sum(exponentials, 1)
     moment = tl.sum(exponentials * x, 1)
-    tl.store(out + TEACHER_SUM * plane, teacher_total, mask=row_mask)
-    tl.store(out + MOMENT * plane, moment, mask=row_mask)
+    tl.store(out + TEACHER_SUM, teacher_total, mask=row_mask)
+    tl.store(out + MOMENT, moment, mask=row_mask)
     if WANT_ENTROPY:
         spread = tl.sum(exponentials * (teacher - teacher_highest[:, None]), 1)
-        tl.store(out + TEACHER_SPREAD * plane, spread, mask=row_mask)
+        tl.store(spreads + TEACHER_SPREAD, spread, mask=row_mask)
     return highest, shift, teacher_highest, is_far(moment, teacher_total)
 
 
@@ -114,16 +119,6 @@ def store_partials(
 def is_far(moment, teacher_total):
     """Is the teacher far from the student in a block: does delta exceed its mean by more than one nat where p_t is?"""
     return moment > teacher_total
-
-
-@triton.jit
-def store_targets(statistics, z, delta, first_column, targets, row_mask, rows, num_rows, BLOCK_COLUMNS: tl.constexpr):
-    """Put the target's logit and its difference where the log-probabilities will be, if the target is in the block."""
-    columns = first_column + tl.arange(0, BLOCK_COLUMNS)
-    is_target = columns[None, :] == targets[:, None]
-    mine = row_mask & (targets >= first_column) & (targets < first_column + BLOCK_COLUMNS)
-    tl.store(statistics + STUDENT_LOGPROB * num_rows + rows, tl.sum(tl.where(is_target, z, 0.0), 1), mask=mine)
-    tl.store(statistics + TEACHER_LOGPROB * num_rows + rows, tl.sum(tl.where(is_target, delta, 0.0), 1), mask=mine)
 
 
 @triton.jit
@@ -150,9 +145,7 @@ def block_statistics_kernel(
     student,
     teacher,
     is_difference,  # [rows] int8
-    target_ids,
     partials,
-    statistics,
     num_rows,
     num_columns,
     student_stride,
@@ -162,7 +155,6 @@ def block_statistics_kernel(
     teacher_tanh,
     STUDENT_CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr,
-    HAS_TARGETS: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -189,18 +181,17 @@ def block_statistics_kernel(
         TEACHER_CAP,
     )
     z = tl.where(column_mask[None, :], z, MASKED)
-    if HAS_TARGETS:
-        targets = tl.load(target_ids + rows, mask=row_mask, other=-1)
-        store_targets(statistics, z, delta, block * BLOCK_COLUMNS, targets, row_mask, rows, num_rows, BLOCK_COLUMNS)
     store_partials(partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY)
 
 
 @triton.jit
 def combine_kernel(
     partials,
+    is_difference,
     statistics,
     num_rows,
     num_blocks,
+    MARKED: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -208,16 +199,16 @@ def combine_kernel(
 ):
     """Statistics of one row from those of its blocks, `BLOCKS` of them at a time. One program a row."""
     row = tl.program_id(0)
-    plane = num_rows * num_blocks
-    source = partials + row * num_blocks
+    source = partials + row * num_blocks * RECORD
+    spread_source = partials + (num_rows * RECORD + row * SPREADS) * num_blocks
     lanes = tl.arange(0, BLOCKS)
     student_max = tl.full([BLOCKS], -float("inf"), tl.float32)
     teacher_max = tl.full([BLOCKS], -float("inf"), tl.float32)
     for start in range(0, num_blocks, BLOCKS):
-        at = source + start + lanes
+        at = source + (start + lanes) * RECORD
         mask = start + lanes < num_blocks
-        student_max = tl.maximum(student_max, tl.load(at + STUDENT_MAX * plane, mask=mask, other=-float("inf")))
-        teacher_max = tl.maximum(teacher_max, tl.load(at + TEACHER_MAX * plane, mask=mask, other=-float("inf")))
+        student_max = tl.maximum(student_max, tl.load(at + STUDENT_MAX, mask=mask, other=-float("inf")))
+        teacher_max = tl.maximum(teacher_max, tl.load(at + TEACHER_MAX, mask=mask, other=-float("inf")))
     highest = tl.max(student_max, 0)
     teacher_highest = tl.max(teacher_max, 0)
 
@@ -225,14 +216,14 @@ def combine_kernel(
     teacher_sums = tl.zeros([BLOCKS], tl.float32)
     shifts = tl.zeros([BLOCKS], tl.float32)
     for start in range(0, num_blocks, BLOCKS):
-        at = source + start + lanes
+        at = source + (start + lanes) * RECORD
         mask = start + lanes < num_blocks
-        scale = tl.exp(tl.load(at + STUDENT_MAX * plane, mask=mask, other=-float("inf")) - highest)
-        teacher_scale = tl.exp(tl.load(at + TEACHER_MAX * plane, mask=mask, other=-float("inf")) - teacher_highest)
-        share = scale * tl.load(at + STUDENT_SUM * plane, mask=mask, other=0.0)
+        scale = tl.exp(tl.load(at + STUDENT_MAX, mask=mask, other=-float("inf")) - highest)
+        teacher_scale = tl.exp(tl.load(at + TEACHER_MAX, mask=mask, other=-float("inf")) - teacher_highest)
+        share = scale * tl.load(at + STUDENT_SUM, mask=mask, other=0.0)
         sums += share
-        shifts += share * tl.load(at + SHIFT * plane, mask=mask, other=0.0)
-        teacher_sums += teacher_scale * tl.load(at + TEACHER_SUM * plane, mask=mask, other=0.0)
+        shifts += share * tl.load(at + SHIFT, mask=mask, other=0.0)
+        teacher_sums += teacher_scale * tl.load(at + TEACHER_SUM, mask=mask, other=0.0)
     total = tl.sum(sums, 0)
     teacher_total = tl.sum(teacher_sums, 0)
     logsumexp = highest + tl.log(total)
@@ -245,29 +236,30 @@ def combine_kernel(
     spreads = tl.zeros([BLOCKS], tl.float32)
     teacher_spreads = tl.zeros([BLOCKS], tl.float32)
     for start in range(0, num_blocks, BLOCKS):
-        at = source + start + lanes
+        at = source + (start + lanes) * RECORD
         mask = start + lanes < num_blocks
-        above = tl.load(at + STUDENT_MAX * plane, mask=mask, other=highest) - highest
-        teacher_above = tl.load(at + TEACHER_MAX * plane, mask=mask, other=teacher_highest) - teacher_highest
-        student_sum = tl.load(at + STUDENT_SUM * plane, mask=mask, other=0.0)
-        teacher_sum = tl.load(at + TEACHER_SUM * plane, mask=mask, other=0.0)
-        excess = tl.load(at + EXCESS * plane, mask=mask, other=0.0)
-        moment = tl.load(at + MOMENT * plane, mask=mask, other=0.0)
-        y = tl.load(at + SHIFT * plane, mask=mask, other=mean_shift) - mean_shift
+        above = tl.load(at + STUDENT_MAX, mask=mask, other=highest) - highest
+        teacher_above = tl.load(at + TEACHER_MAX, mask=mask, other=teacher_highest) - teacher_highest
+        student_sum = tl.load(at + STUDENT_SUM, mask=mask, other=0.0)
+        teacher_sum = tl.load(at + TEACHER_SUM, mask=mask, other=0.0)
+        excess = tl.load(at + EXCESS, mask=mask, other=0.0)
+        moment = tl.load(at + MOMENT, mask=mask, other=0.0)
+        y = tl.load(at + SHIFT, mask=mask, other=mean_shift) - mean_shift
         bounded = tl.minimum(y, 40.0)
         remainder = expm1_remainder(bounded)
         grown = tl.exp(bounded)
         scale = tl.exp(above)
         first += scale * (grown * excess + student_sum * remainder)
         if not REVERSE:
-            second_order = tl.load(at + SECOND_ORDER * plane, mask=mask, other=0.0)
+            second_order = tl.load(at + SECOND_ORDER, mask=mask, other=0.0)
             of_shift = bounded * expm1(bounded) - remainder
             second += scale * (grown * (second_order + bounded * excess) + student_sum * of_shift)
             moments += tl.exp(teacher_above) * (moment + teacher_sum * y)
         if WANT_ENTROPY:
-            spread = tl.load(at + STUDENT_SPREAD * plane, mask=mask, other=0.0)
+            spread_at = spread_source + (start + lanes) * SPREADS
+            spread = tl.load(spread_at + STUDENT_SPREAD, mask=mask, other=0.0)
             spreads += scale * (spread + student_sum * above)
-            spread = tl.load(at + TEACHER_SPREAD * plane, mask=mask, other=0.0)
+            spread = tl.load(spread_at + TEACHER_SPREAD, mask=mask, other=0.0)
             teacher_spreads += tl.exp(teacher_above) * (spread + teacher_sum * teacher_above)
 
     q = tl.sum(first, 0) / total
@@ -290,8 +282,12 @@ def combine_kernel(
     tl.store(statistics + STUDENT_LOGSUMEXP * num_rows + row, logsumexp)
     tl.store(statistics + LOGSUMEXP_DIFFERENCE * num_rows + row, difference)
     if HAS_TARGETS:
-        target = tl.load(statistics + STUDENT_LOGPROB * num_rows + row) - logsumexp
-        target_delta = tl.load(statistics + TEACHER_LOGPROB * num_rows + row)
+        z = tl.load(statistics + STUDENT_LOGPROB * num_rows + row)
+        target = z - logsumexp
+        other = tl.load(statistics + TEACHER_LOGPROB * num_rows + row)
+        target_delta = other - z
+        if MARKED:
+            target_delta = tl.where(tl.load(is_difference + row) != 0, other, target_delta)
         tl.store(statistics + STUDENT_LOGPROB * num_rows + row, target)
         tl.store(statistics + TEACHER_LOGPROB * num_rows + row, target + (target_delta - difference))
     if WANT_ENTROPY:

@@ -51,16 +51,17 @@ class ProductConfig:
 
 
 # By architecture and kind; the first is the default, the others are candidates for a measurement. Kinds: "score",
-# "score-heavy" with an entropy or a soft cap (more is alive in registers), "score-few" for at most 64 rows; "pair" and
-# "pair-separate" (two heads, two products one after the other); with "-plain" where the copy engine cannot address the
-# operands, which costs registers, or "-float32" for such operands.
+# "score-heavy" with an entropy or a soft cap (more is alive in registers), "score-few" for at most 64 rows; "pair",
+# "pair-heavy" with a bias or a soft cap, "pair-separate" for two heads (two products one after the other); with
+# "-plain" where the copy engine cannot address the operands, which costs registers, or "-float32" for such operands.
 _AMPERE: dict[str, tuple[ProductConfig, ...]] = {
     "score": (ProductConfig(128, 128, 64, 8, 3), ProductConfig(64, 128, 64, 8, 4)),
     "score-heavy": (ProductConfig(64, 128, 64, 8, 4), ProductConfig(128, 128, 64, 8, 3)),
     "score-few": (ProductConfig(64, 64, 64, 4, 4), ProductConfig(32, 128, 64, 4, 3)),
     "score-float32": (ProductConfig(64, 64, 32, 4, 3),),
     "pair": (ProductConfig(64, 128, 64, 8, 3, parts=2), ProductConfig(128, 64, 32, 8, 4)),
-    "pair-separate": (ProductConfig(64, 128, 64, 8, 3, parts=2), ProductConfig(64, 128, 32, 8, 4)),
+    "pair-heavy": (ProductConfig(64, 128, 64, 8, 3, parts=2), ProductConfig(128, 64, 32, 8, 4)),
+    "pair-separate": (ProductConfig(64, 128, 64, 8, 3, parts=2),),
     "pair-plain": (ProductConfig(64, 128, 64, 8, 3, parts=2),),
     "pair-separate-plain": (ProductConfig(64, 128, 64, 8, 3, parts=2),),
     "pair-float32": (ProductConfig(64, 64, 32, 8, 2),),
@@ -85,14 +86,12 @@ _HOPPER: dict[str, tuple[ProductConfig, ...]] = {
     "pair": (
         ProductConfig(128, 128, 64, 8, 3, parts=2, descriptors=True, flatten=True),
         ProductConfig(128, 128, 64, 8, 4, parts=4, descriptors=True, flatten=True),
-        ProductConfig(64, 128, 64, 4, 3, descriptors=True, occupancy=2),
+        ProductConfig(64, 128, 64, 4, 3, parts=4, descriptors=True, flatten=True, occupancy=2),
     ),
-    "pair-separate": (
-        ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),
-        ProductConfig(128, 128, 64, 8, 4, parts=4, descriptors=True, flatten=True),
-    ),
-    "pair-plain": (ProductConfig(128, 128, 64, 8, 3, parts=4),),
-    "pair-separate-plain": (ProductConfig(128, 128, 64, 8, 3, parts=4),),
+    "pair-heavy": (ProductConfig(128, 128, 64, 8, 4, parts=4, descriptors=True, flatten=True),),
+    "pair-separate": (ProductConfig(128, 64, 64, 8, 4, descriptors=True),),
+    "pair-plain": (ProductConfig(128, 64, 64, 8, 4),),
+    "pair-separate-plain": (ProductConfig(128, 64, 64, 8, 4),),
     "pair-float32": _AMPERE["pair-float32"],
     "pair-separate-float32": _AMPERE["pair-separate-float32"],
 }
@@ -108,6 +107,7 @@ _BLACKWELL: dict[str, tuple[ProductConfig, ...]] = {
         ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),
         ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True, flatten=True),
     ),
+    "pair-heavy": (ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
     "pair-separate": (ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
     "pair-plain": (ProductConfig(128, 128, 64, 8, 3, parts=4),),
     "pair-separate-plain": (ProductConfig(128, 128, 64, 8, 3, parts=4),),
