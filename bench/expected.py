@@ -14,9 +14,9 @@ fused       Student's and teacher's product are one kernel with the statistics b
             for a block of rows, stores 16-bit shifted logits (2 + 2 bytes a pair) and the partial statistics of every
             64 columns. Those are then combined by rows; one pass makes the gradient of the block (reads 4 bytes a pair
             and what it needs of the partial statistics, writes 2). KLs only.
-chunked     Library products on a block of rows, float32 logits of student and teacher in memory, scaled there where
-            there is a temperature; then a pass for the statistics (reads 8 bytes a pair), one for the gradient (reads
-            8, writes 2). A JSD reads 8 more: its mixture needs both log-sum-exps first.
+chunked     Library products on a block of rows, float32 logits of student and teacher in memory; then a pass for the
+            statistics (reads 8 bytes a pair), one for the gradient (reads 8, writes 2). A JSD reads 8 more: its mixture
+            needs both log-sum-exps first.
 recomputed  Not built: nothing is kept, two products for the statistics, two again for the gradient.
 
 The gradient of a chunk, several blocks, then enters one product for dh, and one for dW with a trainable head. dW is a
@@ -52,10 +52,10 @@ ARCHITECTURE = "sm_90"
 REFERENCE_WIDTH = 4096
 FLOAT32 = 4
 OPERAND = 2  # bytes of a bfloat16, and of a shifted logit
-# Of the partial statistics of a block of columns: those that exist only for an entropy, and those that the gradient
-# from shifted logits reads (both maxima, the shift, the teacher's sum and moment).
+# Of the partial statistics of a block of columns: those that exist only for an entropy, and those that the pass for the
+# gradient reads, a whole record, which is one sector of the memory.
 ENTROPY_PARTIALS = 2
-GRADIENT_PARTIALS = 5
+GRADIENT_PARTIALS = 8
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ class Assumptions:
         bandwidth: 0.87 of the data sheet's 3.35 TB/s.
         efficiency: rate of a Triton product as a share of the library's.
         loss_epilogue: arithmetic in the epilogue of student's and teacher's product, as a share of these two at
-            H = 4096; it goes with 4096 / H.
-        scoring_epilogue: the same of a scoring (one exp a logit), as a share of its one product.
+            H = 4096; it goes with 4096 / H. The compiled kernel has 80 instructions a pair of logits; a multiprocessor
+            issues 128 lanes' worth a clock, and at `product_flops` and 1.755 GHz two products take 5.2 clocks a pair.
+        scoring_epilogue: the same of a scoring, as a share of its one product: 12.6 instructions a logit.
         workspace: bytes of logits and gradient held at a time; None for the package's default on an accelerator.
         scoring_rows: rows for which a scoring reads the weight once.
     """
@@ -77,8 +78,8 @@ class Assumptions:
     product_flops: float = 727e12
     bandwidth: float = 0.87 * 3.35e12
     efficiency: float = 0.92
-    loss_epilogue: float = 0.10
-    scoring_epilogue: float = 0.06
+    loss_epilogue: float = 0.12
+    scoring_epilogue: float = 0.04
     workspace: int | None = None
     scoring_rows: int = driver._SCORE_ROWS
 
@@ -119,20 +120,18 @@ class Model:
         moved = result_bytes + OPERAND * case.hidden_size * (case.vocab_size + views * rows)
         return max(flops / (rate or given.product_flops) + extra, moved / given.bandwidth)
 
-    def weight_gradient(self, rows: int) -> float:
-        """dW of a chunk, added to a float32 sum: reads and writes 4 bytes of every weight."""
+    def weight_gradient(self, rows: int, first: bool = False) -> float:
+        """dW of a chunk, added to a float32 sum: reads and writes 4 bytes of every weight; the first only writes."""
         case, given = self.case, self.given
         flops = 2.0 * rows * case.hidden_size * case.vocab_size
-        moved = 2.0 * FLOAT32 * case.vocab_size * case.hidden_size
+        moved = (1.0 if first else 2.0) * FLOAT32 * case.vocab_size * case.hidden_size
         moved += OPERAND * rows * (case.vocab_size + case.hidden_size)
         return max(flops / given.product_flops, moved / given.bandwidth)
 
     @property
-    def weight_gradient_ends(self) -> float:
-        """What dW costs before its first chunk and after its last: zeros, then times the upstream in float32, then
-        rounded to the weight's dtype."""
-        written_and_read = FLOAT32 + 2 * FLOAT32 + (FLOAT32 + OPERAND)
-        return written_and_read * self.case.vocab_size * self.case.hidden_size / self.given.bandwidth
+    def weight_gradient_end(self) -> float:
+        """What dW costs after its last chunk: times the upstream and rounded to the weight's dtype, in one pass."""
+        return (FLOAT32 + OPERAND) * self.case.vocab_size * self.case.hidden_size / self.given.bandwidth
 
     @property
     def floor(self) -> float:
@@ -158,9 +157,9 @@ class Model:
             return FLOAT32 * NUM_PARTIALS * -(-columns // block_columns)
 
         block_row_bytes = {
-            "fused": OPERAND * stride + partials(min(_pair_columns())),
+            "fused": OPERAND * stride + partials(_pair_columns()),
             "chunked": 2 * FLOAT32 * stride + partials(walks._STATISTICS_COLUMNS),
-            "recomputed": partials(min(_pair_columns())),
+            "recomputed": partials(_pair_columns()),
         }[design]
         chunk, block = split_rows(self.case.num_rows, self.workspace, OPERAND * stride, block_row_bytes)
         return Rows(chunk, block, OPERAND * stride, block_row_bytes)
@@ -177,7 +176,7 @@ class Model:
 
     def partial_bytes(self, design: str) -> float:
         """Of the partial statistics that are written, a pair of logits."""
-        block_columns = walks._STATISTICS_COLUMNS if design == "chunked" else _pair_columns()[0]
+        block_columns = walks._STATISTICS_COLUMNS if design == "chunked" else _pair_columns()
         # As `bench/peers/unisd.py` asks for it.
         want_entropy = self.case.operation == "unisd_loss"
         kept = NUM_PARTIALS if want_entropy else NUM_PARTIALS - ENTROPY_PARTIALS
@@ -188,14 +187,12 @@ class Model:
         counts once."""
         partials = self.partial_bytes(design)
         if design == "chunked" or jsd:
-            # A library product has no temperature: the logits of both are then read and written again.
-            scaled = 2 * 2 * FLOAT32 if self.case.options.get("temperature", 1.0) != 1.0 else 0
             partials = self.partial_bytes("chunked")
             # Partial statistics are written by the pass and read by their combination.
-            return scaled + 8 + 2 * partials + 8 * jsd + 8 + OPERAND
+            return 8 + 2 * partials + 8 * jsd + 8 + OPERAND
         if design == "recomputed":
             return partials
-        return partials + 2 * OPERAND + OPERAND + FLOAT32 * GRADIENT_PARTIALS / _pair_columns()[0]
+        return partials + 2 * OPERAND + OPERAND + FLOAT32 * GRADIENT_PARTIALS / _pair_columns()
 
     def forward(self, design: str, rows: int) -> float:
         """Student and teacher of one block of rows."""
@@ -219,13 +216,13 @@ class Model:
             design = "chunked"
         case, given = self.case, self.given
         split = self.rows(design)
-        total = 0.0 if case.frozen_head else self.weight_gradient_ends
-        for rows in _spans(case.num_rows, split.chunk):
+        total = 0.0 if case.frozen_head else self.weight_gradient_end
+        for index, rows in enumerate(_spans(case.num_rows, split.chunk)):
             total += sum(self.forward(design, block) for block in _spans(rows, split.block))
             total += self.product(rows, OPERAND * rows * case.vocab_size)
             total += self.exposed_bytes(design, jsd) * rows * case.vocab_size / given.bandwidth
             if not case.frozen_head:
-                total += self.weight_gradient(rows)
+                total += self.weight_gradient(rows, first=index == 0)
         return total
 
     def seconds(self, design: str, jsd: bool = False) -> float:
@@ -253,8 +250,7 @@ class Model:
     def memory(self, design: str) -> float:
         """Extra bytes at the peak, in the walk or where the gradient is handed over.
 
-        The walk holds its buffers and the float32 gradients. A backward of `unisd_loss` holds those, the same times
-        the upstream, and what it returns; that of a per-token divergence has no float32 copy.
+        The walk holds its buffers and the float32 gradients; the backward those, and what it returns.
         """
         case = self.case
         if case.operation == "scoring":
@@ -262,21 +258,18 @@ class Model:
         hidden = case.num_rows * case.hidden_size
         weight = 0 if case.frozen_head else case.vocab_size * case.hidden_size
         walk = self.rows(design).held_bytes + FLOAT32 * (hidden + weight)
-        if case.operation == "divergence" and case.frozen_head:
-            return max(walk, (FLOAT32 + OPERAND) * hidden)
-        # One gradient after the other: the copy is of the larger.
-        backward = (FLOAT32 + OPERAND) * (hidden + weight) + FLOAT32 * max(hidden, weight)
-        return max(walk, backward)
+        return max(walk, (FLOAT32 + OPERAND) * (hidden + weight))
 
 
-def _pair_columns() -> list[int]:
-    """Columns of a block of partial statistics in the fused product, the default's first."""
-    return [config.columns // config.parts for config in TABLE[ARCHITECTURE]["pair"]]
+def _pair_columns() -> int:
+    """Columns of a block of partial statistics in the fused product."""
+    config = TABLE[ARCHITECTURE]["pair"][0]
+    return config.columns // config.parts
 
 
 def _spans(total: int, step: int) -> list[int]:
-    """As the driver walks: whole steps, then what is left."""
-    return [min(step, total - start) for start in range(0, total, step)]
+    """As the driver walks."""
+    return [span.stop - span.start for span in driver._spans(total, step)]
 
 
 def measured_assumptions(file: Path) -> Assumptions:

@@ -79,26 +79,27 @@ def test_the_assumptions_in_the_documentation_are_those_of_the_code():
     ):
         assert cell in text
     assert "Nothing on this page has been measured on a GPU yet." in text
-    assert f"{Model(HEADLINE).least_efficiency(1.15):.2f} there" in text
 
 
 def test_what_the_documentation_concludes():
     text = " ".join((ROOT / "docs" / "gpu.md").read_text().split())
     for case in ACCELERATOR_CASES:
-        if case.operation != "scoring":
-            assert Model(case).ratio("fused") < Model(case).ratio("chunked")
-    without = Model(replace(HEADLINE, options={"temperature": 1.0})).ratio("chunked")
-    assert (
-        f"chunked would be at {without:.2f} for the headline in place of {Model(HEADLINE).ratio('chunked'):.2f}" in text
-    )
-    assert Model(TRAINABLE).least_efficiency(1.15) is None
+        behind = Model(case).ratio("fused") - Model(case).ratio("chunked")
+        if case.operation != "scoring" and case.frozen_head:
+            assert behind < 0
+    assert 0.005 < Model(TRAINABLE).ratio("fused") - Model(TRAINABLE).ratio("chunked") < 0.025
+    assert Model(HEADLINE).least_efficiency(1.15) is None
+    hidden = Model(HEADLINE, Assumptions(loss_epilogue=0.06))
+    assert f"it would be {hidden.ratio('fused'):.2f}, and meet the bar from an efficiency of" in text
+    assert f"efficiency of {hidden.least_efficiency(1.15):.2f}." in text
+    assert f"({Model(HEADLINE).ratio('fused'):.2f} to {Model(HEADLINE).ratio('chunked'):.2f} at the headline)" in text
+    trainable = Model(TRAINABLE).least_efficiency(1.15)
+    assert f"The trainable head at N = 8192 needs {trainable:.2f}" in text
     least = {name: Model(CASES[f"llama3.1-8b.{name}"]).least_efficiency for name in ("unisd_star.8192", "scoring.8192")}
     assert f"needs {least['unisd_star.8192'](1.15):.2f}, a scoring {least['scoring.8192'](1.1):.2f}." in text
-    many = Model(CASES["llama3.1-8b.kl_trainable.32768"]).least_efficiency(1.15)
-    assert f"and {many:.2f} is enough" in text
-    ends = Model(TRAINABLE).weight_gradient_ends / Model(TRAINABLE).floor
-    assert f"chunks is {ends:.3f} of the floor" in text
-    assert f"10 bytes a weight, {Model(TRAINABLE).memory('fused') / 1e9:.1f} GB" in text
+    end = Model(TRAINABLE).weight_gradient_end / Model(TRAINABLE).floor
+    assert f"after its last chunk is {end:.3f} of the floor" in text
+    assert f"6 bytes a weight, {Model(TRAINABLE).memory('fused') / 1e9:.1f} GB" in text
 
 
 def test_the_floor_is_the_target_figure():
@@ -124,27 +125,20 @@ def test_rows_are_those_of_the_walks(shape, operation, design, walk, monkeypatch
         for buffer in vars(built).values()
         if isinstance(buffer, torch.Tensor) and buffer.dim() == 2
     )
-    # Beside the buffers there are the partial statistics of a block: ten numbers for the fewest columns of a candidate.
-    columns = {"fused": 32, "chunked": 1024}[design]
+    # Beside the buffers there are the partial statistics of a block: ten numbers a block of columns.
+    columns = {"fused": 64, "chunked": 1024}[design]
     assert split.held_bytes - held == split.block * 4 * 10 * -(-case.vocab_size // columns)
     assert split.held_bytes <= workspace
 
 
-def test_a_library_product_of_another_temperature_is_read_and_written_again(monkeypatch):
-    """What the 16 bytes a pair of the chunked design are for."""
+def test_a_library_product_of_another_temperature_costs_no_pass(monkeypatch):
+    """Why the chunked design has no bytes for it."""
     monkeypatch.setattr(Projection, "_mixed_product", property(lambda self: True))  # as on a GPU
     hidden, weight = (torch.empty(rows, 16, dtype=torch.bfloat16, device=META) for rows in (8, 64))
     out = torch.empty(8, 64, device=META)
-
-    def moved_at(temperature: float) -> int:
-        projection = Projection.of(hidden, LMHead(weight), temperature)
-        return moved_by(lambda: projection.logits(slice(0, 8), out))
-
-    scaled, plain = moved_at(0.7), moved_at(1.0)
-    unscaled = Model(replace(HEADLINE, options={"temperature": 1.0}))
-    counted = Model(HEADLINE).exposed_bytes("chunked") - unscaled.exposed_bytes("chunked")
-    assert counted == 2 * (scaled - plain) / out.numel()
-    assert Model(HEADLINE).exposed_bytes("fused") == unscaled.exposed_bytes("fused")
+    projection = Projection.of(hidden, LMHead(weight), 0.7)
+    assert projection.transform.product_scale != 1.0
+    assert moved_by(lambda: projection.logits(slice(0, 8), out)) == 0
 
 
 def test_a_trainable_head_is_handed_over_as_counted():
@@ -153,8 +147,7 @@ def test_a_trainable_head_is_handed_over_as_counted():
     handed = moved_by(lambda: sums.scaled(upstream, torch.bfloat16, torch.bfloat16))
     weights = TRAINABLE.vocab_size * TRAINABLE.hidden_size
     model = Model(TRAINABLE)
-    zeros = 4 * weights
-    assert model.weight_gradient_ends * model.given.bandwidth == pytest.approx(zeros + handed / (64 * 16) * weights)
+    assert model.weight_gradient_end * model.given.bandwidth == pytest.approx(handed / (64 * 16) * weights)
 
 
 @pytest.mark.parametrize("operation", ["kl", "kl_trainable", "unisd_star", "scoring"])
@@ -169,11 +162,11 @@ def test_without_bytes_the_counts_of_products_remain(operation):
 
 def test_bytes_a_pair_outside_the_products():
     """Eight partial statistics of four bytes every 64 columns (every 1024 for chunked), written and read; ten with an
-    entropy. Fused writes them inside its product, and reads five of them again for the gradient."""
+    entropy. Fused writes them inside its product, and reads eight of them again for the gradient."""
     headline, with_entropy = Model(HEADLINE), Model(CASES["llama3.1-8b.unisd_star.8192"])
     assert headline.exposed_bytes("fused") == 4 + 2 + 4 * (8 + GRADIENT_PARTIALS) / 64
     assert with_entropy.exposed_bytes("fused") == 4 + 2 + 4 * (10 + GRADIENT_PARTIALS) / 64
-    assert headline.exposed_bytes("chunked") == 16 + 8 + 8 + 2 + 4 * 2 * 8 / 1024
+    assert headline.exposed_bytes("chunked") == 8 + 8 + 2 + 4 * 2 * 8 / 1024
     assert headline.exposed_bytes("chunked", jsd=True) == headline.exposed_bytes("chunked") + 8
     assert headline.seconds("fused", jsd=True) == headline.seconds("chunked", jsd=True)
     with pytest.raises(ValueError, match="not counted"):
@@ -225,6 +218,7 @@ def test_a_weight_gradient_reads_and_writes_its_sum_for_every_chunk():
     rows = 16
     moved = 8 * TRAINABLE.vocab_size * TRAINABLE.hidden_size / model.given.bandwidth
     assert model.weight_gradient(rows) == pytest.approx(moved, rel=0.01)
+    assert model.weight_gradient(rows, first=True) == pytest.approx(moved / 2, rel=0.01)
     # Less workspace, more chunks, more of it.
     less = Model(TRAINABLE, replace(model.given, workspace=model.workspace // 4))
     assert less.rows("fused").chunk < model.rows("fused").chunk / 2
@@ -232,22 +226,23 @@ def test_a_weight_gradient_reads_and_writes_its_sum_for_every_chunk():
 
 
 def test_memory_at_the_peak():
-    """Of a frozen head the workspace and the float32 gradient of the rows; of a trainable one the float32 sum, the
-    same times the upstream, and the result."""
+    """Of a frozen head the workspace and the float32 gradient of the rows; of a trainable one the float32 sum with the
+    result, or with the workspace."""
     rows, weights = (n * HEADLINE.hidden_size for n in (HEADLINE.num_rows, HEADLINE.vocab_size))
     assert Model(HEADLINE).memory("fused") == Model(HEADLINE).rows("fused").held_bytes + 4 * rows
     assert Model(HEADLINE).memory("fused") < 600e6
-    assert Model(TRAINABLE).memory("fused") == 10 * weights + 6 * rows
-    assert Model(CASES["llama3.1-8b.kl.32768"]).memory("fused") < Model(CASES["llama3.1-8b.unisd_star.32768"]).memory(
-        "fused"
-    )
+    assert Model(TRAINABLE).memory("fused") == 6 * (weights + rows)
+    small = Model(CASES["qwen2.5-0.5b.kl_trainable.8192"])
+    held = 4 * 896 * (8192 + 151936)
+    assert small.memory("fused") == small.rows("fused").held_bytes + held > 6 / 4 * held
 
 
 def test_the_least_efficiency_is_where_the_bar_is_met():
-    model = Model(HEADLINE)
+    case = CASES["llama3.1-8b.unisd_star.8192"]
+    model = Model(case)
     least = model.least_efficiency(1.15)
     assert least is not None
-    at = Model(HEADLINE, replace(model.given, efficiency=least))
+    at = Model(case, replace(model.given, efficiency=least))
     assert at.ratio("fused") == pytest.approx(1.15, abs=1e-6)
     assert Model(CASES["qwen2.5-0.5b.kl.8192"]).least_efficiency(1.15) is None
 

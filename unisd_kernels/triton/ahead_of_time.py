@@ -30,6 +30,8 @@ MATRIX_INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100"
 # Bytes of shared memory a program may have.
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 _REGISTERS_PER_PROCESSOR = 65536
+# The assembler and the disassembler that come with Triton.
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Report:
     shared: int
     registers: int
     spilled: int
+    instructions: int
     matrix_instructions: int
     bulk_copies: int
     programs_per_processor: int
@@ -88,6 +91,7 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
         shared,
         registers,
         spilled,
+        _instructions(compiled.asm["cubin"]),
         code.count(MATRIX_INSTRUCTIONS[architecture]),
         code.count("cp.async.bulk.tensor"),
         fits,
@@ -98,11 +102,20 @@ def _is_aligned(name: str, kind: str) -> bool:
     return kind.startswith("*") or name.endswith(("_stride", "width")) or name in ("stride", "num_columns")
 
 
+def _instructions(binary: bytes) -> int:
+    """Machine instructions of the kernel, those of a loop counted once."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [str(_TOOLS / "cuobjdump"), "-sass", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", listing, re.MULTILINE))
+
+
 def _resources(code: str, capability: int) -> tuple[int, int]:
     """Registers a thread and bytes spilled, from the assembler that comes with Triton."""
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    newer = folder / "ptxas-blackwell"
-    assembler = newer if capability >= 100 and newer.exists() else folder / "ptxas"
+    newer = _TOOLS / "ptxas-blackwell"
+    assembler = newer if capability >= 100 and newer.exists() else _TOOLS / "ptxas"
     target = re.search(r"\.target (sm_\w+)", code)
     assert target is not None
     with tempfile.TemporaryDirectory() as scratch:
@@ -335,15 +348,16 @@ def _elementwise(config: ProductConfig) -> Iterator[Variant]:
 
 def table(reports: list[Report]) -> str:
     lines = [
-        "| architecture | kernel | tile | shared KB | registers | spilled bytes | matrix instructions | bulk copies "
-        "| programs a processor |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| architecture | kernel | tile | shared KB | registers | spilled bytes | instructions | matrix instructions "
+        "| bulk copies | programs a processor |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:
         instructions = f"{report.matrix_instructions} {MATRIX_INSTRUCTIONS[report.architecture]}"
         lines.append(
             f"| {report.architecture} | {report.variant} | {report.tile} | {report.shared / 1024:.0f} "
-            f"| {report.registers} | {report.spilled} | {instructions if report.matrix_instructions else ''} "
+            f"| {report.registers} | {report.spilled} | {report.instructions} "
+            f"| {instructions if report.matrix_instructions else ''} "
             f"| {report.bulk_copies or ''} | {report.programs_per_processor} |"
         )
     return "\n".join(lines)

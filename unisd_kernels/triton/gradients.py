@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unisd_kernels.triton.functions import cap_gradient, expm1, finish_logits, log1p
+from unisd_kernels.triton.functions import cap_gradient, exp, expm1, finish_logits, log1p
 from unisd_kernels.triton.statistics import (
     DIVERGENCE,
     LOGSUMEXP_DIFFERENCE,
@@ -105,10 +105,10 @@ def divergence_gradient_kernel(
         logprob = z - logsumexp[:, None]
         teacher_logprob = logprob + d
     # d = log p_t - log p_s
-    p = tl.exp(logprob)
+    p = exp(logprob)
     if FORWARD:
         # p_s - p_t. Near each other as p_s times a small number; far out e^d may overflow where p_s is zero.
-        result = tl.where(tl.abs(d) < 0.5, -p * expm1(d), p - tl.exp(teacher_logprob))
+        result = tl.where(tl.abs(d) < 0.5, -p * expm1(d), p - exp(teacher_logprob))
     else:
         if REVERSE:
             divergence = tl.load(statistics + DIVERGENCE * num_rows + rows, mask=row_mask, other=0.0)
@@ -156,11 +156,11 @@ def softmax_statistics_kernel(
         higher = tl.maximum(highest, z)
         # A lane that has seen nothing yet holds -inf, and -inf - -inf is no number.
         seen = higher > -float("inf")
-        total = tl.where(seen, total * tl.exp(highest - higher) + tl.exp(z - higher), 0.0)
+        total = tl.where(seen, total * exp(highest - higher) + exp(z - higher), 0.0)
         total = tl.where(z != z, z, total)
         highest = higher
     top = tl.max(highest, 0)
-    tl.store(logsumexp + row, top + tl.log(tl.sum(total * tl.exp(highest - top), 0)))
+    tl.store(logsumexp + row, top + tl.log(tl.sum(total * exp(highest - top), 0)))
     tl.store(target_logits + row, finish_logits(tl.load(source + target), tanh_scale, HAS_CAP))
 
 
@@ -198,7 +198,7 @@ def logprob_gradient_kernel(
     x = tl.load(tile + wide * tile_stride + columns[None, :], mask=mask, other=0.0)
     z = finish_logits(x, tanh_scale, HAS_CAP)
     logprob = z - tl.load(logsumexp + rows, mask=row_mask, other=0.0)[:, None]
-    p = tl.exp(logprob)
+    p = exp(logprob)
     of_p = tl.zeros([BLOCK_ROWS], tl.float32)
     if HAS_LOGSUMEXP_WEIGHT:
         of_p += tl.load(logsumexp_weight + rows, mask=row_mask, other=0.0)

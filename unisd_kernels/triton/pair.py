@@ -82,7 +82,6 @@ def finish_block(
     delta = other - z
     if MARKED:
         delta = tl.where(given[:, None], other, delta)
-    delta = tl.where(column_mask[None, :], delta, 0.0)
     z = tl.where(column_mask[None, :], z, MASKED)
     highest, shift, teacher_highest, far = store_partials(
         partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unisd_kernels.triton.functions import finish_logits
+from unisd_kernels.triton.functions import exp, finish_logits
 from unisd_kernels.triton.products import product_tile
 from unisd_kernels.triton.statistics import MASKED
 
@@ -83,8 +83,8 @@ def score_kernel(
         z = finish_logits(sums * product_scale, tanh_scale, HAS_CAP)
         z = tl.where(columns[None, :] < num_columns, z, MASKED)
         higher = tl.maximum(highest, tl.max(z, 1))
-        rescale = tl.exp(highest - higher)
-        exponentials = tl.exp(z - higher[:, None])
+        rescale = exp(highest - higher)
+        exponentials = exp(z - higher[:, None])
         if WANT_ENTROPY:
             # Relative to the highest logit: of large logits the entropy needs the spread, not the mean.
             moved = tl.where(total > 0.0, weighted + (highest - higher) * total, 0.0)

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from unisd_kernels.triton.functions import (
+    exp,
     expm1,
     expm1_remainder,
     finish_logits,
@@ -78,13 +79,13 @@ def store_partials(
     """Write the statistics of one block of columns, [rows, columns]; returns m_s, mu, m_t and
     `is_far`.
 
-    Where a column is masked, `z` is `MASKED` and `delta` is 0: its exponential is 0, and 0 times it still 0.
+    Where a column is masked, `z` is `MASKED` and `delta` any number: the exponential is 0, and 0 times them still 0.
     """
     place = rows * num_blocks + block
     out = partials + place * RECORD
     spreads = partials + num_rows * num_blocks * RECORD + place * SPREADS
     highest = tl.max(z, 1)
-    exponentials = tl.exp(z - highest[:, None])
+    exponentials = exp(z - highest[:, None])
     total = tl.sum(exponentials, 1)
     shift = tl.sum(exponentials * delta, 1) / total
     x = delta - shift[:, None]
@@ -103,7 +104,7 @@ def store_partials(
         tl.store(spreads + STUDENT_SPREAD, spread, mask=row_mask)
     teacher = z + delta
     teacher_highest = tl.max(teacher, 1)
-    exponentials = tl.exp(teacher - teacher_highest[:, None])
+    exponentials = exp(teacher - teacher_highest[:, None])
     tl.store(out + TEACHER_MAX, teacher_highest, mask=row_mask)
     teacher_total = tl.sum(exponentials, 1)
     moment = tl.sum(exponentials * x, 1)
@@ -218,8 +219,8 @@ def combine_kernel(
     for start in range(0, num_blocks, BLOCKS):
         at = source + (start + lanes) * RECORD
         mask = start + lanes < num_blocks
-        scale = tl.exp(tl.load(at + STUDENT_MAX, mask=mask, other=-float("inf")) - highest)
-        teacher_scale = tl.exp(tl.load(at + TEACHER_MAX, mask=mask, other=-float("inf")) - teacher_highest)
+        scale = exp(tl.load(at + STUDENT_MAX, mask=mask, other=-float("inf")) - highest)
+        teacher_scale = exp(tl.load(at + TEACHER_MAX, mask=mask, other=-float("inf")) - teacher_highest)
         share = scale * tl.load(at + STUDENT_SUM, mask=mask, other=0.0)
         sums += share
         shifts += share * tl.load(at + SHIFT, mask=mask, other=0.0)
@@ -247,20 +248,20 @@ def combine_kernel(
         y = tl.load(at + SHIFT, mask=mask, other=mean_shift) - mean_shift
         bounded = tl.minimum(y, 40.0)
         remainder = expm1_remainder(bounded)
-        grown = tl.exp(bounded)
-        scale = tl.exp(above)
+        grown = exp(bounded)
+        scale = exp(above)
         first += scale * (grown * excess + student_sum * remainder)
         if not REVERSE:
             second_order = tl.load(at + SECOND_ORDER, mask=mask, other=0.0)
             of_shift = bounded * expm1(bounded) - remainder
             second += scale * (grown * (second_order + bounded * excess) + student_sum * of_shift)
-            moments += tl.exp(teacher_above) * (moment + teacher_sum * y)
+            moments += exp(teacher_above) * (moment + teacher_sum * y)
         if WANT_ENTROPY:
             spread_at = spread_source + (start + lanes) * SPREADS
             spread = tl.load(spread_at + STUDENT_SPREAD, mask=mask, other=0.0)
             spreads += scale * (spread + student_sum * above)
             spread = tl.load(spread_at + TEACHER_SPREAD, mask=mask, other=0.0)
-            teacher_spreads += tl.exp(teacher_above) * (spread + teacher_sum * teacher_above)
+            teacher_spreads += exp(teacher_above) * (spread + teacher_sum * teacher_above)
 
     q = tl.sum(first, 0) / total
     direct = teacher_logsumexp - logsumexp - mean_shift
@@ -347,14 +348,14 @@ def mixture_kernel(
         )
         d = delta - difference
         student_logprob = tl.where(mask, z - logsumexp, -float("inf"))
-        larger = tl.exp(tl.maximum(student_logprob, student_logprob + d))
+        larger = exp(tl.maximum(student_logprob, student_logprob + d))
         teacher_larger = d > 0.0
         weight = tl.where(teacher_larger, 1.0 - beta, beta)
         q = tl.maximum(-tl.abs(d), -1e4)  # a finite number stands for infinity, and 0 times it is 0
         remainder = expm1_remainder(q)  # E - q
         e = expm1(q)
         of_larger = log1p_remainder(tl.maximum(weight * e, -0.99999994))
-        of_smaller = (1.0 - weight) * e * e + tl.exp(q) * (of_larger - remainder)
+        of_smaller = (1.0 - weight) * e * e + exp(q) * (of_larger - remainder)
         student_terms += larger * tl.where(teacher_larger, of_smaller, of_larger)
         teacher_terms += larger * tl.where(teacher_larger, of_larger, of_smaller)
     student_kl = tl.sum(student_terms, 0)
