@@ -186,14 +186,21 @@ def max_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return float((value.double() - exact.double()).abs().max())
 
 
-def assert_accurate(name: str, ours: torch.Tensor, exact: torch.Tensor, native: torch.Tensor) -> None:
+def assert_accurate(
+    name: str,
+    ours: torch.Tensor,
+    exact: torch.Tensor,
+    native: torch.Tensor,
+    float32_floor: float = FLOOR[torch.float32],
+) -> None:
     """|ours - exact| <= 2 |native - exact| + floor, by largest entry; `native` is native-dtype PyTorch.
 
     The floor is relative to the largest entry, or to 0.1 where that is larger: statistics are differences of numbers
-    of order one, and keep their absolute rounding when they are small.
+    of order one, and keep their absolute rounding when they are small. `float32_floor`: that of float32.
     """
     scale = max(0.1, float(exact.double().abs().max())) if exact.numel() else 0.0
-    allowed = 2.0 * max_error(native, exact) + FLOOR[ours.dtype] * scale
+    floor = float32_floor if ours.dtype == torch.float32 else FLOOR[ours.dtype]
+    allowed = 2.0 * max_error(native, exact) + floor * scale
     error = max_error(ours, exact)
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (largest exact entry {scale:.3e})"
 

@@ -49,5 +49,5 @@ def test_no_default_spills(architecture):
 
 
 def test_the_command_writes_such_a_table():
-    report = Report("sm_90", "pair", "128x128x64", 2048, 255, 7, 8, 9, 1)
+    report = Report("sm_90", "pair", "128x128x64", 2048, 255, 7, 5000, 8, 9, 1)
     assert table([report]).splitlines()[-1].split("|")[1 + SPILLED].strip() == "7"

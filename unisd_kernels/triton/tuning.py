@@ -103,14 +103,11 @@ _BLACKWELL: dict[str, tuple[ProductConfig, ...]] = {
     "score-heavy": (ProductConfig(128, 128, 64, 8, 4, descriptors=True),),
     "score-few": (ProductConfig(64, 128, 128, 4, 4, descriptors=True),),
     "score-float32": _AMPERE["score-float32"],
-    "pair": (
-        ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),
-        ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True, flatten=True),
-    ),
+    "pair": (ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
     "pair-heavy": (ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
     "pair-separate": (ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
-    "pair-plain": (ProductConfig(128, 128, 64, 8, 3, parts=4),),
-    "pair-separate-plain": (ProductConfig(128, 128, 64, 8, 3, parts=4),),
+    "pair-plain": (ProductConfig(128, 64, 64, 8, 3, parts=2),),
+    "pair-separate-plain": (ProductConfig(128, 64, 64, 8, 3, parts=2),),
     "pair-float32": _AMPERE["pair-float32"],
     "pair-separate-float32": _AMPERE["pair-separate-float32"],
 }
