@@ -109,15 +109,33 @@ def check_workspace(workspace_bytes: int | None) -> None:
         raise ValueError(f"workspace_bytes must be > 0, got {workspace_bytes}")
 
 
-def autocast_operands(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, LMHead]:
+def autocast_operands(
+    hidden: torch.Tensor, head: LMHead, like: tuple[LMHead, LMHead] | None = None
+) -> tuple[torch.Tensor, LMHead]:
     """What autocast would feed a linear layer: both operands in the autocast dtype. Differentiable; the identity
-    outside autocast and for float64."""
+    outside autocast and for float64.
+
+    Args:
+        like: another head and what this function made of it. A head in the same memory, without a gradient of its own,
+            takes that over: one copy is held, and both are still seen to be one head.
+    """
     device_type = hidden.device.type
     if not torch.is_autocast_enabled(device_type) or hidden.dtype == torch.float64:
         return hidden, head
     dtype = torch.get_autocast_dtype(device_type)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return hidden.to(dtype), LMHead(head.weight.to(dtype), bias, head.logit_scale, head.softcap, head.vocab_size)
+
+    def narrow(name: str) -> torch.Tensor | None:
+        tensor = getattr(head, name)
+        # Addresses are not there to be seen while torch.compile traces.
+        if tensor is None or like is None or tensor.requires_grad or torch.compiler.is_compiling():
+            return None if tensor is None else tensor.to(dtype)
+        other, made = (getattr(each, name) for each in like)
+        same = other is not None and tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape
+        return made.detach() if same and tensor.stride() == other.stride() else tensor.to(dtype)
+
+    weight, bias = narrow("weight"), narrow("bias")
+    assert weight is not None
+    return hidden.to(dtype), LMHead(weight, bias, head.logit_scale, head.softcap, head.vocab_size)
 
 
 def check_loss_inputs(inputs: LossInputs, spec: LossSpec) -> None:

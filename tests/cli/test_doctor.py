@@ -16,7 +16,14 @@ from unisd.cli.doctor import self_test
 def test_doctor_passes_and_names_what_it_saw(capsys):
     assert main(["doctor", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
-    for expected in (torch.__version__, "implementations on cpu", "used by default", "all well", "loaded, runs with"):
+    for expected in (
+        torch.__version__,
+        "implementations on cpu",
+        "used by default",
+        "all well",
+        "loaded, runs with",
+        "at a time: 100 MiB",
+    ):
         assert expected in output
 
 

@@ -120,3 +120,39 @@ def test_a_tiny_workspace_is_refused():
     problem = on_device(make_problem(vocab_size=67, shared_head=True)).to(NARROW)
     with pytest.raises(ValueError, match="workspace_bytes=100 is too small"):
         unisd_loss(**problem.arguments(), impl="triton", workspace_bytes=100)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_compiled_without_a_graph_break(beta):
+    """Under torch.compile the loss is one operator, whose kernels run as in eager mode."""
+    problem = on_device(
+        make_problem(lengths=(9, 12), hidden_size=16, vocab_size=67, shared_head=True, frozen_head=True)
+    ).to(NARROW)
+
+    def loss(hidden):
+        arguments = {**problem.arguments(), "student_hidden": hidden}
+        return unisd_loss(**arguments, beta=beta, impl="triton").loss
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        hidden = problem.student_hidden.detach().requires_grad_()
+        value = function(hidden)
+        results.append((value.detach(), *torch.autograd.grad(value, hidden)))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_autocast_is_the_narrow_dtype(launches):
+    """Operands are rounded as those of a linear layer would be, and nothing inside is rounded more."""
+    problem = on_device(make_problem(lengths=(9, 12), hidden_size=16, vocab_size=67, shared_head=True)).to(
+        torch.float32
+    )
+    with torch.autocast(DEVICE.type, NARROW):
+        wide = unisd_loss(**problem.arguments(), impl="triton").loss
+    # One head for both is still one after the casts.
+    assert launches["pair_kernel"].grids
+    narrow = unisd_loss(**problem.to(NARROW).arguments(), impl="triton").loss
+    torch.testing.assert_close(wide.detach(), narrow.detach(), rtol=1e-5, atol=1e-6)
+    (gradient, *_) = torch.autograd.grad(wide, problem.leaves)
+    assert gradient.dtype == torch.float32
+    assert gradient.abs().max() > 0

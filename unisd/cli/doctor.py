@@ -11,6 +11,7 @@ import torch
 
 import unisd_kernels
 from unisd_kernels import LMHead, _lib, available, explain, unisd_loss
+from unisd_kernels.tiles import driver
 
 _PACKAGES = (
     "unisd-kernels",
@@ -53,6 +54,8 @@ def main(arguments: list[str]) -> int:
     reason = _lib.cuda_unavailable()
     print("  cuda           " + (f"not loaded: {reason}" if reason else "loaded"))
     print("\n" + explain(device))
+    held, with_weight = (driver.default_workspace_bytes(device, trainable) >> 20 for trainable in (False, True))
+    print(f"logits held at a time: {held} MiB, {with_weight} MiB with a trainable head (`workspace_bytes` changes it)")
 
     print(f"\nself-test on {device}: UniSD* loss and gradient, float32 against the float64 reference")
     failed = False

@@ -76,8 +76,9 @@ def linear_divergence(
     check_number("temperature", temperature, low=0.0, open_low=True)
     check_workspace(workspace_bytes)
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
+    given = student_head
     student_hidden, student_head = autocast_operands(student_hidden, student_head)
-    teacher_hidden, teacher_head = autocast_operands(teacher_hidden, teacher_head)
+    teacher_hidden, teacher_head = autocast_operands(teacher_hidden, teacher_head, (given, student_head))
     if implementation.tiles is None:
         with torch.autocast(student_hidden.device.type, enabled=False):
             return reference.linear_divergence(

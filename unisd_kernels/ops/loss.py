@@ -191,12 +191,13 @@ def _under_autocast(inputs: LossInputs) -> LossInputs:
     if not torch.is_autocast_enabled(inputs.student_hidden.device.type):
         return inputs
     student_hidden, student_head = autocast_operands(inputs.student_hidden, inputs.student_head)
-    teacher_hidden, teacher_head = autocast_operands(inputs.teacher_hidden, inputs.teacher_head)
+    like = (inputs.student_head, student_head)
+    teacher_hidden, teacher_head = autocast_operands(inputs.teacher_hidden, inputs.teacher_head, like)
     auxiliary_head, negative_head = inputs.auxiliary_head, inputs.negative_head
     if auxiliary_head is not None:
-        auxiliary_head = autocast_operands(inputs.teacher_hidden, auxiliary_head)[1]
+        auxiliary_head = autocast_operands(inputs.teacher_hidden, auxiliary_head, like)[1]
     if negative_head is not None:
-        negative_head = autocast_operands(inputs.teacher_hidden, negative_head)[1]
+        negative_head = autocast_operands(inputs.teacher_hidden, negative_head, like)[1]
     dtype = student_hidden.dtype
     return LossInputs(
         student_hidden=student_hidden,
