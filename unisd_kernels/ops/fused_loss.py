@@ -98,7 +98,7 @@ def loss_and_gradients(
     if inputs.auxiliary_hidden:
         head = inputs.auxiliary_head or inputs.teacher_head
         views = inputs.auxiliary_hidden
-        if len(views) * inputs.num_rows <= _STACKED_ROWS:
+        if tiles.stacks_views and len(views) * inputs.num_rows <= _STACKED_ROWS:
             auxiliary = score(torch.cat(views), head, 1.0).view(len(views), inputs.num_rows)
         else:
             auxiliary = torch.stack([score(hidden, head, 1.0) for hidden in views])

@@ -124,6 +124,8 @@ class Tiles(Protocol):
     overwritten."""
 
     name: str
+    # Are the auxiliary views of a small batch better scored as one? On a CPU they are not.
+    stacks_views: bool
     # Elements left free behind each row of a buffer.
     row_padding: int
 

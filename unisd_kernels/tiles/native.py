@@ -40,6 +40,7 @@ class NativeTiles:
     """See `unisd_kernels.tiles.base.Tiles`."""
 
     name = "native"
+    stacks_views = False
     takes_difference = True
     # A row of logits is often a multiple of 4096 bytes long, so that the same column of all rows falls into one set of
     # the cache; one cache line more, and it does not.

@@ -43,6 +43,7 @@ class TorchTiles:
     """See `unisd_kernels.tiles.base.Tiles`."""
 
     name = "torch"
+    stacks_views = False
     takes_difference = False
     row_padding = 0
 

@@ -48,6 +48,7 @@ class TritonTiles:
     """
 
     name = "triton"
+    stacks_views = True
     row_padding = ROW_PADDING
 
     def __init__(self, design: str | None = None) -> None:
