@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from unisd_kernels.cache import cache_directory
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,13 +43,7 @@ equal to them.
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Folder for converted models: `cache_dir`, else `$UNISD_CACHE`, `$XDG_CACHE_HOME/unisd`, `~/.cache/unisd`."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    if os.environ.get("UNISD_CACHE"):
-        return Path(os.environ["UNISD_CACHE"]).expanduser()
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]).expanduser() / "unisd"
-    return Path.home() / ".cache" / "unisd"
+    return cache_directory() if cache_dir is None else Path(cache_dir).expanduser()
 
 
 def smollm2_is_cached(cache_dir: str | os.PathLike[str] | None = None) -> bool:

@@ -96,29 +96,20 @@ _IMPLEMENTATIONS: dict[str, Implementation] = {
             _lib.cpu_unavailable,
             _native_tiles,
         ),
-        Implementation(
-            "triton",
-            "memory-bounded, fused kernels for GPUs",
-            _TRITON_DEVICES,
-            _TRITON_DTYPES,
-            _triton_unavailable,
-            functools.partial(_triton_tiles, None),
-        ),
-        Implementation(
-            "triton_fused",
-            "the same, with our product kernel for both KLs",
-            _TRITON_DEVICES,
-            _TRITON_DTYPES,
-            _triton_unavailable,
-            functools.partial(_triton_tiles, "fused"),
-        ),
-        Implementation(
-            "triton_chunked",
-            "the same, with library products",
-            _TRITON_DEVICES,
-            _TRITON_DTYPES,
-            _triton_unavailable,
-            functools.partial(_triton_tiles, "chunked"),
+        *(
+            Implementation(
+                name,
+                description,
+                _TRITON_DEVICES,
+                _TRITON_DTYPES,
+                _triton_unavailable,
+                functools.partial(_triton_tiles, design),
+            )
+            for name, description, design in (
+                ("triton", "memory-bounded, fused kernels for GPUs", None),
+                ("triton_fused", "the same, with our product kernel for both KLs", "fused"),
+                ("triton_chunked", "the same, with library products", "chunked"),
+            )
         ),
         Implementation("torch", "memory-bounded, PyTorch operations on tiles", (), (), lambda: None, _torch_tiles),
         Implementation("reference", "dense definitions; holds [N, V]; for checking", (), (), lambda: None, None),

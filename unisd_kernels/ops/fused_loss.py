@@ -84,10 +84,8 @@ def loss_and_gradients(
     """The loss with its statistics, and its gradients in units of a 0-dim scale (`_unit`), which comes third."""
     target_ids = inputs.target_ids.long()
 
-    def score(hidden: torch.Tensor, head: LMHead, temperature: float) -> torch.Tensor:
-        projection = Projection.of(hidden, head, temperature)
-        views = hidden.shape[0] // max(inputs.num_rows, 1)
-        return driver.score(projection, target_ids.repeat(views), tiles, workspace).logprobs
+    def score(hidden: torch.Tensor, head: LMHead, temperature: float, ids: torch.Tensor = target_ids) -> torch.Tensor:
+        return driver.score(Projection.of(hidden, head, temperature), ids, tiles, workspace).logprobs
 
     negative = None
     if inputs.negative_hidden is not None:
@@ -99,7 +97,8 @@ def loss_and_gradients(
         head = inputs.auxiliary_head or inputs.teacher_head
         views = inputs.auxiliary_hidden
         if tiles.stacks_views and len(views) * inputs.num_rows <= _STACKED_ROWS:
-            auxiliary = score(torch.cat(views), head, 1.0).view(len(views), inputs.num_rows)
+            stacked = score(torch.cat(views), head, 1.0, target_ids.repeat(len(views)))
+            auxiliary = stacked.view(len(views), inputs.num_rows)
         else:
             auxiliary = torch.stack([score(hidden, head, 1.0) for hidden in views])
         weights, spread = agreement_weights(

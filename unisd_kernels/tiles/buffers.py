@@ -1,4 +1,4 @@
-"""How many rows of logits fit the workspace, and the buffers that hold them."""
+"""How many rows of logits fit the workspace, the buffers that hold them, and operands as kernels want them."""
 
 from __future__ import annotations
 
@@ -65,3 +65,14 @@ def split_rows(num_rows: int, workspace_bytes: int, chunk_row_bytes: int, block_
         chunk = max(block, whole_tiles((workspace_bytes - block * block_row_bytes) // chunk_row_bytes))
     chunk = equal_tiles(num_rows, chunk)
     return chunk, min(block, chunk)
+
+
+def row_major(matrix: torch.Tensor) -> torch.Tensor:
+    """Kernels want contiguous rows, at any distance; a transposed or expanded matrix is copied."""
+    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+        return matrix.contiguous()
+    return matrix
+
+
+def contiguous(values: torch.Tensor | None) -> torch.Tensor | None:
+    return None if values is None else values.contiguous()

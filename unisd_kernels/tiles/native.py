@@ -12,6 +12,7 @@ import torch
 
 from unisd_kernels import _lib
 from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, PairWalk, RunningScores, SoftmaxRows, Wanted
+from unisd_kernels.tiles.buffers import contiguous, row_major
 from unisd_kernels.tiles.pair_walk import TilePairWalk
 from unisd_kernels.tiles.projection import Projection
 
@@ -60,15 +61,17 @@ class NativeTiles:
 
     def logits(self, projection: Projection, rows: slice, out: torch.Tensor) -> None:
         _lib.operations().linear_logits(
-            _rows(projection.hidden[rows]),
-            _rows(projection.weight),
+            row_major(projection.hidden[rows]),
+            row_major(projection.weight),
             _bias(projection),
             projection.transform.product_scale,
             out,
         )
 
     def hidden_gradient(self, projection: Projection, gradient: torch.Tensor, out: torch.Tensor) -> None:
-        _lib.operations().linear_backward(gradient, _rows(projection.weight), projection.transform.gradient_scale, out)
+        _lib.operations().linear_backward(
+            gradient, row_major(projection.weight), projection.transform.gradient_scale, out
+        )
 
     def score(
         self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
@@ -76,8 +79,8 @@ class NativeTiles:
         transform = projection.transform
         mean = None if running.entropy is None else torch.zeros_like(running.entropy)
         _lib.operations().linear_score(
-            _rows(projection.hidden[rows]),
-            _rows(projection.weight),
+            row_major(projection.hidden[rows]),
+            row_major(projection.weight),
             _bias(projection),
             transform.product_scale,
             transform.tanh_scale,
@@ -123,10 +126,10 @@ class NativeTiles:
             transform.tanh_scale,
             logsumexp.contiguous(),
             target_ids.contiguous(),
-            _contiguous(logprob_weight),
-            _contiguous(logsumexp_weight),
-            _contiguous(entropy),
-            _contiguous(entropy_weight),
+            contiguous(logprob_weight),
+            contiguous(logsumexp_weight),
+            contiguous(entropy),
+            contiguous(entropy_weight),
         )
 
     def divergence(
@@ -147,7 +150,7 @@ class NativeTiles:
             student_transform.tanh_scale,
             teacher_transform.tanh_scale,
             teacher_is_difference,
-            _contiguous(target_ids),
+            contiguous(target_ids),
             beta,
             want_entropy,
             statistics,
@@ -175,23 +178,12 @@ class NativeTiles:
             state.teacher,
             state.tanh_scale,
             state.teacher_is_difference,
-            _contiguous(target_ids),
+            contiguous(target_ids),
             state.beta,
             state.statistics,
-            _contiguous(weight),
-            _contiguous(logprob_weight),
+            contiguous(weight),
+            contiguous(logprob_weight),
         )
-
-
-def _contiguous(values: torch.Tensor | None) -> torch.Tensor | None:
-    return None if values is None else values.contiguous()
-
-
-def _rows(matrix: torch.Tensor) -> torch.Tensor:
-    """The products want contiguous rows, at any distance; a transposed or expanded matrix is copied."""
-    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
-        return matrix.contiguous()
-    return matrix
 
 
 def _bias(projection: Projection) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ import torch
 import triton
 
 from unisd_kernels.tiles.base import LogitTransform, PairWalk, RunningScores, SoftmaxRows, Wanted
-from unisd_kernels.tiles.buffers import equal_tiles, whole_tiles
+from unisd_kernels.tiles.buffers import contiguous, equal_tiles, row_major, whole_tiles
 from unisd_kernels.tiles.projection import Projection
 from unisd_kernels.tiles.triton_walks import ChunkedWalk, FusedWalk, target_logits
 from unisd_kernels.triton import gradients, score
@@ -28,12 +28,10 @@ from unisd_kernels.triton.launch import (
     ROW_PADDING,
     TILE_COLUMNS,
     TILE_ROWS,
-    contiguous,
     matrices_or_descriptors,
     num_processors,
     on_device,
     product_precision,
-    row_major,
     spans_of_vocabulary,
     tile_grid,
 )
@@ -86,9 +84,8 @@ class TritonTiles:
             kind = "score-few"
         elif want_entropy or transform.tanh_scale is not None:
             kind = "score-heavy"
-        results: list[torch.Tensor | None] = []
 
-        def run(config: ProductConfig) -> None:
+        def run(config: ProductConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
             row_blocks = triton.cdiv(num_rows, config.rows)
             column_blocks = triton.cdiv(num_columns, config.columns)
             spans = spans_of_vocabulary(row_blocks, column_blocks, config.occupancy * num_processors(hidden.device))
@@ -127,13 +124,11 @@ class TritonTiles:
                 num_warps=config.warps,
                 num_stages=config.stages,
             )
-            results[:] = [partial, partial_entropy]
+            return partial, partial_entropy
 
         with on_device(hidden):
-            run(choose(kind, hidden.device, (num_rows, num_columns, width), run))
+            partial, partial_entropy = run(choose(kind, hidden.device, (num_rows, num_columns, width), run))
             target_logits(Projection(hidden, weight, bias, transform), None, target_ids, running.target_logits)
-            partial, partial_entropy = results
-            assert partial is not None
             torch.logsumexp(partial, 0, out=running.logsumexp)
             if running.entropy is not None:
                 assert partial_entropy is not None

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from unisd_kernels.tiles.base import DivergenceRows, Wanted
-from unisd_kernels.tiles.buffers import most_rows, row_buffer, row_stride, split_rows
+from unisd_kernels.tiles.buffers import contiguous, most_rows, row_buffer, row_major, row_stride, split_rows
 from unisd_kernels.tiles.projection import Projection
 from unisd_kernels.triton import gradients, pair, statistics
 from unisd_kernels.triton import rows as row_kernels
@@ -15,12 +15,10 @@ from unisd_kernels.triton.launch import (
     ROW_PADDING,
     TILE_COLUMNS,
     TILE_ROWS,
-    contiguous,
     matrices_or_descriptors,
     num_processors,
     on_device,
     product_precision,
-    row_major,
     takes_descriptor,
     tile_grid,
 )
@@ -137,11 +135,9 @@ class _Walk:
         student: torch.Tensor,
         teacher: torch.Tensor,
         out: torch.Tensor,
-        marks: torch.Tensor,
         target_ids: torch.Tensor | None,
         weight: torch.Tensor | None,
         logprob_weight: torch.Tensor | None,
-        num_blocks: int,
         shifted: bool,
         block: tuple[int, int],
     ) -> None:
@@ -151,7 +147,7 @@ class _Walk:
                 student,
                 teacher,
                 out,
-                marks,
+                self._marks,
                 self._partials,
                 self._statistics,
                 contiguous(target_ids),
@@ -161,7 +157,7 @@ class _Walk:
                 student.stride(0),
                 teacher.stride(0),
                 out.stride(0),
-                num_blocks,
+                self._num_blocks,
                 cap or 1.0,
                 teacher_cap or 1.0,
                 self._beta,
@@ -309,11 +305,9 @@ class FusedWalk(_Walk):
             out.view(self._shifted.dtype),
             self._shifted[: out.shape[0]],
             out,
-            self._marks,
             target_ids,
             weight,
             logprob_weight,
-            self._num_blocks,
             shifted=True,
             block=(max(1, 2048 // self._block_columns), self._block_columns),
         )
@@ -415,11 +409,9 @@ class ChunkedWalk(_Walk):
             self._student_tile,
             self._teacher_tile,
             self._gradient[local],
-            self._marks,
             target_ids,
             weight,
             logprob_weight,
-            self._num_blocks,
             shifted=False,
             block=(TILE_ROWS, TILE_COLUMNS),
         )

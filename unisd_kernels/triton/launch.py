@@ -70,13 +70,6 @@ def descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
 
 
-def row_major(matrix: torch.Tensor) -> torch.Tensor:
-    """Kernels want contiguous rows, at any distance; a transposed or expanded matrix is copied."""
-    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
-        return matrix.contiguous()
-    return matrix
-
-
 def product_precision(matrix: torch.Tensor) -> str:
     """Of a float32 product: what PyTorch is set to. 16-bit operands are exact in the product either way."""
     if (
@@ -116,7 +109,3 @@ def matrices_or_descriptors(
 def tile_grid(tile: torch.Tensor, rows: int, columns: int) -> tuple[int, int]:
     """Programs over the columns, then over the rows, of a tile of logits."""
     return triton.cdiv(tile.shape[1], columns), triton.cdiv(tile.shape[0], rows)
-
-
-def contiguous(values: torch.Tensor | None) -> torch.Tensor | None:
-    return None if values is None else values.contiguous()

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import triton
 
+from unisd_kernels.cache import cache_directory
 from unisd_kernels.triton.launch import architecture
 
 
@@ -134,19 +135,13 @@ def autotuning() -> bool:
     return os.environ.get("UNISD_TRITON_AUTOTUNE", "0") not in ("", "0")
 
 
-def cache_directory() -> Path:
-    """Where winners are kept: `UNISD_CACHE`, or `unisd/` in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(os.environ.get("UNISD_CACHE") or (Path(base) if base else Path.home() / ".cache") / "unisd")
-
-
 _winners: dict[str, ProductConfig] = {}
 # Milliseconds of every candidate measured in this process, by the same keys.
 measured: dict[str, dict[ProductConfig, float]] = {}
 
 
 def choose(
-    kind: str, device: torch.device, shape: Sequence[int], run: Callable[[ProductConfig], None]
+    kind: str, device: torch.device, shape: Sequence[int], run: Callable[[ProductConfig], object]
 ) -> ProductConfig:
     """The configuration for a product of this shape (rows, columns, width).
 
@@ -172,7 +167,7 @@ def choose(
     return _winners[key]
 
 
-def _median_milliseconds(run: Callable[[ProductConfig], None], option: ProductConfig) -> float:
+def _median_milliseconds(run: Callable[[ProductConfig], object], option: ProductConfig) -> float:
     return float(triton.testing.do_bench(lambda: run(option), warmup=5, rep=50, return_mode="median"))
 
 
