@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # For example: make demo DEMO_ARGS="--seed 1 --output runs/seed1"
 DEMO_ARGS ?=
+# For example: make bench BENCH_ARGS="--output runs/cpu.json"
+BENCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -15,7 +17,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 OLDEST_TRL := 1.15.0
 OLDEST_TRL_DIR := $(CURDIR)/$(VENV)/trl-$(OLDEST_TRL)
 
-.PHONY: demo test lint bench bench-cpu wheel clean install
+.PHONY: demo test lint bench figures wheel clean install
 
 install: $(STAMP)
 
@@ -26,7 +28,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt Makefile $(CSRC)
 	@echo "installing into $(VENV) (once; a few minutes)"
 	@$(PIP) install -q -c constraints.txt --upgrade pip "setuptools>=77" wheel
 	@$(PIP) install -q -c constraints.txt torch numpy
-	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,bench,dev,triton]" pytest-xdist
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,bench,peers,dev,triton]" pytest-xdist
 	@touch $@
 
 demo: $(STAMP)
@@ -47,14 +49,23 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-cpu
+# The tables of a CPU for the forward KL, with every contender, in at most six minutes: what no longer fits says so.
+bench: $(STAMP)
+	$(BIN)/python -m bench --device cpu --case scoring kl unisd_star --beta 0 --rounds 5 --peer-rounds 3 --deadline 300 $(BENCH_ARGS)
 
-# Against the bare matrix products, the dense formulas and TRL's kernels; then the moving average, and the digits of a
-# small divergence.
-bench-cpu: $(STAMP)
-	$(BIN)/python -m bench --case unisd_star_cpu
-	$(BIN)/python -m bench.ema
-	$(BIN)/python -m bench.numerics
+# Everything docs/benchmarks.md and README.md print of a CPU, measured anew; about an hour of an idle machine. Some of it
+# on SmolLM2's hidden states, and whole training steps of it.
+figures: $(STAMP)
+	$(BIN)/python -m bench --device cpu --case scoring kl kl_trainable unisd_star --rounds 9 --peer-rounds 3 --output bench/results/cpu.json
+	$(BIN)/python -m bench --device cpu --case unisd_star_smollm2 --rounds 5 --peer-rounds 2 --output bench/results/cpu_smollm2.json
+	$(BIN)/python -m bench --device cpu --case qwen2.5-0.5b_cpu gemma3-270m_cpu --rounds 5 --peers unisd_kernels --output bench/results/cpu_heads.json
+	$(BIN)/python -m bench.scaling --device cpu --output bench/results/cpu_scaling.json
+	$(BIN)/python -m bench.steps --device cpu --output bench/results/cpu_steps.json
+	$(BIN)/python -m bench.ceilings --device cpu --output bench/results/cpu_ceilings.json
+	$(BIN)/python -m bench.ema --output bench/results/ema_cpu.json
+	$(BIN)/python -m bench.numerics --output bench/results/numerics_cpu.json
+	$(BIN)/python -m bench.plots bench/results/cpu_scaling.json bench/results/cpu.json --ceilings bench/results/cpu_ceilings.json --output docs/figures
+	$(BIN)/python -m bench.report
 
 # One wheel for every Python >= 3.10 and torch >= 2.10 (docs/building.md).
 wheel: $(STAMP)

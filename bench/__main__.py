@@ -1,7 +1,10 @@
-"""`python -m bench --case unisd_star_cpu`: time as a multiple of the bare matrix products, extra peak memory, error.
+"""`python -m bench --case unisd_star --device auto --peers all`, also `unisd bench`.
 
-Times are interleaved in one process; on a CPU the memory of each contender comes from a process of its own. The table
-goes to standard output, everything including raw samples to `--output`.
+Of every contender: time as a multiple of the bare matrix products, interleaved in one process; extra peak memory; error
+against float64. The tables go to standard output, everything including raw samples to `--output`, as JSON or CSV.
+
+Exit status 1: this package or the floor has no figure, or this package is wrong. With `--strict` also 1 where it misses
+its bar, or is slower than in `--against`.
 """
 
 from __future__ import annotations
@@ -9,46 +12,81 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bench.cases import CASES, make_inputs
+from bench import results_file
+from bench.cases import CASES, OPERATIONS, find_case
+from bench.deadline import Deadline
 from bench.environment import environment
+from bench.inputs import make_inputs
 from bench.measure import measure
-from bench.memory import extra_peak_bytes
-from bench.peers import DEFAULT_PEERS, FLOOR, OURS, PEERS
-from bench.tables import table
+from bench.peers import PEERS, names
+from bench.tables import left_out, table
+from bench.verdict import slow, wrong
 
 
-def main() -> int:
-    """1 if the floor or this package is a row without a time."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--case", choices=sorted(CASES), default="unisd_star_cpu")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        default=["unisd_star"],
+        help=f"{', '.join(OPERATIONS)} (the device's own case of it), or one of {', '.join(CASES)}",
+    )
+    parser.add_argument("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda, ...")
+    parser.add_argument("--peers", nargs="+", default=["all"], help=f"all, or some of: {', '.join(PEERS)}")
+    parser.add_argument(
+        "--beta", type=float, nargs="+", help="of the divergence: 0 forward KL, 1 reverse; default: the case's"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), default=list(DEFAULT_PEERS))
-    parser.add_argument("--output", type=Path, help="JSON file for everything, raw samples included")
-    parser.add_argument("--memory-of", choices=sorted(PEERS), help=argparse.SUPPRESS)
-    parser.add_argument("--beta", type=float, default=0.0, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    case, device = CASES[arguments.case], torch.device(arguments.device)
-    if arguments.memory_of:
-        inputs = make_inputs(case, device)
-        # The matrix library's own scratch space is not the contender's: warm it up first.
-        torch.mm(inputs.student_hidden.detach()[:64], inputs.head.weight.detach().T)
-        step = PEERS[arguments.memory_of].build(inputs, arguments.beta)
-        print(extra_peak_bytes(step, device))
+    parser.add_argument("--peer-rounds", type=int, help="of contenders other than this package; default: --rounds")
+    parser.add_argument("--deadline", type=float, help="seconds after which nothing new is begun")
+    parser.add_argument("--output", type=Path, help="file for everything, .json or .csv, raw samples included")
+    parser.add_argument("--against", type=Path, help="an earlier result (.json); says what became slower")
+    parser.add_argument("--strict", action="store_true", help="a missed bar or a slower kernel fails")
+    parser.add_argument("--one-step-of", choices=sorted(PEERS), help="run it once, for a memory checker")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    device = torch.device(
+        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    try:
+        cases = [find_case(name, device) for name in options.case]
+        if options.beta:
+            cases = [replace(case, beta=tuple(options.beta)) for case in cases]
+        asked = [names(options.peers, case) for case in cases]
+        if options.output:
+            results_file.check_suffix(options.output)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.one_step_of:
+        PEERS[options.one_step_of].build(cases[0], cases[0].beta[0], device)(make_inputs(cases[0], device))
         return 0
-    peers = [FLOOR, *(name for name in arguments.peers if name != FLOOR)]
-    rows = measure(case, device, arguments.rounds, peers)
-    print(table(case, rows))
+    before = json.loads(options.against.read_text())["rows"] if options.against else []
+    deadline = Deadline(options.deadline) if options.deadline else Deadline(float("inf"))
+    rows = []
+    for case, peers in zip(cases, asked, strict=True):
+        measured = measure(
+            case, device, options.rounds, peers, peer_rounds=options.peer_rounds, with_energy=True, deadline=deadline
+        )
+        print(f"{table(measured)}\n")
+        rows += measured
     surroundings = environment(device, "python -m bench")
-    print(f"\n{json.dumps(surroundings)}")
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"environment": surroundings, "rows": rows}, indent=1) + "\n")
-    return int(any("failure" in row for row in rows if row["peer"] in (FLOOR, OURS)))
+    if options.output:
+        results_file.write(options.output, {"environment": surroundings, "rows": rows, "left_out": left_out(rows)})
+    errors, delays = wrong(rows), slow(rows, before)
+    for line in (*errors, *delays):
+        print(line)
+    print(json.dumps(surroundings))
+    return int(bool(errors) or (options.strict and bool(delays)))
 
 
 if __name__ == "__main__":

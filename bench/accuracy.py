@@ -1,44 +1,59 @@
-"""The float64 reference of a case's first sequence, and how far a contender is from it."""
+"""The float64 reference of a case's first sequence, how far a contender is from it, and how far it may be.
+
+A contender may be twice as far as the dense formulas in the operands' own dtype with float32 statistics, plus a floor:
+`error <= 2 * native error + FLOOR`, all relative by Frobenius norms.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from bench.cases import Inputs
+from bench.inputs import Inputs
+from bench.peers import dense
+from bench.peers.reduction import combine
 from bench.peers.step import Outcome
 from unisd_kernels import LMHead, reference
 from unisd_kernels.spec import LossInputs, LossSpec
 
 # Of one [rows, V] float64 tensor; the reference holds several.
 LARGEST_TENSOR = 1_000_000_000
+FLOOR = 1e-5
 
 
 @dataclass(frozen=True)
 class Expected:
-    """float64, of the first sequence's rows.
+    """Of the first sequence's rows.
 
     Attributes:
-        values: D or the log-probabilities [rows]; None for "unisd_loss", whose value is of all rows.
-        gradients: of the student's hidden states [rows, H]; None for "scoring".
-        mean_gradients: the same for the mean of D over all rows; for "divergence" only.
+        values: float64 D or log-probabilities [rows]; None for "unisd_loss", whose value is of all rows.
+        gradients: float64, of the student's hidden states [rows, H]; None for "scoring".
+        upstream: the gradients' scale in a loss that is the mean of D over all rows, [rows, 1]; for "divergence" only.
+        limits: of `value_error` and `gradient_error`.
     """
 
     rows: int
     values: torch.Tensor | None
     gradients: torch.Tensor | None
-    mean_gradients: torch.Tensor | None = None
+    upstream: torch.Tensor | None
+    limits: dict[str, float]
 
     def errors(self, outcome: Outcome, mean_only: bool = False) -> dict[str, float]:
         """Relative errors, by Frobenius norms: `value_error` and `gradient_error`, where there is one to compare."""
         errors = {}
         if self.values is not None and outcome.value is not None and not mean_only:
             errors["value_error"] = relative_error(outcome.value[: self.rows], self.values)
-        gradients = self.mean_gradients if mean_only else self.gradients
-        if gradients is not None and outcome.gradient is not None:
+        if self.gradients is not None and outcome.gradient is not None:
+            gradients = self.gradients
+            if mean_only:
+                assert self.upstream is not None
+                gradients = gradients * self.upstream
             errors["gradient_error"] = relative_error(outcome.gradient[: self.rows], gradients)
         return errors
+
+    def limits_of(self, errors: dict[str, float]) -> dict[str, float]:
+        return {f"{name}_limit": self.limits[name] for name in errors}
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
@@ -51,20 +66,88 @@ def expected_outcome(inputs: Inputs, beta: float) -> Expected:
     rows = int(inputs.cu_seqlens[1])
     if rows * case.vocab_size * 8 > LARGEST_TENSOR:
         raise ValueError(f"{case.name}: the first sequence has {rows} rows, too many for a float64 reference")
-    head = LMHead(inputs.head.weight.detach().double())
-    hidden = inputs.student_hidden.detach()[:rows].double()
+    weights = _agreement_weights(inputs)[:rows] if case.operation == "unisd_loss" else None
+    first = _first_sequence(inputs, rows)
+    num_sequences = len(inputs.cu_seqlens) - 1
+    exact = _exact_outcome(first, beta, weights, num_sequences)
+    native = _native_outcome(first, beta, weights, num_sequences)
+    upstream = None
+    if case.operation == "divergence":
+        # What `weighted_backward` gives, over what the mean of D gives.
+        upstream = 1 / (case.num_rows * inputs.upstream[:rows, None].double())
+    expected = Expected(rows, exact.value, exact.gradient, upstream, {})
+    limits = {name: 2 * error + FLOOR for name, error in expected.errors(native).items()}
+    return replace(expected, limits=limits)
+
+
+def _first_sequence(inputs: Inputs, rows: int) -> Inputs:
+    def part(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()[:rows]
+
+    return replace(
+        inputs,
+        case=replace(inputs.case, num_rows=rows, num_sequences=1),
+        student_hidden=part(inputs.student_hidden).clone().requires_grad_(),
+        teacher_hidden=part(inputs.teacher_hidden),
+        negative_hidden=None if inputs.negative_hidden is None else part(inputs.negative_hidden),
+        auxiliary_hidden=[part(hidden) for hidden in inputs.auxiliary_hidden],
+        target_ids=inputs.target_ids[:rows],
+        cu_seqlens=torch.tensor([0, rows], dtype=inputs.cu_seqlens.dtype, device=inputs.cu_seqlens.device),
+        token_weights=inputs.token_weights[:rows],
+        upstream=inputs.upstream[:rows],
+    )
+
+
+def _native_outcome(first: Inputs, beta: float, weights: torch.Tensor | None, num_sequences: int) -> Outcome:
+    """The dense formulas in the operands' dtype with float32 statistics."""
+    if weights is None:
+        return dense.build(first.case, beta, first.student_hidden.device)(first)
+    assert first.negative_hidden is not None
+    rows = dense.statistics(
+        first.student_hidden,
+        first.teacher_hidden,
+        first.negative_hidden,
+        first.auxiliary_hidden,
+        first.head.weight,
+        first.target_ids,
+        beta,
+        first.case.options["temperature"],
+        torch.float32,
+    )
+    loss = combine(first, *rows, weights=weights.float()) / num_sequences
+    return Outcome(None, torch.autograd.grad(loss, first.student_hidden)[0])
+
+
+def _exact_outcome(first: Inputs, beta: float, weights: torch.Tensor | None, num_sequences: int) -> Outcome:
+    """The reference in float64. `weights`: of agreement, for "unisd_loss"."""
+    case = first.case
+    head = LMHead(first.head.weight.detach().double())
+    hidden = first.student_hidden.detach().double()
     if case.operation == "scoring":
-        scores = reference.linear_logprobs(hidden, head, inputs.target_ids[:rows], case.options["temperature"])
-        return Expected(rows, scores.logprobs, None)
+        scores = reference.linear_logprobs(hidden, head, first.target_ids, case.options["temperature"])
+        return Outcome(scores.logprobs, None)
     hidden.requires_grad_()
-    if case.operation == "unisd_loss":
-        return Expected(rows, None, _loss_gradient(inputs, beta, head, hidden))
-    teacher = inputs.teacher_hidden[:rows].double()
-    divergence = reference.linear_divergence(hidden, head, teacher, head, beta, case.options["temperature"])
-    # Row n's gradient is that of D_n, so any upstream vector is a row scaling of this one.
-    (gradients,) = torch.autograd.grad(divergence.sum(), hidden)
-    weighted = gradients * inputs.upstream[:rows, None].double()
-    return Expected(rows, divergence.detach(), weighted, gradients / case.num_rows)
+    teacher = first.teacher_hidden.double()
+    if weights is None:
+        divergence = reference.linear_divergence(hidden, head, teacher, head, beta, case.options["temperature"])
+        return Outcome(divergence.detach(), torch.autograd.grad(divergence, hidden, first.upstream.double())[0])
+    assert first.negative_hidden is not None
+    options = {k: v for k, v in case.options.items() if k != "agreement_gamma"}
+    result = reference.unisd_loss(
+        LossInputs(
+            student_hidden=hidden,
+            student_head=head,
+            teacher_hidden=teacher,
+            teacher_head=head,
+            target_ids=first.target_ids,
+            cu_seqlens=first.cu_seqlens,
+            negative_hidden=first.negative_hidden.double(),
+            token_weights=weights,
+            num_items=num_sequences,
+        ),
+        LossSpec(beta=beta, return_entropy=False, **options),
+    )
+    return Outcome(None, torch.autograd.grad(result.loss, hidden)[0])
 
 
 def _agreement_weights(inputs: Inputs) -> torch.Tensor:
@@ -83,25 +166,3 @@ def _agreement_weights(inputs: Inputs) -> torch.Tensor:
     ]
     gamma = inputs.case.options["agreement_gamma"]
     return reference.agreement_weights(torch.stack(scores).double(), inputs.cu_seqlens, gamma=gamma).weights
-
-
-def _loss_gradient(inputs: Inputs, beta: float, head: LMHead, hidden: torch.Tensor) -> torch.Tensor:
-    case, rows = inputs.case, hidden.shape[0]
-    weights = _agreement_weights(inputs)[:rows]
-    options = {k: v for k, v in case.options.items() if k != "agreement_gamma"}
-    assert inputs.negative_hidden is not None
-    result = reference.unisd_loss(
-        LossInputs(
-            student_hidden=hidden,
-            student_head=head,
-            teacher_hidden=inputs.teacher_hidden[:rows].double(),
-            teacher_head=head,
-            target_ids=inputs.target_ids[:rows],
-            cu_seqlens=torch.tensor([0, rows], device=hidden.device),
-            negative_hidden=inputs.negative_hidden[:rows].double(),
-            token_weights=weights,
-            num_items=case.num_sequences,
-        ),
-        LossSpec(beta=beta, return_entropy=False, **options),
-    )
-    return torch.autograd.grad(result.loss, hidden)[0]

@@ -1,13 +1,13 @@
-"""What is measured: an operation at a shape, and the inputs every contender gets."""
+"""What is measured: an operation at a shape. `inputs.py` makes what every contender gets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-
-from unisd_kernels import LMHead
 
 Operation = Literal["unisd_loss", "divergence", "scoring"]
 
@@ -35,7 +35,8 @@ class Case:
         frozen_head: LoRA's case.
         dtype: of hidden states and head.
         options: further arguments of the operation.
-        bar: what the ratio to the floor shall not exceed, where one is set.
+        bars: by beta, what the ratio to the floor shall not exceed, where one is set.
+        data: "random", or "smollm2": SmolLM2-135M's hidden states of real completions under real contexts.
     """
 
     name: str
@@ -49,7 +50,24 @@ class Case:
     dtype: torch.dtype = torch.float32
     num_sequences: int = 8
     options: dict[str, Any] = field(default_factory=lambda: dict(UNISD_STAR))
-    bar: float | None = None
+    bars: Mapping[float, float] = field(default_factory=dict)
+    data: Literal["random", "smollm2"] = "random"
+
+    @property
+    def on_accelerator(self) -> bool:
+        """16-bit operands, which a CPU without units for them is not measured with."""
+        return self.dtype != torch.float32
+
+    @property
+    def flops(self) -> int:
+        """Of the floor."""
+        return 2 * self.num_products * self.num_rows * self.hidden_size * self.vocab_size
+
+    @property
+    def bytes_read(self) -> int:
+        """Head and hidden states once each: the least a step can read."""
+        views = self.num_scorings + (0 if self.operation == "scoring" else 2)
+        return (self.vocab_size + views * self.num_rows) * self.hidden_size * self.dtype.itemsize
 
     @property
     def num_scorings(self) -> int:
@@ -77,18 +95,18 @@ SHAPES = {
     "gemma3-4b": (2560, 262208),
 }
 OPERATIONS: dict[str, dict[str, Any]] = {
-    "kl": {"operation": "divergence", "num_auxiliary": 0, "options": {"temperature": 0.7}, "bar": 1.15},
+    "kl": {"operation": "divergence", "num_auxiliary": 0, "options": {"temperature": 0.7}, "bars": {0.0: 1.15}},
     "kl_trainable": {
         "operation": "divergence",
         "num_auxiliary": 0,
         "options": {"temperature": 0.7},
         "frozen_head": False,
-        "bar": 1.15,
+        "bars": {0.0: 1.15},
     },
-    "unisd_star": {"operation": "unisd_loss", "bar": 1.15},
-    "scoring": {"operation": "scoring", "num_auxiliary": 0, "options": {"temperature": 1.0}, "bar": 1.1},
+    "unisd_star": {"operation": "unisd_loss", "bars": {0.0: 1.15}},
+    "scoring": {"operation": "scoring", "num_auxiliary": 0, "options": {"temperature": 1.0}, "bars": {0.0: 1.1}},
 }
-HEADLINE_ROWS = 8192
+HEADLINE_SHAPE, HEADLINE_ROWS = "llama3.1-8b", 8192
 # 256 rows a sequence: the float64 reference of one sequence then fits (`accuracy.py`).
 SEQUENCE_ROWS = 256
 
@@ -120,16 +138,24 @@ ACCELERATOR_CASES = _accelerator_cases()
 
 
 def _smoke(suffix: str, **settings: Any) -> Case:
-    settings = {"beta": (0.0,), **settings}
-    del settings["bar"]
-    return Case(f"smoke.{suffix}", 32, 16, 500, **settings)
+    return Case(f"smoke.{suffix}", 32, 16, 500, **{"beta": (0.0,), **settings, "bars": {}})
 
 
+def _cpu_case(operation: str, num_rows: int = 1024, **settings: Any) -> Case:
+    """SmolLM2-135M's head; the case that the CPU bars are set on."""
+    return Case(f"{operation}_cpu", num_rows, 576, 49152, **{**OPERATIONS[operation], "bars": {}, **settings})
+
+
+CPU_BARS = {0.0: 1.2, 0.5: 1.3}
 CASES = {
     case.name: case
     for case in (
-        # SmolLM2-135M's head; the case that the CPU bars are set on.
-        Case("unisd_star_cpu", 1024, 576, 49152),
+        _cpu_case("unisd_star", bars=CPU_BARS),
+        _cpu_case("kl", 512, beta=(0.0,)),
+        _cpu_case("kl_trainable", 512, beta=(0.0,)),
+        _cpu_case("scoring", beta=(0.0,)),
+        # The same on what a model really computes.
+        replace(_cpu_case("unisd_star", bars=CPU_BARS), name="unisd_star_smollm2", data="smollm2"),
         Case("qwen2.5-0.5b_cpu", 512, 896, 151936),
         Case("gemma3-270m_cpu", 512, 640, 262144),
         *ACCELERATOR_CASES,
@@ -140,63 +166,29 @@ CASES = {
         Case("smoke.bf16", 96, 128, 1000, beta=(0.0,), dtype=torch.bfloat16),
     )
 }
+# "scaling.unisd_star.N512.H576.V49152.K3": any shape by its name, so that a process of its own can be told it.
+_SHAPED = re.compile(r"scaling\.(?P<operation>\w+)\.N(?P<rows>\d+)\.H(?P<hidden>\d+)\.V(?P<vocab>\d+)\.K(?P<views>\d+)")
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Random hidden states of a plausible scale: logits of standard deviation 3, teacher near the student.
+def shaped_case(operation: str, num_rows: int, hidden_size: int, vocab_size: int, num_auxiliary: int) -> Case:
+    """A case of any shape; in float32, sequences of 128 rows, forward KL."""
+    settings = {**OPERATIONS[operation], "num_auxiliary": num_auxiliary, "bars": {}}
+    name = f"scaling.{operation}.N{num_rows}.H{hidden_size}.V{vocab_size}.K{num_auxiliary}"
+    sequences = max(1, num_rows // 128)
+    return Case(name, num_rows, hidden_size, vocab_size, beta=(0.0,), num_sequences=sequences, **settings)
 
-    `token_weights` are random in [0.5, 1.5]; `upstream` are u_n = w_n / (B n_b), with which `sum_n u_n D_n` is what
-    `unisd_loss` computes from these weights with `weight_normalization="count"`. `negative_hidden` and
-    `auxiliary_hidden` exist for "unisd_loss" only.
+
+def find_case(name: str, device: torch.device) -> Case:
+    """A case by its name, or an operation's name for the device's own case of it.
+
+    Raises:
+        ValueError: no such case.
     """
-
-    case: Case
-    student_hidden: torch.Tensor
-    teacher_hidden: torch.Tensor
-    negative_hidden: torch.Tensor | None
-    auxiliary_hidden: list[torch.Tensor]
-    head: LMHead
-    target_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    token_weights: torch.Tensor
-    upstream: torch.Tensor
-
-    @property
-    def leaves(self) -> tuple[torch.Tensor, ...]:
-        """What a backward makes gradients for; the student's hidden states come first."""
-        return (self.student_hidden,) if self.case.frozen_head else (self.student_hidden, self.head.weight)
-
-
-def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*shape: int, scale: float) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator, device=device) * scale).to(case.dtype)
-
-    weight = normal(case.vocab_size, case.hidden_size, scale=3.0 / case.hidden_size**0.5)
-    student = normal(case.num_rows, case.hidden_size, scale=1.0)
-
-    def near(scale: float) -> torch.Tensor:
-        return student + normal(case.num_rows, case.hidden_size, scale=scale)
-
-    bounds = torch.linspace(0, case.num_rows, case.num_sequences + 1, device=device).to(torch.int32)
-    teacher = near(0.2)
-    negative = near(0.4) if case.operation == "unisd_loss" else None
-    auxiliary = [near(0.3) for _ in range(case.num_auxiliary)]
-    target_ids = torch.randint(0, case.vocab_size, (case.num_rows,), generator=generator, device=device)
-    token_weights = 0.5 + torch.rand(case.num_rows, generator=generator, device=device)
-    lengths = bounds.diff()
-    counts = torch.repeat_interleave(lengths, lengths)
-    return Inputs(
-        case=case,
-        student_hidden=student.clone().requires_grad_(),
-        teacher_hidden=teacher,
-        negative_hidden=negative,
-        auxiliary_hidden=auxiliary,
-        head=LMHead(weight.requires_grad_(not case.frozen_head)),
-        target_ids=target_ids,
-        cu_seqlens=bounds,
-        token_weights=token_weights,
-        upstream=token_weights / (case.num_sequences * counts),
-    )
+    found = _SHAPED.fullmatch(name)
+    if found and found["operation"] in OPERATIONS:
+        return shaped_case(found["operation"], *(int(found[key]) for key in ("rows", "hidden", "vocab", "views")))
+    if name in OPERATIONS:
+        name = f"{name}_cpu" if device.type == "cpu" else f"{HEADLINE_SHAPE}.{name}.{HEADLINE_ROWS}"
+    if name not in CASES:
+        raise ValueError(f"no case {name!r}; there are {', '.join([*OPERATIONS, *CASES])}")
+    return CASES[name]

@@ -115,30 +115,34 @@ def follow() -> list[dict]:
     return rows
 
 
+def tables(result: dict) -> str:
+    """Markdown: ratios of the times, then the errors."""
+    count = sum(torch.Size(shape).numel() for shape in SHAPES)
+    lines = [f"One update of {len(SHAPES)} tensors, {count / 1e6:.0f}M weights:", ""]
+    lines += ["| update | time / `_foreach_lerp_` |", "|---|---|"]
+    lines += [f"| {row['update']} | {row['ratio']:.2f} |" for row in result["times"]]
+    lines += ["", f"{STEPS} updates at decay {DECAY}, against float64:", ""]
+    lines += [
+        "| teacher | share of the way | error / way | median error in half ulps of bfloat16 |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['teacher']} | {row['progress']:.3f} | {row['error_over_way']:.1e} | {row['error_in_half_ulps']:.2g} |"
+        for row in result["errors"]
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ema", description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="JSON file for everything, raw samples included")
     arguments = parser.parse_args()
     times, errors = time_updates(arguments.rounds), follow()
-    count = sum(torch.Size(shape).numel() for shape in SHAPES)
-    print(f"one update of {len(SHAPES)} tensors, {count / 1e6:.0f}M weights\n")
-    print("| update | median ms | time / _foreach_lerp_ |\n|---|---|---|")
-    for row in times:
-        print(f"| {row['update']} | {statistics.median(row['samples_seconds']) * 1e3:.1f} | {row['ratio']:.2f} |")
-    print(f"\n{STEPS} updates at decay {DECAY}, against float64\n")
-    print("| teacher | share of the way | error / way | median error in half ulps of bfloat16 |\n|---|---|---|---|")
-    for row in errors:
-        print(
-            f"| {row['teacher']} | {row['progress']:.3f} | {row['error_over_way']:.1e} | "
-            f"{row['error_in_half_ulps']:.2g} |"
-        )
-    surroundings = environment(torch.device("cpu"), "python -m bench.ema")
-    print(f"\n{json.dumps(surroundings)}")
+    result = {"environment": environment(torch.device("cpu"), "python -m bench.ema"), "times": times, "errors": errors}
+    print(f"{tables(result)}\n\n{json.dumps(result['environment'])}")
     if arguments.output:
-        arguments.output.write_text(
-            json.dumps({"environment": surroundings, "times": times, "errors": errors}, indent=1) + "\n"
-        )
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,18 @@ import torch
 
 from unisd_kernels import _lib
 
-PACKAGES = ("torch", "triton", "trl", "transformers", "liger-kernel", "cut-cross-entropy", "unisd-kernels")
+# What a figure depends on; results and pages may change while they are made.
+CODE = ("unisd_kernels", "unisd", "csrc", "bench/*.py", "bench/peers")
+PACKAGES = (
+    "torch",
+    "triton",
+    "trl",
+    "transformers",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "orda-kernel",
+    "unisd-kernels",
+)
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
@@ -28,6 +40,8 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
             versions[package] = None
     # A copy of the tree without its history can be told which commit it is.
     commit = _output_of("git", "rev-parse", "--short", "HEAD") or os.environ.get("UNISD_COMMIT")
+    if _output_of("git", "status", "--porcelain", "--", *CODE):
+        commit = f"{commit} with changes"
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -37,6 +51,7 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "library": _lib.cpu_isa() if _lib.cpu_unavailable() is None else None,

@@ -294,13 +294,13 @@ def case_table(given: Assumptions, cases: Sequence[Case], measured: dict[tuple[s
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for case in cases:
         model = Model(case, given)
-        assert case.bar is not None
-        least = model.least_efficiency(case.bar)
+        bar = case.bars[0.0]
+        least = model.least_efficiency(bar)
         cells = [case.name, str(case.num_products), f"{1e3 * model.floor:.3g}"]
         for design in DESIGNS:
             same = case.operation == "scoring" and design != "fused"
             cells.append("as fused" if same else f"{model.ratio(design):.2f}")
-        cells += [f"{case.bar:.2f}", "above 1" if least is None else f"{least:.2f}"]
+        cells += [f"{bar:.2f}", "above 1" if least is None else f"{least:.2f}"]
         memory = model.memory("fused")
         cells.append(f"{memory / 1e6:.0f} MB" if memory >= 1e6 else "< 1 MB")
         if measured is not None:

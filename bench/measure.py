@@ -1,26 +1,27 @@
-"""One case, measured: every contender's first call against float64, its memory, then interleaved times.
+"""One case, measured: every contender's first call against float64 and its memory, then interleaved times.
 
 A contender that cannot run is a row with the reason, never the end of the table.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from bench.accuracy import expected_outcome
-from bench.cases import Case, make_inputs
+from bench.cases import Case
 from bench.deadline import NO_DEADLINE, Deadline
-from bench.memory import extra_peak_bytes
-from bench.peers import FLOOR, PEERS, NotOffered, Step
-from bench.timing import interleaved_seconds, median_ratio, spread
-
-OUT_OF_TIME = "left out: out of time"
+from bench.energy import joules_per_step
+from bench.inputs import Inputs, make_inputs, more_inputs
+from bench.memory import run_with_peak
+from bench.peers import FLOOR, OURS, PEERS, NotHere, NotOffered, Step
+from bench.results_file import case_fields
+from bench.tables import NOT_OFFERED, OUT_OF_TIME
+from bench.timing import interleaved_seconds, ratios, spread
 
 
 class DeviceLost(RuntimeError):
@@ -40,16 +41,11 @@ def failure_text(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = (lines[0] if lines else "no message").replace("|", "/")
     text = first if len(first) <= 160 else first[:157] + "..."
-    return f"not offered: {text}" if isinstance(error, NotOffered) else f"{type(error).__name__}: {text}"
-
-
-def measure_memory(case: str, peer: str, beta: float, device: str) -> int:
-    """Extra peak bytes of one step, from a fresh process."""
-    command = [sys.executable, "-m", "bench", "--case", case, "--device", device, "--memory-of", peer]
-    result = subprocess.run([*command, "--beta", str(beta)], capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise RuntimeError(f"measuring the memory of {peer!r} failed:\n{result.stderr[-2000:]}")
-    return int(result.stdout.split()[-1])
+    if isinstance(error, NotOffered):
+        return NOT_OFFERED + text
+    if isinstance(error, NotHere):
+        return f"not on this machine: {text}"
+    return f"{type(error).__name__}: {text}"
 
 
 def device_lost(device: torch.device) -> str | None:
@@ -64,6 +60,12 @@ def device_lost(device: torch.device) -> str | None:
     return None
 
 
+def rotating(step: Step, sets: Sequence[Inputs], start: int) -> Callable[[], object]:
+    """The step on one set of inputs after the other, from the given one."""
+    turns = itertools.cycle([*sets[start % len(sets) :], *sets[: start % len(sets)]])
+    return lambda: step(next(turns))
+
+
 def measure(
     case: Case,
     device: torch.device,
@@ -71,14 +73,14 @@ def measure(
     peers: Sequence[str],
     *,
     peer_rounds: int | None = None,
-    with_memory: bool = True,
+    with_energy: bool = False,
     deadline: Deadline = NO_DEADLINE,
 ) -> list[dict[str, Any]]:
     """A row for each divergence and contender.
 
     Args:
         peer_rounds: rounds of the contenders that are neither the floor nor this package; None for all.
-        with_memory: measure extra peak memory; on a CPU this takes a process for each contender.
+        with_energy: measure joules a step where the device tells them; about half a second for each contender.
         deadline: afterwards no contender is begun; those left are rows that say so.
 
     Raises:
@@ -87,13 +89,16 @@ def measure(
     from tqdm import tqdm
 
     inputs = make_inputs(case, device)
+    sets = more_inputs(inputs, device)
     rows: list[dict[str, Any]] = []
     for beta in case.beta:
         label = "none" if case.operation == "scoring" else divergence_name(beta)
+        # Compiled code of other cases would count towards torch.compile's limit of variants.
+        torch.compiler.reset()
         expected = expected_outcome(inputs, beta)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what inputs and reference left behind is room for the contenders
-        steps: dict[str, Step] = {}
+        steps: dict[str, Callable[[], object]] = {}
         results: dict[str, dict[str, Any]] = {}
 
         def failed(name: str, error: Exception, results: dict[str, dict[str, Any]] = results) -> None:
@@ -104,39 +109,58 @@ def measure(
                     row.setdefault("failure", f"not timed: {name} took the device with it")
                 raise DeviceLost(f"{case.name}, {name}: {lost}", [*rows, *results.values()]) from error
 
-        for name in peers:
+        for name in tqdm(peers, desc=f"{case.name}, {label}: first calls", leave=False):
             peer = PEERS[name]
-            results[name] = {"case": case.name, "divergence": label, "peer": name, "note": peer.note}
+            results[name] = {**case_fields(case), "divergence": label, "peer": name, "note": peer.note}
+            if name == OURS and beta in case.bars:
+                results[name]["bar"] = case.bars[beta]
             if deadline.passed():
                 results[name]["failure"] = OUT_OF_TIME
                 continue
             try:
-                step = peer.build(inputs, beta)
-                outcome = step()
-                results[name].update(expected.errors(outcome, peer.mean_only))
-                if with_memory and device.type == "cuda" and name != FLOOR:
-                    results[name]["extra_peak_bytes"] = extra_peak_bytes(step, device)
-                steps[name] = step
+                step = peer.build(case, beta, device)
+                outcome, peak = run_with_peak(partial(step, inputs), device)
+                errors = expected.errors(outcome, peer.mean_only)
+                results[name].update(errors, **expected.limits_of(errors))
+                if name != FLOOR:
+                    if peer.compiles:
+                        outcome, peak = run_with_peak(partial(step, inputs), device)
+                    results[name]["extra_peak_bytes"] = peak
+                # Neighbours in a round are at different sets.
+                steps[name] = rotating(step, sets, len(steps) + 1)
             except Exception as error:
                 failed(name, error)
             outcome = step = None  # type: ignore[assignment]
-        if with_memory and device.type != "cuda":
-            for name in steps:
-                if name != FLOOR:
-                    results[name]["extra_peak_bytes"] = measure_memory(case.name, name, beta, str(device))
         fewer = {name: peer_rounds for name in steps if peer_rounds and not _is_ours(name)}
         samples = interleaved_seconds(
-            steps, rounds, device, partial(tqdm, desc=f"{case.name}, {label}"), fewer, deadline.passed, failed
+            steps,
+            rounds,
+            device,
+            partial(tqdm, desc=f"{case.name}, {label}: rounds", leave=False),
+            fewer,
+            deadline.passed,
+            failed,
+            warm=True,
         )
         for name in samples:
-            if FLOOR in samples:
-                results[name]["ratio_to_floor"] = median_ratio(samples, name, FLOOR)
-            times = spread(samples[name])
-            results[name]["median_seconds"] = times.median
-            results[name]["p20_seconds"], results[name]["p80_seconds"] = times.p20, times.p80
-            results[name]["samples_seconds"] = samples[name]
+            results[name].update(_figures(samples, name))
+            if with_energy:
+                results[name]["joules"] = joules_per_step(steps[name], device)
         rows.extend(results.values())
     return rows
+
+
+def _figures(samples: dict[str, list[float]], name: str) -> dict[str, Any]:
+    times = spread(samples[name])
+    figures: dict[str, Any] = {}
+    if FLOOR in samples:
+        of_floor = spread(ratios(samples, name, FLOOR))
+        figures["ratio_to_floor"] = of_floor.median
+        figures["ratio_p20"], figures["ratio_p80"] = of_floor.p20, of_floor.p80
+    figures["median_seconds"] = times.median
+    figures["p20_seconds"], figures["p80_seconds"] = times.p20, times.p80
+    figures["samples_seconds"] = samples[name]
+    return figures
 
 
 def divergence_name(beta: float) -> str:
@@ -144,4 +168,4 @@ def divergence_name(beta: float) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    return name == FLOOR or name.startswith("unisd")
+    return name in (FLOOR, OURS) or PEERS[name].variant

@@ -95,22 +95,32 @@ def measure() -> list[dict]:
     return rows
 
 
+def table(result: dict) -> str:
+    """Markdown: largest and median error for each divergence and size."""
+    rows = result["rows"]
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    lines = [
+        f"Relative error of D, largest (median) over {ROWS} rows; H={WIDTH} V={COLUMNS}, bfloat16 operands:",
+        "",
+        f"| divergence | mean D | {' | '.join(names)} |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for start in range(0, len(rows), len(names)):
+        group = rows[start : start + len(names)]
+        cells = " | ".join(f"{row['largest']:.0e} ({row['median']:.0e})" for row in group)
+        lines.append(f"| {group[0]['divergence']} | {group[0]['mean']:.1e} | {cells} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.numerics", description=__doc__)
     parser.add_argument("--output", type=Path, help="JSON file for everything")
     arguments = parser.parse_args()
     rows = measure()
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    print(f"relative error of D, largest (median) over {ROWS} rows; H={WIDTH} V={COLUMNS}, bfloat16 operands\n")
-    print("| divergence | mean D | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2))
-    for start in range(0, len(rows), len(names)):
-        group = rows[start : start + len(names)]
-        cells = " | ".join(f"{row['largest']:.0e} ({row['median']:.0e})" for row in group)
-        print(f"| {group[0]['divergence']} | {group[0]['mean']:.1e} | {cells} |")
-    surroundings = environment(torch.device("cpu"), "python -m bench.numerics")
-    print(f"\n{json.dumps(surroundings)}")
+    result = {"environment": environment(torch.device("cpu"), "python -m bench.numerics"), "rows": rows}
+    print(f"{table(result)}\n\n{json.dumps(result['environment'])}")
     if arguments.output:
-        arguments.output.write_text(json.dumps({"environment": surroundings, "rows": rows}, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

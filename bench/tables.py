@@ -1,15 +1,18 @@
-"""Results as Markdown. `python -m bench.tables FILE`: the tables of a suite's result file, and what was left out."""
+"""Results as Markdown. `python -m bench.tables FILE`: the tables of a result file, and what was left out."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench.cases import CASES, Case
+from bench.verdict import Row, is_wrong, over_bar
 
+OUT_OF_TIME = "left out: out of time"
+NOT_OFFERED = "not offered: "
 # The columns of errors: title, field of the row.
 ERRORS: dict[str, tuple[tuple[str, str], ...]] = {
     "unisd_loss": (("gradient error", "gradient_error"),),
@@ -18,52 +21,95 @@ ERRORS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-def heading(case: Case) -> str:
-    views = f" K={case.num_auxiliary}" if case.operation == "unisd_loss" else ""
-    head = "" if case.operation == "scoring" else f" {'frozen' if case.frozen_head else 'trainable'} head"
+def tflop_per_s(row: Row) -> float:
+    """The floor's FLOPs over the contender's time: what is computed twice does not count."""
+    flops = 2 * row["num_products"] * row["num_rows"] * row["hidden_size"] * row["vocab_size"]
+    return flops / row["median_seconds"] / 1e12
+
+
+def heading(row: Row) -> str:
+    views = f" K={row['num_auxiliary']}" if row["operation"] == "unisd_loss" else ""
+    head = "" if row["operation"] == "scoring" else f" {'frozen' if row['frozen_head'] else 'trainable'} head"
+    data = "" if row["data"] == "random" else f", {row['data']}'s hidden states"
+    count = row["num_products"]
     return (
-        f"{case.name}: N={case.num_rows} H={case.hidden_size} V={case.vocab_size}{views} "
-        f"{str(case.dtype).removeprefix('torch.')}{head}; "
-        f"floor = {case.num_products} bare matrix product{'s' if case.num_products > 1 else ''}"
+        f"{row['case']}: N={row['num_rows']} H={row['hidden_size']} V={row['vocab_size']}{views} "
+        f"{row['dtype']}{head}{data}; floor = {count} bare matrix product{'s' if count > 1 else ''}"
     )
 
 
-def table(case: Case, rows: list[dict[str, Any]], times: bool = False) -> str:
-    """One case. With `times` also milliseconds (median and the 0.2 to 0.8 quantiles) and the note of a contender."""
-    errors = ERRORS[case.operation]
-    titles = ["divergence", "contender", *(["ms", "p20 to p80"] if times else []), "time / floor", "extra peak memory"]
-    titles += [title for title, _ in errors] + (["note"] if times else [])
-    lines = [
-        heading(case) + (f"; bar {case.bar:g}" if times and case.bar else ""),
-        "",
-        f"| {' | '.join(titles)} |",
-        "|---" * len(titles) + "|",
-    ]
+def table(rows: Sequence[Row], times: bool | None = None) -> str:
+    """One case.
+
+    Args:
+        times: with milliseconds (median and the 0.2 to 0.8 quantiles); None: of 16-bit cases, which are an
+            accelerator's. A CPU's milliseconds say little of another's.
+    """
+    first = rows[0]
+    times = first["dtype"] != "float32" if times is None else times
+    energy = any(row.get("joules") is not None for row in rows)
+    errors = ERRORS[first["operation"]]
+    titles = ["divergence", "contender", *(["ms", "p20 to p80"] if times else [])]
+    titles += ["time / floor", "p20 to p80", "extra peak memory", *(title for title, _ in errors)]
+    titles += [*(["J"] if energy else []), "note"]
+    lines = [heading(first), "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lacking: dict[str, str] = {}
     for row in rows:
-        note = [row["note"]] if times else []
-        if "failure" in row:
-            blank = ["" for _ in range(len(titles) - 3 - len(note))]
-            # README.md holds such a table: blank cells there are a space wide.
-            lines.append(f"| {' | '.join([row['divergence'], row['peer'], row['failure'], *blank, *note])} |")
-            continue
-        cells = [row["divergence"], row["peer"]]
-        if times:
-            p20, median, p80 = (1e3 * row[f"{name}_seconds"] for name in ("p20", "median", "p80"))
-            cells += [f"{median:.3g}", f"{p20:.3g} to {p80:.3g}"]
-        cells.append(f"{row['ratio_to_floor']:.2f}" if "ratio_to_floor" in row else "no floor")
-        cells.append(f"{row['extra_peak_bytes'] / 1e6:.0f} MB" if "extra_peak_bytes" in row else "")
-        cells += [f"{row[field]:.1e}" if field in row else "" for _, field in errors]
-        lines.append(f"| {' | '.join(cells + note)} |")
+        if str(row.get("failure")).startswith(NOT_OFFERED):
+            lacking[row["peer"]] = row["failure"].removeprefix(NOT_OFFERED)
+        elif "failure" in row:
+            blank = ["" for _ in range(len(titles) - 4)]
+            lines.append(f"| {' | '.join([row['divergence'], row['peer'], row['failure'], *blank, row['note']])} |")
+        else:
+            lines.append(f"| {' | '.join(cells_of(row, times, energy, [field for _, field in errors]))} |")
+    if lacking:
+        lines += ["", "Not offered: " + "; ".join(lacking.values()) + "."]
     return "\n".join(lines)
 
 
-def report(result: dict[str, Any]) -> str:
-    """Every case of a suite's result, then what was left out and why."""
-    parts = [
-        table(CASES[name], list(rows), times=True) for name, rows in groupby(result["rows"], lambda row: row["case"])
+def cells_of(row: Row, times: bool, energy: bool, errors: Sequence[str]) -> list[str]:
+    cells = [row["divergence"], row["peer"]]
+    if times:
+        p20, median, p80 = (1e3 * row[f"{name}_seconds"] for name in ("p20", "median", "p80"))
+        cells += [f"{median:.3g}", f"{p20:.3g} to {p80:.3g}"]
+    cells += ratio_cells(row)
+    cells.append(f"{row['extra_peak_bytes'] / 1e6:.0f} MB" if "extra_peak_bytes" in row else "")
+    cells += [error_cell(row, field) for field in errors]
+    if energy:
+        cells.append(f"{row['joules']:.3g}" if row.get("joules") is not None else "")
+    return [*cells, row["note"]]
+
+
+def ratio_cells(row: Row) -> list[str]:
+    if "ratio_to_floor" not in row:
+        return ["no floor", ""]
+    ratio = f"{row['ratio_to_floor']:.2f}"
+    if "bar" in row:
+        ratio += f" ({'over the bar of' if over_bar(row) else 'bar'} {row['bar']:g})"
+    return [ratio, f"{row['ratio_p20']:.2f} to {row['ratio_p80']:.2f}"]
+
+
+def error_cell(row: Row, field: str) -> str:
+    if field not in row:
+        return ""
+    wrong = is_wrong({key: value for key, value in row.items() if key.startswith(field)})
+    return f"{row[field]:.1e}" + (f" (limit {row[f'{field}_limit']:.1e})" if wrong else "")
+
+
+def left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Contenders that a deadline left out."""
+    return [
+        {"case": row["case"], "peers": [row["peer"]], "reason": row["failure"]}
+        for row in rows
+        if row.get("failure") == OUT_OF_TIME
     ]
-    left_out = [f"- {entry['case']} ({', '.join(entry['peers'])}): {entry['reason']}" for entry in result["left_out"]]
-    parts.append("Left out:\n" + "\n".join(left_out) if left_out else "Left out: nothing.")
+
+
+def report(result: dict[str, Any]) -> str:
+    """Every case of a result, then what was left out and why."""
+    parts = [table(list(rows)) for _, rows in groupby(result["rows"], lambda row: row["case"])]
+    entries = [f"- {entry['case']} ({', '.join(entry['peers'])}): {entry['reason']}" for entry in result["left_out"]]
+    parts.append("Left out:\n" + "\n".join(entries) if entries else "Left out: nothing.")
     return "\n\n".join(parts)
 
 

@@ -1,8 +1,8 @@
 """Interleaved timing: every contender once a round, so that a drift of the machine touches all alike.
 
-On CUDA a sample is the time between two events. A step shorter than two milliseconds is repeated inside its sample, so
-that the events' own resolution does not count. Nothing is flushed between: the head of every accelerator's case is
-several times the L2 cache (Qwen2.5-0.5B's, the smallest, is 272 MB), so one pass over it evicts what was there.
+The order turns round from one round to the next, so that none always follows the same other. On CUDA a sample is the
+time between two events. A step shorter than two milliseconds is repeated inside its sample, so that the events' own
+resolution does not count. That no contender finds its inputs in a cache is the caller's part (`inputs.more_inputs`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOST_REPETITIONS = 50
 
 
 class Spread(NamedTuple):
-    """Seconds: median, 0.2 and 0.8 quantile of the samples."""
+    """Median, 0.2 and 0.8 quantile of the samples."""
 
     median: float
     p20: float
@@ -35,10 +35,12 @@ def interleaved_seconds(
     fewer_rounds: Mapping[str, int] | None = None,
     out_of_time: Callable[[], bool] = lambda: False,
     on_failure: Callable[[str, Exception], None] | None = None,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Raw seconds of each contender, one sample a round, after one uncounted round.
 
     Args:
+        warm: the steps have run before: no uncounted round on a CPU. On CUDA it finds out how often to repeat a step.
         fewer_rounds: contenders that take part in the first rounds only, and in how many.
         out_of_time: asked before each round but the first counted one; true ends the measurement.
         on_failure: told of a contender that raises, which then has no samples; None lets the exception through.
@@ -46,10 +48,11 @@ def interleaved_seconds(
     fewer_rounds = fewer_rounds or {}
     samples: dict[str, list[float]] = {name: [] for name in steps}
     repetitions = dict.fromkeys(steps, 1)
-    for round_index in progress(range(rounds + 1)):
+    first = 1 if warm and device.type != "cuda" else 0
+    for round_index in progress(range(first, rounds + 1)):
         if round_index > 1 and out_of_time():
             break
-        for name in list(samples):
+        for name in list(samples)[:: -1 if round_index % 2 else 1]:
             if round_index > fewer_rounds.get(name, rounds):
                 continue
             try:
@@ -92,9 +95,9 @@ def _seconds(step: Callable[[], object], repetitions: int, device: torch.device)
     return (time.perf_counter() - start) / repetitions
 
 
-def median_ratio(samples: dict[str, list[float]], name: str, base: str) -> float:
-    """Median over rounds of the ratio within the round; of the rounds that both took part in."""
-    return statistics.median(a / b for a, b in zip(samples[name], samples[base], strict=False))
+def ratios(samples: Mapping[str, list[float]], name: str, base: str) -> list[float]:
+    """Within each round that both took part in."""
+    return [a / b for a, b in zip(samples[name], samples[base], strict=False)]
 
 
 def spread(samples: list[float]) -> Spread:

@@ -119,7 +119,7 @@ elif command -v compute-sanitizer >/dev/null; then
         echo "-- $peer"
         # Without torch's pool, so that an access outside a tensor is one outside an allocation.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 within 40 compute-sanitizer --tool memcheck --error-exitcode 9 \
-            python3 -m bench --case smoke.bf16 --device "$DEVICE" --memory-of "$peer"
+            python3 -m bench --case smoke.bf16 --device "$DEVICE" --one-step-of "$peer"
         code=$?
         case $code in
             0) ;;

@@ -1,4 +1,4 @@
-"""Contenders by name. Each makes, from a case's inputs and a beta, a function that runs the operation once."""
+"""Contenders by name. Each makes, for a case and a beta, a function that runs the operation once on given inputs."""
 
 from __future__ import annotations
 
@@ -6,53 +6,70 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from bench.cases import Inputs, Operation
-from bench.peers import cce, compiled, dense, gemm_floor, liger_chunked, liger_triton, trl_kernels, unisd
-from bench.peers.step import Outcome, Step
+import torch
 
-__all__ = ["ALL", "DEFAULT_PEERS", "FLOOR", "OURS", "PEERS", "NotOffered", "Outcome", "Peer", "Step"]
+from bench.cases import Case, Operation
+from bench.peers import (
+    cce,
+    compiled,
+    dense,
+    gemm_floor,
+    liger_chunked,
+    liger_kl,
+    liger_triton,
+    orda,
+    trl_kernels,
+    unisd,
+)
+from bench.peers.step import NotHere, NotOffered, Outcome, Step
+from bench.verdict import FLOOR, OURS
 
-FLOOR, OURS = "gemm floor", "unisd_kernels"
+__all__ = ["ALL", "FLOOR", "OURS", "PEERS", "NotHere", "NotOffered", "Outcome", "Peer", "Step", "names"]
+
 ALL: tuple[Operation, ...] = ("unisd_loss", "divergence", "scoring")
-
-
-class NotOffered(Exception):
-    """The contender does not have the operation."""
 
 
 @dataclass(frozen=True)
 class Peer:
     """Attributes:
     name: in tables.
-    make: makes the step; may raise with the reason it cannot run here, as may the step.
+    make: makes the step from a case, a beta and a device; may raise with the reason it cannot, as may the step.
     note: what it cannot do, or does more; shown beside its row.
     operations: those it has.
     mean_only: its value is the mean of D over the rows, its gradient that of the mean.
+    variant: another implementation of this package, not a contender.
+    compiles: in its first call, whose memory is then not the step's.
     """
 
     name: str
-    make: Callable[[Inputs, float], Step]
+    make: Callable[[Case, float, torch.device], Step]
     note: str = ""
     operations: tuple[Operation, ...] = ALL
     mean_only: bool = False
+    variant: bool = False
+    compiles: bool = False
 
-    def build(self, inputs: Inputs, beta: float) -> Step:
-        if inputs.case.operation not in self.operations:
-            raise NotOffered(f"{self.name} has {' and '.join(self.operations)}, not {inputs.case.operation}")
-        return self.make(inputs, beta)
+    def build(self, case: Case, beta: float, device: torch.device) -> Step:
+        if case.operation not in self.operations:
+            raise NotOffered(f"{self.name} has {' and '.join(self.operations)} only")
+        return self.make(case, beta, device)
 
 
+BF16 = torch.bfloat16
+COMPILE_NOTE = "torch.compile; compile time not counted"
 PEERS = {
     peer.name: peer
     for peer in (
         Peer(FLOOR, gemm_floor.build, "bare matrix products into a preallocated [N, V]"),
         Peer(OURS, unisd.build),
         Peer("dense float32", dense.build, "every logits tensor kept for autograd"),
+        Peer("dense bfloat16", partial(dense.build, dtype=BF16), "log-softmax in bfloat16, as the paper's code"),
+        Peer("dense float32 compiled", compiled.build, COMPILE_NOTE, compiles=True),
+        Peer("dense bfloat16 compiled", partial(compiled.build, dtype=BF16), COMPILE_NOTE, compiles=True),
         Peer("trl composed", trl_kernels.build, "ChunkedDivergenceFunction + ChunkedLogProbFunction"),
-        Peer("unisd fused", partial(unisd.build, impl="triton_fused"), "impl='triton_fused'"),
-        Peer("unisd chunked", partial(unisd.build, impl="triton_chunked"), "impl='triton_chunked'"),
-        Peer("unisd torch", partial(unisd.build, impl="torch"), "impl='torch'"),
-        Peer("dense compiled", compiled.build, "torch.compile of dense float32; compile time not counted"),
+        Peer("unisd fused", partial(unisd.build, impl="triton_fused"), "impl='triton_fused'", variant=True),
+        Peer("unisd chunked", partial(unisd.build, impl="triton_chunked"), "impl='triton_chunked'", variant=True),
+        Peer("unisd torch", partial(unisd.build, impl="torch"), "impl='torch'", variant=True),
         Peer(
             "liger triton",
             liger_triton.build,
@@ -66,9 +83,37 @@ PEERS = {
             "LigerFusedLinearJSDLoss: scalar mean of D, no per-token weights; always makes dW; 16-bit log-softmax",
             ("divergence",),
             mean_only=True,
+            compiles=True,
         ),
-        Peer("cut-cross-entropy", cce.build, "no temperature, no entropy", ("scoring",)),
+        Peer(
+            "liger kl",
+            liger_kl.build,
+            "LigerFusedLinearKLDivFunction: scalar mean of D, no per-token weights, forward KL only; "
+            "teacher as float32 probabilities [N, V]",
+            ("divergence",),
+            mean_only=True,
+        ),
+        Peer(
+            "orda",
+            orda.build,
+            "distillation_loss, tied teacher: scalar mean of D, no per-token weights",
+            ("divergence",),
+            mean_only=True,
+        ),
+        Peer("cut-cross-entropy", cce.build, "no temperature, no entropy", ("scoring",), compiles=True),
     )
 }
-# What a table on a CPU holds unless told otherwise.
-DEFAULT_PEERS = (FLOOR, OURS, "dense float32", "trl composed")
+
+
+def names(asked: list[str], case: Case) -> list[str]:
+    """What `--peers` means: "all" are the contenders, and on an accelerator's case also this package's variants.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    unknown = sorted(set(asked) - {"all", *PEERS})
+    if unknown:
+        raise ValueError(f"--peers: unknown {', '.join(unknown)}; there are all, {', '.join(PEERS)}")
+    if "all" in asked:
+        return [name for name, peer in PEERS.items() if case.on_accelerator or not peer.variant]
+    return [FLOOR, *(name for name in asked if name != FLOOR)]

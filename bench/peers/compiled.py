@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from bench.cases import Inputs
+from bench.cases import Case
 from bench.peers import dense
 from bench.peers.step import Step
 
 BACKEND = "inductor"
 
 
-def build(inputs: Inputs, beta: float) -> Step:
-    torch.compiler.reset()
+def build(case: Case, beta: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Step:
     return dense.build_from(
-        inputs, beta, lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
+        case, beta, dtype, lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
     )

@@ -1,4 +1,5 @@
-"""The dense formulas with float32 statistics, as a careful user would write them: each logits tensor made once.
+"""The dense formulas, each logits tensor made once: with float32 statistics, as a careful user writes them, or with the
+log-softmax in bfloat16, as the public code of the paper takes it from a bfloat16 model.
 
 The functions of tensors stand alone, so that `compiled.py` can hand the same ones to torch.compile.
 """
@@ -10,30 +11,41 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.cases import Inputs
+from bench.cases import Case
+from bench.inputs import Inputs
 from bench.peers.reduction import combine
 from bench.peers.step import Outcome, Step, differentiate, weighted_backward
 from unisd_kernels.reference import divergence_from_log_probs
 
 
-def log_probs(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-    return torch.log_softmax((hidden @ weight.T).float() / temperature, dim=-1)
+def logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
+    """The product in the operands' dtype, everything after it in `dtype`."""
+    return (hidden @ weight.T).to(dtype) / temperature
+
+
+def log_probs(hidden: torch.Tensor, weight: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
+    return torch.log_softmax(logits(hidden, weight, temperature, dtype), dim=-1)
 
 
 def target_log_probs(
-    hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, temperature: float
+    hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, temperature: float, dtype: torch.dtype
 ) -> torch.Tensor:
     """`z_y - logsumexp(z)`, [N]; only the logits are held."""
-    logits = (hidden @ weight.T).float() / temperature
-    return logits.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    z = logits(hidden, weight, temperature, dtype)
+    return z.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1)
 
 
 def divergence(
-    student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, weight: torch.Tensor, beta: float, temperature: float
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    weight: torch.Tensor,
+    beta: float,
+    temperature: float,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    student = log_probs(student_hidden, weight, temperature)
+    student = log_probs(student_hidden, weight, temperature, dtype)
     with torch.no_grad():
-        teacher = log_probs(teacher_hidden, weight, temperature)
+        teacher = log_probs(teacher_hidden, weight, temperature, dtype)
     return divergence_from_log_probs(student, teacher, beta)
 
 
@@ -56,15 +68,16 @@ def statistics(
     target_ids: torch.Tensor,
     beta: float,
     temperature: float,
+    dtype: torch.dtype,
 ) -> Statistics:
     """Everything of the UniSD* loss that has the size of the vocabulary."""
     index = target_ids.unsqueeze(-1)
-    student = log_probs(student_hidden, weight, temperature)
+    student = log_probs(student_hidden, weight, temperature, dtype)
     with torch.no_grad():
-        teacher = log_probs(teacher_hidden, weight, temperature)
-        negative = log_probs(negative_hidden, weight, temperature).gather(-1, index).squeeze(-1)
+        teacher = log_probs(teacher_hidden, weight, temperature, dtype)
+        negative = log_probs(negative_hidden, weight, temperature, dtype).gather(-1, index).squeeze(-1)
         auxiliary = torch.stack(
-            [log_probs(hidden, weight, 1.0).gather(-1, index).squeeze(-1) for hidden in auxiliary_hidden]
+            [log_probs(hidden, weight, 1.0, dtype).gather(-1, index).squeeze(-1) for hidden in auxiliary_hidden]
         )
     return Statistics(
         divergence_from_log_probs(student, teacher, beta),
@@ -75,46 +88,40 @@ def statistics(
     )
 
 
-def build(inputs: Inputs, beta: float) -> Step:
-    return build_from(inputs, beta, lambda function: function)
+def build(case: Case, beta: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Step:
+    return build_from(case, beta, dtype, lambda function: function)
 
 
-def build_from(inputs: Inputs, beta: float, prepare: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Step:
+def build_from(
+    case: Case, beta: float, dtype: torch.dtype, prepare: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Step:
     """The step with `prepare` applied to the function that works on tensors of the vocabulary's size."""
-    weight, temperature = inputs.head.weight, inputs.case.options["temperature"]
+    temperature = case.options["temperature"]
+    score, diverge, measure = (prepare(function) for function in (target_log_probs, divergence, statistics))
 
-    if inputs.case.operation == "scoring":
-        score = prepare(target_log_probs)
+    def scoring(inputs: Inputs) -> Outcome:
+        with torch.no_grad():
+            result = score(inputs.student_hidden, inputs.head.weight, inputs.target_ids, temperature, dtype)
+            return Outcome(result, None)
 
-        def scoring() -> Outcome:
-            with torch.no_grad():
-                return Outcome(score(inputs.student_hidden, weight, inputs.target_ids, temperature), None)
+    def per_token(inputs: Inputs) -> Outcome:
+        result = diverge(inputs.student_hidden, inputs.teacher_hidden, inputs.head.weight, beta, temperature, dtype)
+        return weighted_backward(result, inputs)
 
-        return scoring
-
-    if inputs.case.operation == "divergence":
-        diverge = prepare(divergence)
-
-        def per_token() -> Outcome:
-            result = diverge(inputs.student_hidden, inputs.teacher_hidden, weight, beta, temperature)
-            return weighted_backward(result, inputs)
-
-        return per_token
-
-    measure = prepare(statistics)
-
-    def unisd_star() -> Outcome:
+    def unisd_star(inputs: Inputs) -> Outcome:
         rows = measure(
             inputs.student_hidden,
             inputs.teacher_hidden,
             inputs.negative_hidden,
             inputs.auxiliary_hidden,
-            weight,
+            inputs.head.weight,
             inputs.target_ids,
             beta,
             temperature,
+            dtype,
         )
-        loss = combine(inputs, *rows)
+        # Numbers a row: in float32 like the statistics of any contender.
+        loss = combine(inputs, *(row.float() for row in rows))
         return Outcome(loss.detach(), differentiate(loss, inputs))
 
-    return unisd_star
+    return {"scoring": scoring, "divergence": per_token, "unisd_loss": unisd_star}[case.operation]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bench.cases import Inputs
+from bench.cases import Case
+from bench.inputs import Inputs
 from bench.peers.step import Outcome, Step
 
 # Above this size of the logits, the rows go in chunks.
@@ -12,17 +13,20 @@ LARGEST_BUFFER = 4 << 30
 CHUNK_ROWS = 8192
 
 
-def build(inputs: Inputs, beta: float) -> Step:
-    case = inputs.case
-    hidden, weight = inputs.student_hidden.detach(), inputs.head.weight.detach()
+def build(case: Case, beta: float, device: torch.device) -> Step:
     rows = case.num_rows
     if rows * case.vocab_size * case.dtype.itemsize > LARGEST_BUFFER:
         rows = min(rows, CHUNK_ROWS)
-    logits = torch.empty(rows, case.vocab_size, dtype=case.dtype, device=hidden.device)
-    gradient = None if case.operation == "scoring" else torch.empty_like(hidden)
-    weight_gradient = None if case.frozen_head else torch.empty_like(weight)
 
-    def step() -> Outcome:
+    def buffer(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=case.dtype, device=device)
+
+    logits = buffer(rows, case.vocab_size)
+    gradient = None if case.operation == "scoring" else buffer(case.num_rows, case.hidden_size)
+    weight_gradient = None if case.frozen_head else buffer(case.vocab_size, case.hidden_size)
+
+    def step(inputs: Inputs) -> Outcome:
+        hidden, weight = inputs.student_hidden.detach(), inputs.head.weight.detach()
         for start in range(0, case.num_rows, rows):
             part = hidden[start : start + rows]
             tile = logits[: part.shape[0]]

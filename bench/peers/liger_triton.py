@@ -7,20 +7,31 @@ from __future__ import annotations
 
 import torch
 
-from bench.cases import Inputs
-from bench.peers.step import Outcome, Step, differentiate
+from bench.cases import Case
+from bench.inputs import Inputs
+from bench.peers.step import NotHere, Outcome, Step, differentiate
 
 
-def build(inputs: Inputs, beta: float) -> Step:
+def build(case: Case, beta: float, device: torch.device) -> Step:
     from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
 
-    weight, temperature = inputs.head.weight, inputs.case.options["temperature"]
+    if device.type == "cpu":
+        raise NotHere("its Triton kernel needs a GPU")
     # float32 sums over the chunks for dW, as ours; the default would add bfloat16 to bfloat16.
-    sums = None if inputs.case.frozen_head else torch.float32
+    sums = None if case.frozen_head else torch.float32
 
-    def step() -> Outcome:
+    def step(inputs: Inputs) -> Outcome:
+        weight = inputs.head.weight
         loss = LigerFusedLinearJSDFunction.apply(
-            inputs.student_hidden, weight, inputs.teacher_hidden, weight, None, beta, -100, temperature, sums
+            inputs.student_hidden,
+            weight,
+            inputs.teacher_hidden,
+            weight,
+            None,
+            beta,
+            -100,
+            case.options["temperature"],
+            sums,
         )
         return Outcome(loss.detach(), differentiate(loss, inputs))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.cases import Inputs
+from bench.inputs import Inputs
 from unisd_kernels.reference import agreement_weights, contrastive_hinge, feature_distance
 from unisd_kernels.reference.loss import reduce_per_token
 
@@ -16,10 +16,12 @@ def combine(
     teacher_logprobs: torch.Tensor,
     negative_logprobs: torch.Tensor,
     auxiliary_logprobs: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """All arguments [N] but the last, [K, N]."""
+    """Statistics [N], `auxiliary_logprobs` [K, N]; `weights` [N] stand in for those of agreement."""
     options, cu_seqlens = inputs.case.options, inputs.cu_seqlens
-    weights = agreement_weights(auxiliary_logprobs, cu_seqlens, gamma=options["agreement_gamma"]).weights
+    if weights is None:
+        weights = agreement_weights(auxiliary_logprobs, cu_seqlens, gamma=options["agreement_gamma"]).weights
     hinge = contrastive_hinge(student_logprobs, teacher_logprobs, negative_logprobs, options["contrastive_margin"])
     features = feature_distance(inputs.student_hidden, inputs.teacher_hidden)
     return (

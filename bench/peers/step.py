@@ -1,4 +1,4 @@
-"""What a contender makes from a case's inputs: a function that runs the operation once."""
+"""What a contender makes for a case: a function that runs the operation once on any inputs of that case."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.cases import Inputs
+from bench.inputs import Inputs
 
 
 class Outcome(NamedTuple):
@@ -19,7 +19,15 @@ class Outcome(NamedTuple):
     gradient: torch.Tensor | None
 
 
-Step = Callable[[], Outcome]
+Step = Callable[[Inputs], Outcome]
+
+
+class NotOffered(Exception):
+    """The contender does not have the operation, or not this divergence."""
+
+
+class NotHere(Exception):
+    """The contender does not run on this machine."""
 
 
 def differentiate(loss: torch.Tensor, inputs: Inputs) -> torch.Tensor:

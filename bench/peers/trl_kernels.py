@@ -4,42 +4,44 @@ from __future__ import annotations
 
 import torch
 
-from bench.cases import Inputs
+from bench.cases import Case
+from bench.inputs import Inputs
 from bench.peers.reduction import combine
 from bench.peers.step import Outcome, Step, differentiate, weighted_backward
 
 
-def build(inputs: Inputs, beta: float) -> Step:
+def build(case: Case, beta: float, device: torch.device) -> Step:
     from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, ChunkedDivergenceFunction
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    weight, temperature = inputs.head.weight, inputs.case.options["temperature"]
+    tau = case.options["temperature"]
 
-    def logprobs(hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+    def logprobs(inputs: Inputs, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
         return ChunkedLogProbFunction.apply(
-            hidden, weight, None, inputs.target_ids, temperature, VOCAB_CHUNK_SIZE, None, 1.0, ()
+            hidden, inputs.head.weight, None, inputs.target_ids, temperature, VOCAB_CHUNK_SIZE, None, 1.0, ()
         )[0]
 
-    def divergence() -> torch.Tensor:
+    def divergence(inputs: Inputs) -> torch.Tensor:
+        weight = inputs.head.weight
         return ChunkedDivergenceFunction.apply(
-            inputs.student_hidden, weight, None, inputs.teacher_hidden, weight, None, beta, temperature
+            inputs.student_hidden, weight, None, inputs.teacher_hidden, weight, None, beta, tau
         )[0]
 
-    def scoring() -> Outcome:
+    def scoring(inputs: Inputs) -> Outcome:
         with torch.no_grad():
-            return Outcome(logprobs(inputs.student_hidden, temperature), None)
+            return Outcome(logprobs(inputs, inputs.student_hidden, tau), None)
 
-    def per_token() -> Outcome:
-        return weighted_backward(divergence(), inputs)
+    def per_token(inputs: Inputs) -> Outcome:
+        return weighted_backward(divergence(inputs), inputs)
 
-    def unisd_star() -> Outcome:
+    def unisd_star(inputs: Inputs) -> Outcome:
         assert inputs.negative_hidden is not None
-        student = logprobs(inputs.student_hidden, temperature)
+        student = logprobs(inputs, inputs.student_hidden, tau)
         with torch.no_grad():
-            teacher = logprobs(inputs.teacher_hidden, temperature)
-            negative = logprobs(inputs.negative_hidden, temperature)
-            auxiliary = torch.stack([logprobs(hidden, 1.0) for hidden in inputs.auxiliary_hidden])
-        loss = combine(inputs, divergence(), student, teacher, negative, auxiliary)
+            teacher = logprobs(inputs, inputs.teacher_hidden, tau)
+            negative = logprobs(inputs, inputs.negative_hidden, tau)
+            auxiliary = torch.stack([logprobs(inputs, hidden, 1.0) for hidden in inputs.auxiliary_hidden])
+        loss = combine(inputs, divergence(inputs), student, teacher, negative, auxiliary)
         return Outcome(loss.detach(), differentiate(loss, inputs))
 
-    return {"scoring": scoring, "divergence": per_token, "unisd_loss": unisd_star}[inputs.case.operation]
+    return {"scoring": scoring, "divergence": per_token, "unisd_loss": unisd_star}[case.operation]

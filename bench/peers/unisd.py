@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import torch
 
-from bench.cases import Inputs
+from bench.cases import Case
+from bench.inputs import Inputs
 from bench.peers.step import Outcome, Step, differentiate, weighted_backward
 from unisd_kernels import linear_divergence, linear_logprobs, unisd_loss
 
 
-def build(inputs: Inputs, beta: float, impl: str | None = None) -> Step:
-    case, head = inputs.case, inputs.head
-    packing = (inputs.target_ids, inputs.cu_seqlens)
-
-    def scoring() -> Outcome:
+def build(case: Case, beta: float, device: torch.device, impl: str | None = None) -> Step:
+    def scoring(inputs: Inputs) -> Outcome:
         with torch.no_grad():
-            scores = linear_logprobs(inputs.student_hidden, head, inputs.target_ids, impl=impl, **case.options)
+            scores = linear_logprobs(inputs.student_hidden, inputs.head, inputs.target_ids, impl=impl, **case.options)
         return Outcome(scores.logprobs, None)
 
-    def per_token() -> Outcome:
+    def per_token(inputs: Inputs) -> Outcome:
+        head = inputs.head
         divergence = linear_divergence(
             inputs.student_hidden, head, inputs.teacher_hidden, head.detach(), beta=beta, impl=impl, **case.options
         )
         return weighted_backward(divergence, inputs)
 
-    def trainable() -> Outcome:
+    def trainable(inputs: Inputs) -> Outcome:
         """`unisd_loss` without a view: it knows its weights in the forward, so it needs no second pass."""
         result = unisd_loss(
             inputs.student_hidden,
-            head,
+            inputs.head,
             inputs.teacher_hidden,
-            head.detach(),
-            *packing,
+            inputs.head.detach(),
+            inputs.target_ids,
+            inputs.cu_seqlens,
             token_weights=inputs.token_weights,
             weight_normalization="count",
             beta=beta,
@@ -41,13 +41,14 @@ def build(inputs: Inputs, beta: float, impl: str | None = None) -> Step:
         )
         return Outcome(result.divergence, differentiate(result.loss, inputs))
 
-    def unisd_star() -> Outcome:
+    def unisd_star(inputs: Inputs) -> Outcome:
         result = unisd_loss(
             inputs.student_hidden,
-            head,
+            inputs.head,
             inputs.teacher_hidden,
-            head.detach(),
-            *packing,
+            inputs.head.detach(),
+            inputs.target_ids,
+            inputs.cu_seqlens,
             auxiliary_hidden=inputs.auxiliary_hidden,
             negative_hidden=inputs.negative_hidden,
             beta=beta,

@@ -1,4 +1,4 @@
-"""The command `unisd`: `train`, `eval`, `doctor`, `demo`. Each lives in the module of its name."""
+"""The command `unisd`: `train`, `eval`, `doctor`, `bench`, `demo`. Each lives in the module of its name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ COMMANDS = {
     "train": ("unisd.cli.train", "train a model; settings from a YAML file and the command line"),
     "eval": ("unisd.cli.evaluate", "evaluate a model or an adapter: procedural tasks, retention"),
     "doctor": ("unisd.cli.doctor", "versions, devices, implementations with reasons, a numeric self-test"),
+    "bench": ("unisd.cli.bench", "time, memory and error of this package and others; needs a clone of the repository"),
     "demo": ("unisd.cli.demo", "train SmolLM2-135M on procedural tasks on this machine and report before and after"),
 }
 

@@ -1,0 +1,116 @@
+"""The file of results: one schema, as JSON or as CSV.
+
+JSON: `{"environment": {...}, "rows": [...], ...}`. CSV: a line for each row, its samples joined by blanks, followed by
+the environment in the same columns on every line.
+
+A row is one contender at one case and divergence. Fields: `COLUMNS`. Seconds are of one step; ratios are to the floor
+within a round, of which median and the 0.2 and 0.8 quantiles; errors are relative, by Frobenius norms, against float64;
+bytes are what one step adds at its peak. `failure` stands in place of the figures.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bench.cases import Case
+
+CASE_COLUMNS = (
+    "case",
+    "operation",
+    "num_rows",
+    "hidden_size",
+    "vocab_size",
+    "num_auxiliary",
+    "dtype",
+    "frozen_head",
+    "data",
+    "num_products",
+)
+COLUMNS = (
+    *CASE_COLUMNS,
+    "divergence",
+    "peer",
+    "ratio_to_floor",
+    "ratio_p20",
+    "ratio_p80",
+    "bar",
+    "median_seconds",
+    "p20_seconds",
+    "p80_seconds",
+    "extra_peak_bytes",
+    "joules",
+    "value_error",
+    "value_error_limit",
+    "gradient_error",
+    "gradient_error_limit",
+    "failure",
+    "note",
+    "samples_seconds",
+)
+ENVIRONMENT_COLUMNS = (
+    "device",
+    "driver",
+    "gpu",
+    "cpu",
+    "threads",
+    "instruction_set",
+    "python",
+    "cuda",
+    "versions",
+    "commit",
+    "date",
+    "command",
+)
+
+
+def case_fields(case: Case) -> dict[str, Any]:
+    return {
+        "case": case.name,
+        "operation": case.operation,
+        "num_rows": case.num_rows,
+        "hidden_size": case.hidden_size,
+        "vocab_size": case.vocab_size,
+        "num_auxiliary": case.num_auxiliary,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "frozen_head": case.frozen_head,
+        "data": case.data,
+        "num_products": case.num_products,
+    }
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """As the suffix says, .json or .csv; whole or not at all.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    check_suffix(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    if path.suffix == ".csv":
+        _write_csv(partial, result)
+    else:
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def check_suffix(path: Path) -> None:
+    if path.suffix not in (".json", ".csv"):
+        raise ValueError(f"results are written as .json or .csv, got {path.name!r}")
+
+
+def _write_csv(path: Path, result: dict[str, Any]) -> None:
+    environment = dict(result["environment"])
+    environment["versions"] = " ".join(f"{name}={version}" for name, version in environment["versions"].items())
+    with path.open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow([*COLUMNS, *ENVIRONMENT_COLUMNS])
+        for row in result["rows"]:
+            cells = {**row, "samples_seconds": " ".join(repr(sample) for sample in row.get("samples_seconds", ()))}
+            lines.writerow(
+                [cells.get(name) for name in COLUMNS] + [environment.get(name) for name in ENVIRONMENT_COLUMNS]
+            )

@@ -1,0 +1,90 @@
+"""What is to be said of a result: what is wrong, what misses its bar, what became slower than a kept result.
+
+Wrong: a contender's error against float64 is above its limit (`accuracy.py`). Slow: this package's ratio to the floor
+is above the case's bar, or above that of another result by more than both results' spreads allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FLOOR, OURS = "gemm floor", "unisd_kernels"
+
+Row = Mapping[str, Any]
+
+# Below this share of a ratio, two runs on a shared machine do not differ.
+TOLERANCE = 0.05
+_ERRORS = ("value_error", "gradient_error")
+
+
+def is_wrong(row: Row) -> bool:
+    """An error that is not a number is wrong too."""
+    return any(f"{name}_limit" in row and not row[name] <= row[f"{name}_limit"] for name in _ERRORS)
+
+
+def over_bar(row: Row) -> bool:
+    return "bar" in row and "ratio_to_floor" in row and row["ratio_to_floor"] > row["bar"]
+
+
+def ratio_range(row: Row) -> tuple[float, float]:
+    """The stated spread of a ratio: the 0.2 and 0.8 quantiles of its rounds, and `TOLERANCE` of it at least."""
+    ratio = row["ratio_to_floor"]
+    return min(row["ratio_p20"], ratio * (1 - TOLERANCE)), max(row["ratio_p80"], ratio * (1 + TOLERANCE))
+
+
+def agree(a: Row, b: Row) -> bool:
+    """The ranges of the two ratios meet."""
+    (a_low, a_high), (b_low, b_high) = ratio_range(a), ratio_range(b)
+    return a_low <= b_high and b_low <= a_high
+
+
+def slower(now: Row, before: Row) -> bool:
+    return not agree(now, before) and now["ratio_to_floor"] > before["ratio_to_floor"]
+
+
+def same_rows(rows: Sequence[Row], others: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """The rows of both that have a ratio, by case, divergence and contender."""
+
+    def by_key(group: Sequence[Row]) -> dict[tuple[str, str, str], Row]:
+        return {(row["case"], row["divergence"], row["peer"]): row for row in group if "ratio_to_floor" in row}
+
+    left, right = by_key(rows), by_key(others)
+    return [(row, right[key]) for key, row in left.items() if key in right]
+
+
+def wrong(rows: Sequence[Row]) -> list[str]:
+    """This package's rows that are wrong or have no figure; a contender's error is its own."""
+    found = []
+    for row in rows:
+        if row["peer"] in (FLOOR, OURS) and "failure" in row:
+            found.append(f"{_name(row)}: {row['failure']}")
+        elif row["peer"] == OURS and is_wrong(row):
+            found.append(f"{_name(row)}: wrong, {_errors(row)}")
+    return found
+
+
+def slow(rows: Sequence[Row], before: Sequence[Row] = ()) -> list[str]:
+    ours = [row for row in rows if row["peer"] == OURS]
+    found = [
+        f"{_name(row)}: {row['ratio_to_floor']:.2f} of the floor, the bar is {row['bar']:g}"
+        for row in ours
+        if over_bar(row)
+    ]
+    for now, then in same_rows(ours, before):
+        if slower(now, then):
+            low, high = ratio_range(then)
+            found.append(f"{_name(now)}: {now['ratio_to_floor']:.2f} of the floor, before {low:.2f} to {high:.2f}")
+    return found
+
+
+def _name(row: Row) -> str:
+    return f"{row['case']}, {row['divergence']}, {row['peer']}"
+
+
+def _errors(row: Row) -> str:
+    return " and ".join(
+        f"{name.replace('_', ' ')} {row[name]:.1e}, at most {row[f'{name}_limit']:.1e}"
+        for name in _ERRORS
+        if f"{name}_limit" in row
+    )
