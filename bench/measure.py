@@ -23,6 +23,9 @@ from bench.results_file import case_fields
 from bench.tables import NOT_OFFERED, OUT_OF_TIME
 from bench.timing import interleaved_seconds, ratios, spread
 
+# Seconds of a sample.
+SHORTEST_ON_CPU = 1.0
+
 
 class DeviceLost(RuntimeError):
     """The accelerator refuses any further work in this process. `rows` are those of the case it happened in."""
@@ -141,6 +144,7 @@ def measure(
             deadline.passed,
             failed,
             warm=True,
+            shortest_on_cpu=SHORTEST_ON_CPU,
         )
         for name in samples:
             results[name].update(_figures(samples, name))

@@ -17,6 +17,7 @@ import torch
 
 SHORTEST_SAMPLE = 2e-3
 MOST_REPETITIONS = 50
+MOST_ON_CPU = 10
 
 
 class Spread(NamedTuple):
@@ -36,6 +37,7 @@ def interleaved_seconds(
     out_of_time: Callable[[], bool] = lambda: False,
     on_failure: Callable[[str, Exception], None] | None = None,
     warm: bool = False,
+    shortest_on_cpu: float = 0.0,
 ) -> dict[str, list[float]]:
     """Raw seconds of each contender, one sample a round, after one uncounted round.
 
@@ -43,6 +45,8 @@ def interleaved_seconds(
         warm: the steps have run before: no uncounted round on a CPU. On CUDA it finds out how often to repeat a step.
         fewer_rounds: contenders that take part in the first rounds only, and in how many.
         out_of_time: asked before each round but the first counted one; true ends the measurement.
+        shortest_on_cpu: seconds that a sample takes at least on a CPU, by repeating its step: on a shared machine a
+            short one is at the mercy of whatever runs beside it.
         on_failure: told of a contender that raises, which then has no samples; None lets the exception through.
     """
     fewer_rounds = fewer_rounds or {}
@@ -59,7 +63,7 @@ def interleaved_seconds(
                 if round_index == 0:
                     repetitions[name] = _warm_up(steps[name], device)
                 else:
-                    samples[name].append(_seconds(steps[name], repetitions[name], device))
+                    samples[name].append(_seconds(steps[name], repetitions[name], device, shortest_on_cpu))
             except Exception as error:
                 if on_failure is None:
                     raise
@@ -79,7 +83,7 @@ def repetitions_for(seconds: float) -> int:
     return max(1, min(MOST_REPETITIONS, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-9))))
 
 
-def _seconds(step: Callable[[], object], repetitions: int, device: torch.device) -> float:
+def _seconds(step: Callable[[], object], repetitions: int, device: torch.device, shortest_on_cpu: float = 0.0) -> float:
     """Mean seconds of one step."""
     if device.type == "cuda":
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -89,10 +93,12 @@ def _seconds(step: Callable[[], object], repetitions: int, device: torch.device)
         end_event.record()
         end_event.synchronize()
         return start_event.elapsed_time(end_event) / 1e3 / repetitions
-    start = time.perf_counter()
-    for _ in range(repetitions):
+    start, count, elapsed = time.perf_counter(), 0, 0.0
+    while count == 0 or (elapsed < shortest_on_cpu and count < MOST_ON_CPU):
         step()
-    return (time.perf_counter() - start) / repetitions
+        count += 1
+        elapsed = time.perf_counter() - start
+    return elapsed / count
 
 
 def ratios(samples: Mapping[str, list[float]], name: str, base: str) -> list[float]:

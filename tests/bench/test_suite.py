@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -181,3 +182,18 @@ def test_short_steps_are_repeated_within_a_sample():
     assert timing.repetitions_for(1e-7) == timing.MOST_REPETITIONS
     spread = timing.spread([4.0, 1.0, 2.0, 3.0, 5.0, 6.0])
     assert spread == pytest.approx((3.5, 2.0, 5.0))
+
+
+def test_short_steps_fill_a_sample_on_a_cpu():
+    calls = []
+
+    def step():
+        calls.append(0)
+        time.sleep(0.01)
+
+    (sample,) = timing.interleaved_seconds({"a": step}, 1, CPU, warm=True, shortest_on_cpu=0.05)["a"]
+    assert 3 <= len(calls) <= 5
+    assert 0.01 <= sample < 0.03
+    calls.clear()
+    timing.interleaved_seconds({"a": step}, 1, CPU, warm=True)
+    assert len(calls) == 1
