@@ -58,7 +58,7 @@ bench: $(STAMP)
 figures: $(STAMP)
 	$(BIN)/python -m bench --device cpu --case scoring kl kl_trainable unisd_star --rounds 9 --peer-rounds 3 --output bench/results/cpu.json
 	$(BIN)/python -m bench --device cpu --case unisd_star_smollm2 --rounds 5 --peer-rounds 2 --output bench/results/cpu_smollm2.json
-	$(BIN)/python -m bench --device cpu --case qwen2.5-0.5b_cpu gemma3-270m_cpu --rounds 5 --peers unisd_kernels --output bench/results/cpu_heads.json
+	$(BIN)/python -m bench --device cpu --case qwen2.5-0.5b_cpu gemma3-270m_cpu --rounds 3 --peers unisd_kernels --output bench/results/cpu_heads.json
 	$(BIN)/python -m bench.scaling --device cpu --output bench/results/cpu_scaling.json
 	$(BIN)/python -m bench.steps --device cpu --output bench/results/cpu_steps.json
 	$(BIN)/python -m bench.ceilings --device cpu --output bench/results/cpu_ceilings.json

@@ -53,6 +53,12 @@ class Case:
     bars: Mapping[float, float] = field(default_factory=dict)
     data: Literal["random", "smollm2"] = "random"
 
+    def divergence(self, beta: float) -> str:
+        """As tables name it."""
+        if self.operation == "scoring":
+            return "none"
+        return {0.0: "forward KL", 1.0: "reverse KL"}.get(beta, f"JSD beta={beta:g}")
+
     @property
     def on_accelerator(self) -> bool:
         """16-bit operands, which a CPU without units for them is not measured with."""

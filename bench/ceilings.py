@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bench.environment import environment
 from bench.timing import interleaved_seconds
 
 
@@ -19,7 +20,7 @@ def measure(device: torch.device, rounds: int = 10) -> dict[str, float]:
     size = 1 << 26 if on_cpu else 1 << 32
     source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
-    order = 2048 if on_cpu else 8192
+    order = 4096 if on_cpu else 8192
     dtype = torch.float32 if on_cpu else torch.bfloat16
     a, b = (torch.randn(order, order, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -39,7 +40,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
-    result = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", **measure(device)}
+    surroundings = environment(device, "python -m bench.ceilings")
+    result = {"device": surroundings["device"], **measure(device), "environment": surroundings}
     print(json.dumps(result))
     if options.output:
         options.output.write_text(json.dumps(result) + "\n")

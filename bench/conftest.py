@@ -39,9 +39,7 @@ class Group:
 
     @property
     def divergence(self) -> str:
-        if self.case.operation == "scoring":
-            return "none"
-        return {0.0: "forward KL", 1.0: "reverse KL"}.get(self.beta, f"JSD beta={self.beta:g}")
+        return self.case.divergence(self.beta)
 
     @property
     def name(self) -> str:

@@ -95,7 +95,7 @@ def measure(
     sets = more_inputs(inputs, device)
     rows: list[dict[str, Any]] = []
     for beta in case.beta:
-        label = "none" if case.operation == "scoring" else divergence_name(beta)
+        label = case.divergence(beta)
         # Compiled code of other cases would count towards torch.compile's limit of variants.
         torch.compiler.reset()
         expected = expected_outcome(inputs, beta)
@@ -165,10 +165,6 @@ def _figures(samples: dict[str, list[float]], name: str) -> dict[str, Any]:
     figures["p20_seconds"], figures["p80_seconds"] = times.p20, times.p80
     figures["samples_seconds"] = samples[name]
     return figures
-
-
-def divergence_name(beta: float) -> str:
-    return {0.0: "forward KL", 1.0: "reverse KL"}.get(beta, f"JSD beta={beta:g}")
 
 
 def _is_ours(name: str) -> bool:
