@@ -101,6 +101,17 @@ def two_runs(first: str, second: str) -> str:
     )
 
 
+def training_steps(result: dict[str, Any]) -> str:
+    """Whole steps, and what is in one."""
+    notes = {row["contender"]: row["note"] for row in result["rows"]}
+    lines = [f"- {contender}: {note}." for contender, note in notes.items()]
+    return (
+        f"All that the trainer does for one optimizer step on {result['rows'][0]['case'].removeprefix('steps.')}, the "
+        f"completions the same for all; then with the sampling of them. sdft is plain self-distillation.\n\n"
+        f"{steps.table(result['rows'])}\n\n" + "\n".join(lines)
+    )
+
+
 def _figures(*names: str) -> str:
     return "\n\n".join(f"![{name.replace('_', ' ')}](figures/{name}.png)" for name in names)
 
@@ -136,7 +147,7 @@ def page() -> str:
         "FLOPs of the floor over the time of each contender, at the FLOPs a byte that the least traffic allows.",
         _figures("roofline"),
         "## A whole training step: the reliability tax",
-        study("cpu_steps", lambda result: steps.table(result["rows"])),
+        study("cpu_steps", training_steps),
         "## The moving average",
         study("ema_cpu", ema.tables),
         "## The digits of a small divergence",
