@@ -1,7 +1,8 @@
 """`python -m bench.compare A B`: do two results of the same cases agree, ratio by ratio, within their stated spread?
 
-The spread of a ratio is the range of its 0.2 and 0.8 quantiles over the rounds, 5% of the ratio either way at least;
-two agree if their ranges meet. Exit status 1 if one pair does not, 2 if there is nothing to compare.
+The spread of a ratio is the range of its 0.2 and 0.8 quantiles over the rounds, 10% of the ratio either way at least
+(5% on an accelerator); two agree if their ranges meet. Exit status 1 if one pair does not, 2 if there is nothing to
+compare.
 """
 
 from __future__ import annotations

@@ -139,6 +139,8 @@ def page() -> str:
         "## Other heads",
         case_tables("cpu_heads"),
         "## Two runs an hour apart",
+        "The spread that is stated: the quantiles, and 10% of a ratio either way at least, which is what this shared "
+        "machine drifts by; on an accelerator 5%.",
         two_runs("cpu_run_1", "cpu_run_2"),
         "## Scaling",
         study("cpu_scaling", scaling.table),

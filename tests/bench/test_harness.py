@@ -78,7 +78,14 @@ def test_a_wrong_kernel_is_caught(case, method, spoil, tmp_path, monkeypatch, ca
 
 
 def row(**fields):
-    plain = {"case": "a", "divergence": "forward KL", "peer": OURS, "ratio_to_floor": 1.2, "ratio_p20": 1.19}
+    plain = {
+        "case": "a",
+        "dtype": "float32",
+        "divergence": "forward KL",
+        "peer": OURS,
+        "ratio_to_floor": 1.2,
+        "ratio_p20": 1.19,
+    }
     return {**plain, "ratio_p80": 1.22, **fields}
 
 
@@ -91,9 +98,13 @@ def test_bars():
 def test_agreement_of_two_runs(tmp_path, capsys, monkeypatch):
     same, faster = (
         row(ratio_to_floor=1.1, ratio_p20=1.05, ratio_p80=1.15),
-        row(ratio_to_floor=1.0, ratio_p20=1, ratio_p80=1),
+        row(ratio_to_floor=0.9, ratio_p20=0.9, ratio_p80=0.9),
     )
     assert verdict.agree(row(), same)
+    # An accelerator's ratios have to be closer.
+    near = {"ratio_to_floor": 1.04, "ratio_p20": 1.04, "ratio_p80": 1.04}
+    assert verdict.agree(row(), row(**near))
+    assert not verdict.agree(row(dtype="bfloat16"), row(dtype="bfloat16", **near))
     assert not verdict.agree(row(), faster)
     assert verdict.slower(row(), faster)
     assert not verdict.slower(faster, row())
