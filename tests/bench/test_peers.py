@@ -101,6 +101,12 @@ def test_dense_compiles_without_a_break(case, monkeypatch):
     assert max(errors_of("dense float32 compiled", inputs).values()) < 1e-5
 
 
+@pytest.mark.parametrize("case", SMOKE)
+def test_the_log_softmax_of_the_papers_code_is_in_bfloat16(case):
+    """Its error is that of eight bits; in float32 the contender would be another one."""
+    assert 1e-3 < max(errors_of("dense bfloat16", make_inputs(CASES[case], CPU)).values()) < 0.2
+
+
 def test_cut_cross_entropy_is_asked_for_the_right_thing(monkeypatch):
     """Its signature, 25.1.1; the kernels need a GPU."""
 
