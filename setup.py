@@ -8,8 +8,9 @@
     cuda    the CPU library and the CUDA library (needs nvcc), or an error
 
 The CPU library uses LibTorch's stable ABI of torch 2.10 and Python's limited API of 3.10, so that one wheel
-(`cp310-abi3`) fits every later version of both. torch itself is not imported here: only its headers are looked up, so
-run pip with `--no-build-isolation` (inside an isolated build there is no torch).
+(`cp310-abi3`) fits every later version of both. torch itself is not imported here: only its headers and its library
+are looked up. An isolated build (a plain `pip install .`) has no torch of its own, so the environment that is installed
+into is searched too (csrc/find_torch.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -29,15 +31,6 @@ LOST = (
     "the package works without its compiled library, through PyTorch operations: slower on a CPU, and without the "
     "difference form that keeps the digits of a small divergence"
 )
-
-
-def torch_directory() -> Path | None:
-    """Where torch is installed, without importing it."""
-    found = importlib.util.find_spec("torch")
-    if found is None or not found.submodule_search_locations:
-        return None
-    directory = Path(next(iter(found.submodule_search_locations)))
-    return directory if (directory / "include" / "torch" / "csrc" / "stable").is_dir() else None
 
 
 def cpu_extension(torch: Path) -> Extension:
@@ -75,13 +68,18 @@ class Build(build_ext):
 
 
 def build_cuda(directory: Path) -> None:
-    spec = importlib.util.spec_from_file_location("unisd_nvcc", ROOT / "csrc" / "nvcc.py")
+    load("nvcc").build(directory / "_C_cuda.abi3.so")
+
+
+def load(name: str) -> ModuleType:
+    """A module of csrc/, which is no package: setup.py runs before anything is installed."""
+    spec = importlib.util.spec_from_file_location(f"unisd_{name}", ROOT / "csrc" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    nvcc = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = nvcc
-    spec.loader.exec_module(nvcc)
-    nvcc.build(directory / "_C_cuda.abi3.so")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def warn(reason: str) -> None:
@@ -91,15 +89,19 @@ def warn(reason: str) -> None:
 def extensions() -> list[Extension]:
     if MODE == "none":
         return []
-    torch = torch_directory()
+    torch = load("find_torch").torch_directory()
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     missing = None
     if torch is None:
-        missing = "torch >= 2.10 is not installed here (pip needs --no-build-isolation to see it)"
+        missing = (
+            "no torch >= 2.10 was found in the environment that is installed into. Install torch first, or activate "
+            "the environment that has it, then install this package again"
+        )
     elif compiler is None:
         missing = "no C++ compiler was found (g++, clang++, or the one that CXX names)"
     if missing is None:
         assert torch is not None
+        print(f"unisd-kernels: the CPU library is built with the headers of {torch}", file=sys.stderr)
         return [cpu_extension(torch)]
     if MODE != "auto":
         raise SystemExit(f"UNISD_BUILD={MODE}: {missing}")

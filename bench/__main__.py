@@ -16,12 +16,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from bench import results_file
 from bench.cases import CASES, OPERATIONS, find_case
 from bench.deadline import Deadline
-from bench.environment import environment
+from bench.environment import chosen_device, environment
 from bench.inputs import make_inputs
 from bench.measure import measure
 from bench.peers import PEERS, names
@@ -54,9 +52,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    device = torch.device(
-        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    device = chosen_device(options.device)
     try:
         cases = [find_case(name, device) for name in options.case]
         if options.beta:

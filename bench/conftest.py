@@ -11,7 +11,7 @@ import torch
 
 from bench.accuracy import Expected, expected_outcome
 from bench.cases import Case, find_case
-from bench.environment import environment
+from bench.environment import chosen_device, environment
 from bench.inputs import Inputs, make_inputs, more_inputs
 from bench.peers import PEERS, names
 
@@ -62,11 +62,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     device = config.option.bench_device
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--bench-device cuda: there is no CUDA device")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         config.stash[PLAN] = make_plan(
-            torch.device(device),
+            chosen_device(device),
             config.option.bench_case or list(QUICK),
             config.option.bench_peers or ["all"],
         )

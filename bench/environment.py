@@ -30,6 +30,13 @@ PACKAGES = (
 )
 
 
+def chosen_device(name: str) -> torch.device:
+    """What `--device` means: "auto" is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
 def environment(device: torch.device, command: str) -> dict[str, Any]:
     """Machine and versions, to stand beside every figure."""
     versions: dict[str, str | None] = {}

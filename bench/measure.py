@@ -83,7 +83,7 @@ def measure(
 
     Args:
         peer_rounds: rounds of the contenders that are neither the floor nor this package; None for all.
-        with_energy: measure joules a step where the device tells them; about half a second for each contender.
+        with_energy: measure joules a step where the device tells them; about a second for each contender.
         deadline: afterwards no contender is begun; those left are rows that say so.
 
     Raises:

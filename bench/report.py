@@ -12,7 +12,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +69,7 @@ NOT_MEASURED = "Not measured yet."
 
 def case_tables(name: str) -> str:
     """Every case of a result file."""
-
-    def render(result: dict[str, Any]) -> str:
-        return "\n\n".join(tables.table(list(rows)) for _, rows in groupby(result["rows"], lambda row: row["case"]))
-
-    return study(name, render)
+    return study(name, lambda result: "\n\n".join(tables.case_tables(result["rows"])))
 
 
 def study(name: str, render: Callable[[dict[str, Any]], str]) -> str:
@@ -210,10 +205,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a page differs")
     check = parser.parse_args().check
-    different = [path for path, text in pages().items() if not _same(ROOT / path, text)]
-    for path in different:
+    different = {path: text for path, text in pages().items() if not _same(ROOT / path, text)}
+    for path, text in different.items():
         if not check:
-            (ROOT / path).write_text(pages()[path])
+            (ROOT / path).write_text(text)
         print(f"{path} {'is not what the results say' if check else 'written'}")
     return int(check and bool(different))
 

@@ -33,7 +33,7 @@ import torch
 
 from bench import results_file
 from bench.cases import OPERATIONS, Case, shaped_case
-from bench.environment import environment
+from bench.environment import chosen_device, environment
 from bench.measure import DeviceLost, measure
 from bench.peers import FLOOR, OURS
 from bench.verdict import Row, wrong
@@ -252,9 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output and options.output.suffix != ".json":
         print(f"the result is written as .json, got {options.output.name!r}", file=sys.stderr)
         return 2
-    device = torch.device(
-        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    device = chosen_device(options.device)
     plan = plan_for(device)
     cases, base = plan.sweeps(options.operation), plan.case(options.operation)
     distinct = {case.name: case for of_axis in cases.values() for case in of_axis}

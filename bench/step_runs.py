@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from bench.peers import dense
 from unisd import UniSDConfig, UniSDTrainer
 from unisd.data.procedural import procedural_rows
 from unisd.models import SMOLLM2, load_model
@@ -45,7 +46,7 @@ def logits(hidden: torch.Tensor, head: LMHead, temperature: float) -> torch.Tens
     """[N, V]: the product in the operands' dtype, float32 after it."""
     if head.bias is not None or head.softcap is not None or head.logit_scale != 1.0:
         raise NotImplementedError("the dense loss here is of a head without bias, scale and soft cap")
-    return (hidden @ head.active_weight.T).float() / temperature
+    return dense.logits(hidden, head.active_weight, temperature, torch.float32)
 
 
 def dense_linear_logprobs(

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench.environment import environment
+from bench.environment import chosen_device, environment
 from bench.measure import failure_text
 from bench.memory import extra_peak_bytes
 from bench.step_runs import (
@@ -227,8 +227,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="tokens of a completion")
     parser.add_argument("--output", type=Path, help="JSON file for everything, raw samples included")
     arguments = parser.parse_args()
-    name = arguments.device
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    device = chosen_device(arguments.device)
     rows = measure(
         arguments.model,
         device,

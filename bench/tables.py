@@ -38,15 +38,11 @@ def heading(row: Row) -> str:
     )
 
 
-def table(rows: Sequence[Row], times: bool | None = None) -> str:
-    """One case.
-
-    Args:
-        times: with milliseconds (median and the 0.2 to 0.8 quantiles); None: of 16-bit cases, which are an
-            accelerator's. A CPU's milliseconds say little of another's.
-    """
+def table(rows: Sequence[Row]) -> str:
+    """One case. With milliseconds (median and the 0.2 to 0.8 quantiles) where it is a 16-bit one, which is an
+    accelerator's: a CPU's say little of another's."""
     first = rows[0]
-    times = first["dtype"] != "float32" if times is None else times
+    times = first["dtype"] != "float32"
     energy = any(row.get("joules") is not None for row in rows)
     errors = ERRORS[first["operation"]]
     titles = ["divergence", "contender", *(["ms", "p20 to p80"] if times else [])]
@@ -105,9 +101,14 @@ def left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
+def case_tables(rows: Sequence[Row]) -> list[str]:
+    """A table for each case."""
+    return [table(list(group)) for _, group in groupby(rows, lambda row: row["case"])]
+
+
 def report(result: dict[str, Any]) -> str:
     """Every case of a result, then what was left out and why."""
-    parts = [table(list(rows)) for _, rows in groupby(result["rows"], lambda row: row["case"])]
+    parts = case_tables(result["rows"])
     entries = [f"- {entry['case']} ({', '.join(entry['peers'])}): {entry['reason']}" for entry in result["left_out"]]
     parts.append("Left out:\n" + "\n".join(entries) if entries else "Left out: nothing.")
     return "\n\n".join(parts)

@@ -14,7 +14,6 @@ the wait for its end, which counts for short steps.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ import pytest
 import torch
 
 from bench.conftest import Group
+from bench.measure import failure_text, rotating
 from bench.peers import FLOOR, OURS, PEERS, NotHere, NotOffered, Peer, Step
 from bench.results_file import case_fields
 
@@ -30,12 +30,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("pytest_benchmark", reason='pytest-benchmark is not installed: pip install ".[bench,peers]"')
 
-REASONS: dict[type[Exception], str] = {
-    NotOffered: "not offered",
-    NotHere: "not on this machine",
-    ImportError: "not installed",
-    torch.OutOfMemoryError: "out of memory",
-}
+SKIPPED = (NotOffered, NotHere, ImportError, torch.OutOfMemoryError)
 
 
 def test_contender(benchmark: BenchmarkFixture, group: Group, peer: str, pytestconfig: pytest.Config) -> None:
@@ -49,12 +44,14 @@ def test_contender(benchmark: BenchmarkFixture, group: Group, peer: str, pytestc
         step = contender.build(group.case, group.beta, group.device)
         check(contender, step, group, benchmark.extra_info)
         benchmark.pedantic(
-            rotating(step, group), rounds=pytestconfig.getoption("benchmark_min_rounds"), warmup_rounds=1
+            synchronized(rotating(step, group.sets, 1), group),
+            rounds=pytestconfig.getoption("benchmark_min_rounds"),
+            warmup_rounds=1,
         )
-    except tuple(REASONS) as error:
+    except SKIPPED as error:
         if peer in (FLOOR, OURS):
             raise
-        reason = reason_of(error)
+        reason = failure_text(error)
     # Outside of the handler: the exception would keep what its frames hold.
     if reason:
         pytest.skip(f"{peer}: {reason}")
@@ -72,21 +69,13 @@ def check(contender: Peer, step: Step, group: Group, extra_info: dict[str, Any])
             assert error <= limit, f"{contender.name}: {name.replace('_', ' ')} {error:.1e}, at most {limit:.1e}"
 
 
-def rotating(step: Step, group: Group) -> Callable[[], None]:
-    """The step on one set of inputs after the other, to the end of its work."""
-    turns = itertools.cycle([*group.sets[1:], group.sets[0]])
+def synchronized(step: Callable[[], object], group: Group) -> Callable[[], None]:
+    """The step to the end of its work."""
     on_cuda = group.device.type == "cuda"
 
     def run() -> None:
-        step(next(turns))
+        step()
         if on_cuda:
             torch.cuda.synchronize(group.device)
 
     return run
-
-
-def reason_of(error: Exception) -> str:
-    reason = next(text for kind, text in REASONS.items() if isinstance(error, kind))
-    if isinstance(error, torch.OutOfMemoryError):
-        return reason
-    return f"{reason}: {next(iter(str(error).splitlines()), '')}".removesuffix(": ")

@@ -72,8 +72,8 @@ def _load_cpu() -> tuple[str | None, str | None]:
     """(instruction set, None) or (None, reason)."""
     if not _CPU_LIBRARY.exists():
         return None, (
-            "this installation was made without it (UNISD_BUILD=none, no C++ compiler, or torch not visible to the "
-            "build). To build it: pip install --no-build-isolation, with a C++ compiler and torch installed"
+            "this installation was made without it (UNISD_BUILD=none, no C++ compiler, or torch was not there yet). "
+            "With torch and a C++ compiler installed, run again: pip install --force-reinstall --no-deps ."
         )
     reason = _load(_CPU_LIBRARY)
     if reason is not None:
