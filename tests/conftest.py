@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 
@@ -17,6 +19,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import HealthCheck, settings
+
+from tests.last_bit import LastBit
 
 settings.register_profile(
     "suite",
@@ -34,6 +38,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _last_bit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With UNISD_TEST_LAST_BIT, the library sums of another processor (tests/last_bit.py)."""
+    seed = os.environ.get("UNISD_TEST_LAST_BIT")
+    # torch.compile refuses to trace under a dispatch mode.
+    with LastBit(int(seed)) if seed and "compile" not in request.node.nodeid else nullcontext():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

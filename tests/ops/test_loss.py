@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support import CLIP_OPTIONS, LOSS_OPTIONS, assert_accurate, make_problem, native_dtype_logits, problems
+from tests.support import CLIP_OPTIONS, LOSS_OPTIONS, assert_accurate, make_problem, natives, problems
 from unisd_kernels import UniSDLoss, unisd_loss
 
 SMALL = 8192
@@ -35,15 +35,17 @@ def test_all_mechanisms_at_once(dtype, data):
     exact, exact_gradients = run(exact_problem, options, "reference")
     problem = exact_problem.to(dtype)
     ours, gradients = run(problem, options, None, workspace_bytes=SMALL)
-    with native_dtype_logits():
-        native, native_gradients = run(problem, options, "reference")
+    native = natives(lambda: run(problem, options, "reference"))
     for name in ("loss", *FLOATS):
-        mine, right, plain = getattr(ours, name), getattr(exact, name), getattr(native, name)
+        mine, right = getattr(ours, name), getattr(exact, name)
         assert (mine is None) == (right is None), name
         if mine is not None:
-            assert_accurate(name, mine.detach(), right.detach(), plain.detach())
-    for position, tensors in enumerate(zip(gradients, exact_gradients, native_gradients, strict=True)):
-        assert_accurate(f"gradient {position}", *tensors)
+            # The hinge is a difference of log-probabilities and keeps their rounding, however small it is.
+            of = exact.student_logprobs if name.startswith("contrastive") else None
+            plain = [getattr(result, name).detach() for result, _ in native]
+            assert_accurate(name, mine.detach(), right.detach(), plain, difference_of=of)
+    for position, (mine, right) in enumerate(zip(gradients, exact_gradients, strict=True)):
+        assert_accurate(f"gradient {position}", mine, right, [each[position] for _, each in native])
 
 
 @pytest.mark.parametrize("frozen_head", [True, False])
@@ -52,9 +54,12 @@ def test_all_mechanisms_at_once(dtype, data):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_clipping(beta, clip, negative, frozen_head):
     problem = make_problem(lengths=(5, 0, 6), negative=negative, frozen_head=frozen_head, bias=True)
-    divergence = run(problem, {"beta": beta}, "reference")[0].divergence
+    divergence = run(problem, {"beta": beta}, "reference")[0].divergence.sort().values
+    # Between two tokens and far from both, so that no rounding decides who is clipped; a quantile of an odd number of
+    # tokens is one of them, by whatever implementation, and equal to itself.
+    assert divergence[6] - divergence[5] > 1e-3
     options = {
-        "cap": {"clip_cap": float(divergence.median())},
+        "cap": {"clip_cap": float(divergence[5:7].mean())},
         "quantile": {"clip_quantile": 0.5},
         "largest": {"clip_quantile": 1.0},
     }[clip]
