@@ -17,7 +17,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 OLDEST_TRL := 1.15.0
 OLDEST_TRL_DIR := $(CURDIR)/$(VENV)/trl-$(OLDEST_TRL)
 
-.PHONY: demo test lint bench figures wheel clean install
+.PHONY: demo test test-all machines lint bench figures wheel clean install
 
 install: $(STAMP)
 
@@ -35,10 +35,17 @@ demo: $(STAMP)
 	@# Passive waiting: on cores that are shared, spinning threads slow each other down several times over.
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/unisd demo $(DEMO_ARGS)
 
-test: lint $(OLDEST_TRL_DIR)
-	$(BIN)/python -m pytest -n 2
-	@PYTHONPATH=$(OLDEST_TRL_DIR) $(BIN)/python -c 'import trl; print("the trainer again, with TRL", trl.__version__); assert trl.__version__ == "$(OLDEST_TRL)"'
-	PYTHONPATH=$(OLDEST_TRL_DIR) $(BIN)/python -m pytest -n 2 tests/trainer
+# Everything but the exhaustive sweeps, of which it holds one example of each kind: at most eight minutes of CPU time.
+test: $(STAMP) $(OLDEST_TRL_DIR)
+	@scripts/check.sh $(BIN) $(OLDEST_TRL_DIR) -m "not exhaustive"
+
+# With the sweeps.
+test-all: $(STAMP) $(OLDEST_TRL_DIR)
+	@scripts/check.sh $(BIN) $(OLDEST_TRL_DIR)
+
+# The suite as other processors and other versions of torch would run it; its table is docs/machines.md. An hour or two.
+machines: $(STAMP)
+	$(BIN)/python scripts/machines.py $(MACHINES_ARGS)
 
 $(OLDEST_TRL_DIR): $(STAMP)
 	@$(PIP) install -q --no-deps --upgrade --target $@ trl==$(OLDEST_TRL)

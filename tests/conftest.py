@@ -31,7 +31,9 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+if "UNISD_TEST_THREADS" in os.environ:
+    torch.set_num_threads(int(os.environ["UNISD_TEST_THREADS"]))
+elif "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 

@@ -14,7 +14,7 @@ import torch
 from csrc import nvcc
 
 NVCC = nvcc.find_nvcc()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 ARCHS = {"sm_80", "sm_90", "sm_100"}
 OPERATIONS = (

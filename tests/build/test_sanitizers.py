@@ -20,7 +20,7 @@ FLAGS = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wno-maybe-uninitialized",
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 GXX = shutil.which("g++")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(GXX is None, reason="g++ is not installed")]
+pytestmark = pytest.mark.skipif(GXX is None, reason="g++ is not installed")
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

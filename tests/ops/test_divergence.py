@@ -111,7 +111,8 @@ def test_small_divergences_keep_their_digits(beta):
     assert 1e-6 < float(exact.median()) < 1e-4
     ours = ((divergence(torch.float32, None) - exact).abs() / exact).median()
     dense = ((divergence(torch.float32, "reference") - exact).abs() / exact).median()
-    assert ours < 3e-4
+    # A logit of ten is rounded by 1e-6 whoever multiplies; student and teacher differ by some 5e-3 in each.
+    assert ours < 1e-3
     assert ours < 0.1 * dense
 
 

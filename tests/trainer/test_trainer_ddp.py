@@ -23,7 +23,6 @@ def two_processes(folder: Path) -> dict:
     return torch.load(folder / ddp_worker.RESULT)
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     ddp_worker.main(str(tmp_path))
     one = torch.load(tmp_path / ddp_worker.RESULT)

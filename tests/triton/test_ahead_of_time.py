@@ -14,7 +14,6 @@ import pytest
 from unisd_kernels.triton.ahead_of_time import ARCHITECTURES, SHARED_MEMORY
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_spills_and_matrix_instructions(architecture):
     done = subprocess.run(

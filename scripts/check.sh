@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# What `make test` and `make test-all` run after the installation: lint, the tests, and the trainer's tests again with
+# the oldest TRL of the window. A stage that fails does not hide the next; all are reported at the end, with their CPU time.
+#
+#   scripts/check.sh BIN OLDEST_TRL_FOLDER [PYTEST ARGUMENTS...]
+set -uo pipefail
+[ $# -ge 2 ] || { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2; }
+bin="$1"
+oldest_trl="$2"
+shift 2
+report=()
+status=0
+
+# CPU seconds of this shell's finished children, user and system.
+cpu() { times | tail -n 1 | tr 'ms' '  ' | awk '{printf "%.0f", 60 * $1 + $2 + 60 * $3 + $4}'; }
+
+stage() {
+    local name=$1 before code
+    shift
+    echo "== $name"
+    before="$(cpu)"
+    "$@"
+    code=$?
+    [ $code -eq 0 ] || status=1
+    report+=("$(printf '%-42s %-10s %4d s of CPU' "$name" "$([ $code -eq 0 ] && echo passed || echo "FAILED ($code)")" $(($(cpu) - before)))")
+}
+
+lint() {
+    local code=0
+    "$bin/ruff" check . || code=1
+    "$bin/ruff" format --check . || code=1
+    "$bin/mypy" || code=1
+    return $code
+}
+
+trainer_with_oldest_trl() {
+    export PYTHONPATH="$oldest_trl"
+    "$bin/python" -c 'import sys, trl; sys.exit(sys.argv[1].endswith(f"trl-{trl.__version__}") is False and f"got TRL {trl.__version__}, not that of {sys.argv[1]}")' "$oldest_trl" || return
+    "$bin/python" -m pytest -n 2 "$@" tests/trainer
+}
+
+stage "lint and types" lint
+stage "tests" "$bin/python" -m pytest -n 2 "$@"
+stage "the trainer's tests with $(basename "$oldest_trl")" trainer_with_oldest_trl "$@"
+echo "== in all"
+printf '%s\n' "${report[@]}"
+exit $status

@@ -1,0 +1,198 @@
+"""Run the tests as other machines would, and write docs/machines.md: `python scripts/machines.py`, or `make machines`.
+
+One machine stands in for many: the instruction set of this package's kernels, of PyTorch's own and of its matrix
+libraries is limited by environment variables; sums that come out with another last bit are simulated
+(tests/last_bit.py); one and two threads; the oldest and the newest torch, each in an environment of its own. What
+cannot be simulated is a processor that has more than this one.
+
+Every row is one run of pytest. The rows do not depend on each other: `--only` runs some of them and keeps the others'
+results, which lie in runs/machines.json beside the log of each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "runs" / "machines"
+RESULTS = ROOT / "runs" / "machines.json"
+PAGE = ROOT / "docs" / "machines.md"
+# Where numbers are computed. bench, build and docs are run by `make test` as they are.
+TESTS = ("tests/reference", "tests/ops", "tests/triton", "tests/trainer", "tests/evaluation", "tests/data", "tests/cli")
+KERNELS = ("tests/reference", "tests/ops")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One row: what is set, and which tests run under it."""
+
+    name: str
+    environment: dict[str, str] = field(default_factory=dict)
+    tests: tuple[str, ...] = TESTS
+    torch: str | None = None
+
+
+OLD = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    "UNISD_CPU_ISA": "avx2",
+}
+
+
+def machines(torch_versions: list[str]) -> list[Machine]:
+    def setting(name: str, value: str, tests: tuple[str, ...] = TESTS) -> Machine:
+        return Machine(f"{name}={value}", {name: value}, tests)
+
+    return [
+        Machine("this machine"),
+        *(setting("UNISD_CPU_ISA", isa, KERNELS) for isa in ("scalar", "avx2", "avx512")),
+        *(setting("ATEN_CPU_CAPABILITY", isa) for isa in ("default", "avx2", "avx512")),
+        setting("ONEDNN_MAX_CPU_ISA", "AVX2"),
+        *(setting("MKL_ENABLE_INSTRUCTIONS", isa) for isa in ("AVX2", "SSE4_2")),
+        Machine(" ".join(f"{name}={value}" for name, value in OLD.items()), OLD),
+        *(setting("UNISD_TEST_LAST_BIT", seed) for seed in ("1", "2")),
+        *(setting("UNISD_TEST_THREADS", threads, KERNELS) for threads in ("1", "2")),
+        *(Machine(f"torch {version}", {}, TESTS, version) for version in torch_versions),
+    ]
+
+
+def python_of(machine: Machine, environments: Path) -> Path:
+    """The interpreter of a row: this one, or that of an environment with the torch it names.
+
+    Raises:
+        SystemExit: no such environment; the message says how to make it.
+    """
+    if machine.torch is None:
+        return Path(sys.executable)
+    python = environments / f"torch-{machine.torch}" / "bin" / "python"
+    if not python.exists():
+        raise SystemExit(
+            f"{python} is not there. Make it, with several GiB of torch's own needs:\n"
+            f"  python3 -m venv {python.parents[1]}\n"
+            f"  {python} -m pip install torch=={machine.torch} numpy\n"
+            f"  {python} -m pip install transformers trl peft accelerate datasets gguf matplotlib pyyaml pytest "
+            "pytest-xdist hypothesis"
+        )
+    return python
+
+
+def run(machine: Machine, python: Path, log: Path) -> dict[str, object]:
+    """The row's result: counts as pytest closes with them, the failures' names, CPU seconds."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **machine.environment}
+    # Workers have one thread each; the rows of threads are about that.
+    workers = [] if "UNISD_TEST_THREADS" in machine.environment else ["-n", "2"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.monotonic()
+    with log.open("w") as file:
+        code = subprocess.run(
+            [str(python), "-m", "pytest", *workers, "-m", "not exhaustive", "--tb=short", "-rf", *machine.tests],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    text = log.read_text()
+    closing = re.findall(r"^=*\s*((?:\d+ \w+(?:, )?)+) in [\d.]+s", text, re.MULTILINE)
+    return {
+        "name": machine.name,
+        "tests": " ".join(machine.tests),
+        "status": code,
+        "counts": closing[-1] if closing else "no closing line",
+        "failed": re.findall(r"^FAILED (\S+)", text, re.MULTILINE),
+        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime),
+        "minutes": round((time.monotonic() - started) / 60, 1),
+    }
+
+
+def surroundings() -> dict[str, str]:
+    import torch
+
+    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {
+        "processor": (model[1] if model else platform.processor()).strip(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def page(results: dict[str, dict[str, object]], order: list[str]) -> str:
+    """docs/machines.md."""
+    about = results["surroundings"]
+    machine = f"{about['processor']}, {about['cores']} cores, {about['instruction set']}"
+    versions = f"Python {about['python']}, torch {about['torch']}; commit {about['commit']}, {about['date']}"
+    lines = [
+        "# Other machines, on one",
+        "",
+        "Written by `make machines` (scripts/machines.py, which says what each row stands for). Not part of `make test`.",
+        "",
+        f"{machine}; {versions}.",
+        "",
+        "| as if | tests | result |",
+        "|---|---|---|",
+    ]
+    for name in order:
+        row = results.get(name)
+        if row is not None:
+            where = "kernels" if row["tests"] == " ".join(KERNELS) else "all that compute"
+            failed = "".join(f"; `{each}`" for each in row["failed"])  # type: ignore[attr-defined]
+            lines.append(f"| {name} | {where} | {row['counts']}{failed} |")
+    lines += [
+        "",
+        f'"Kernels": {", ".join(f"`{name}`" for name in KERNELS)}. "All that compute": also '
+        + ", ".join(f"`{name}`" for name in TESTS if name not in KERNELS)
+        + ". Skipped tests need a GPU, or a model that `make demo` fetches.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], help="rows whose name contains one of these; the others stay")
+    parser.add_argument("--list", action="store_true", help="print the rows' names")
+    parser.add_argument("--torch", nargs="*", default=["2.10.0", "2.15.0"], help="the ends of torch's window")
+    parser.add_argument("--environments", type=Path, default=FOLDER, help="where the environments of --torch are")
+    options = parser.parse_args()
+    rows = machines(options.torch)
+    if options.list:
+        print("\n".join(row.name for row in rows))
+        return 0
+    chosen = [row for row in rows if not options.only or any(part in row.name for part in options.only)]
+    interpreters = [python_of(row, options.environments) for row in chosen]
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() and options.only else {}
+    results["surroundings"] = surroundings()
+    for number, (row, python) in enumerate(zip(chosen, interpreters, strict=True), start=1):
+        print(f"[{number}/{len(chosen)}] {row.name} ...", flush=True)
+        log = FOLDER / (re.sub(r"[^\w.=-]+", "_", row.name) + ".txt")
+        results[row.name] = run(row, python, log)
+        found = results[row.name]
+        print(f"    {found['counts']}, {found['cpu_seconds']} s of CPU, {found['minutes']} min", flush=True)
+        for each in found["failed"]:
+            print(f"    FAILED {each}", flush=True)
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        PAGE.write_text(page(results, [each.name for each in rows]))
+    return int(any(results[row.name]["status"] for row in chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
