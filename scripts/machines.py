@@ -142,7 +142,7 @@ def page(results: dict[str, dict[str, object]], order: list[str]) -> str:
     lines = [
         "# Other machines, on one",
         "",
-        "Written by `make machines` (scripts/machines.py, which says what each row stands for). Not part of `make test`.",
+        "Written by `make machines`, which is not part of `make test`; scripts/machines.py says what a row stands for.",
         "",
         f"{machine}; {versions}.",
         "",

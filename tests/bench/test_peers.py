@@ -87,10 +87,11 @@ def test_a_trainable_head_gets_its_gradient_from_every_contender(monkeypatch):
 def test_liger_is_the_mean(name, case, beta):
     pytest.importorskip("liger_kernel")
     inputs = make_inputs(CASES[case], CPU)
-    outcome = run(name, inputs, beta)
+    with torch.compiler.set_stance("force_eager"):  # its formulas are asked for, not what a compiler makes of them
+        outcome = run(name, inputs, beta)
+        assert errors_of(name, inputs, beta)["gradient_error"] < 1e-5
     mean = run("unisd_kernels", inputs, beta).value.mean()
     torch.testing.assert_close(outcome.value, mean, rtol=1e-5, atol=0)
-    assert errors_of(name, inputs, beta)["gradient_error"] < 1e-5
 
 
 @pytest.mark.parametrize("case", SMOKE)
