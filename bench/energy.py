@@ -11,8 +11,15 @@ import torch
 SHORTEST_WINDOW = 1.0
 
 
+class NoEnergy(RuntimeError):
+    """The counter failed while it was read: nothing is claimed, and the timing stands."""
+
+
 def energy_counter(device: torch.device) -> Callable[[], float] | None:
-    """Reads joules since the driver was loaded; None where the device or the machine does not report them."""
+    """Reads joules since the driver was loaded; None where the device or the machine does not report them.
+
+    What it returns raises `NoEnergy` where a later reading fails.
+    """
     if device.type != "cuda":
         return None
     try:
@@ -26,7 +33,14 @@ def energy_counter(device: torch.device) -> Callable[[], float] | None:
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except pynvml.NVMLError:
         return None
-    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+
+    def joules() -> float:
+        try:
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+        except pynvml.NVMLError as error:
+            raise NoEnergy(f"NVML: {error}") from error
+
+    return joules
 
 
 def joules_per_step(
@@ -35,7 +49,11 @@ def joules_per_step(
     counter: Callable[[], float] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float | None:
-    """The step again and again for a second; None where no energy is reported: then none is claimed."""
+    """The step again and again for a second; None where no energy is reported: then none is claimed.
+
+    Raises:
+        NoEnergy: the counter was there and failed.
+    """
     counter = counter or energy_counter(device)
     if counter is None:
         return None

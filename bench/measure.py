@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,13 +16,14 @@ import torch
 from bench.accuracy import expected_outcome
 from bench.cases import Case
 from bench.deadline import NO_DEADLINE, Deadline
-from bench.energy import joules_per_step
+from bench.energy import NoEnergy, joules_per_step
 from bench.inputs import Inputs, make_inputs, more_inputs
 from bench.memory import run_with_peak
 from bench.peers import FLOOR, OURS, PEERS, NotHere, NotOffered, Step
 from bench.results_file import case_fields
 from bench.tables import NOT_OFFERED, OUT_OF_TIME
 from bench.timing import interleaved_seconds, ratios, spread
+from bench.watchdog import Watchdog
 
 # Seconds of a sample.
 SHORTEST_ON_CPU = 1.0
@@ -78,6 +80,8 @@ def measure(
     peer_rounds: int | None = None,
     with_energy: bool = False,
     deadline: Deadline = NO_DEADLINE,
+    watchdog: Watchdog | None = None,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """A row for each divergence and contender.
 
@@ -85,6 +89,8 @@ def measure(
         peer_rounds: rounds of the contenders that are neither the floor nor this package; None for all.
         with_energy: measure joules a step where the device tells them; about a second for each contender.
         deadline: afterwards no contender is begun; those left are rows that say so.
+        watchdog: watches each contender's calls, so that one that hangs or crashes can be told.
+        keep: given the rows so far after each contender's first call, and again when a divergence is done.
 
     Raises:
         DeviceLost: a contender's failure took the accelerator with it.
@@ -104,6 +110,11 @@ def measure(
         steps: dict[str, Callable[[], object]] = {}
         results: dict[str, dict[str, Any]] = {}
 
+        def watching(name: str, stage: str, label: str = label) -> AbstractContextManager[object]:
+            if watchdog is None:
+                return nullcontext()
+            return watchdog.watching(case=case.name, operation=case.operation, divergence=label, peer=name, stage=stage)
+
         def failed(name: str, error: Exception, results: dict[str, dict[str, Any]] = results) -> None:
             results[name]["failure"] = failure_text(error)
             lost = device_lost(device)
@@ -121,19 +132,21 @@ def measure(
                 results[name]["failure"] = OUT_OF_TIME
                 continue
             try:
-                step = peer.build(case, beta, device)
-                outcome, peak = run_with_peak(partial(step, inputs), device)
-                errors = expected.errors(outcome, peer.mean_only)
-                results[name].update(errors, **expected.limits_of(errors))
-                if name != FLOOR:
-                    if peer.compiles:
-                        outcome, peak = run_with_peak(partial(step, inputs), device)
-                    results[name]["extra_peak_bytes"] = peak
+                with watching(name, "first call"):
+                    step = peer.build(case, beta, device)
+                    outcome, peak = run_with_peak(partial(step, inputs), device)
+                    errors = expected.errors(outcome, peer.mean_only)
+                    results[name].update(errors, **expected.limits_of(errors))
+                    if name != FLOOR:
+                        if peer.compiles:
+                            outcome, peak = run_with_peak(partial(step, inputs), device)
+                        results[name]["extra_peak_bytes"] = peak
                 # Neighbours in a round are at different sets.
                 steps[name] = rotating(step, sets, len(steps) + 1)
             except Exception as error:
                 failed(name, error)
             outcome = step = None  # type: ignore[assignment]
+            keep([*rows, *results.values()])
         fewer = {name: peer_rounds for name in steps if peer_rounds and not _is_ours(name)}
         samples = interleaved_seconds(
             steps,
@@ -145,12 +158,21 @@ def measure(
             failed,
             warm=True,
             shortest_on_cpu=SHORTEST_ON_CPU,
+            watching=partial(watching, stage="rounds"),
         )
         for name in samples:
             results[name].update(_figures(samples, name))
-            if with_energy:
-                results[name]["joules"] = joules_per_step(steps[name], device)
+        keep([*rows, *results.values()])
+        for name in samples if with_energy else ():
+            try:
+                with watching(name, "energy"):
+                    results[name]["joules"] = joules_per_step(steps[name], device)
+            except NoEnergy as error:
+                results[name]["note"] = f"{results[name]['note']}; no joules: {error}".removeprefix("; ")
+            except Exception as error:
+                failed(name, error)
         rows.extend(results.values())
+        keep(rows)
     return rows
 
 

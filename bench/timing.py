@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ def interleaved_seconds(
     on_failure: Callable[[str, Exception], None] | None = None,
     warm: bool = False,
     shortest_on_cpu: float = 0.0,
+    watching: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
 ) -> dict[str, list[float]]:
     """Raw seconds of each contender, one sample a round, after one uncounted round.
 
@@ -48,6 +50,7 @@ def interleaved_seconds(
         shortest_on_cpu: seconds that a sample takes at least on a CPU, by repeating its step: on a shared machine a
             short one is at the mercy of whatever runs beside it.
         on_failure: told of a contender that raises, which then has no samples; None lets the exception through.
+        watching: entered around each sample of a contender, outside what is timed.
     """
     fewer_rounds = fewer_rounds or {}
     samples: dict[str, list[float]] = {name: [] for name in steps}
@@ -60,10 +63,11 @@ def interleaved_seconds(
             if round_index > fewer_rounds.get(name, rounds):
                 continue
             try:
-                if round_index == 0:
-                    repetitions[name] = _warm_up(steps[name], device)
-                else:
-                    samples[name].append(_seconds(steps[name], repetitions[name], device, shortest_on_cpu))
+                with watching(name):
+                    if round_index == 0:
+                        repetitions[name] = _warm_up(steps[name], device)
+                    else:
+                        samples[name].append(_seconds(steps[name], repetitions[name], device, shortest_on_cpu))
             except Exception as error:
                 if on_failure is None:
                     raise

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: tests, a memory check, the two ceilings, benchmarks, the tiles of the
-# product kernels. Installs nothing from a network.
+# Everything that needs a GPU, in one call, the most valuable first: doctor, a smoke test of every kernel, the two
+# ceilings, the headline's four operations with the floor and this package's designs, the tiles, the other tests, the
+# contenders, other heads, a memory check, other row counts, torch.compile. Installs nothing from a network.
 #
 #   bash scripts/gpu_suite.sh [--deadline SECONDS]      (default 520; it ends within this, and nine minutes at most)
 #
-# Needs python3 with torch, triton and pytest. Wheels of contenders (trl, liger-kernel, ...) and of pytest-xdist (with
-# execnet), which runs the tests side by side, are installed from the folder .whl of the repository if there is one.
-# Results go to $OUT (default: runs/gpu), eight files at most; the tables are printed last. Status 0: tests passed, and
-# this package's default has a time in every case that was reached. TUNING=60 keeps that many seconds of the cases' time
-# for the tiles, which are measured in any time that is left.
+# Needs python3 with torch, triton and pytest; pytest-xdist runs the tests side by side and pytest-timeout ends one that
+# hangs. Wheels of contenders (trl, liger-kernel, ...) are installed from the folder .whl of the repository if there is
+# one. Results go to $OUT (default: runs/gpu), eight files at most, each written as it grows; the tables are printed last.
+# A contender that hangs or takes the process with it costs itself: the next process goes on past it.
+# Status 0: what was built was built, tests passed, and this package's default has a time in every case that was reached.
 #
 # A rehearsal on a CPU: DEVICE=cpu CASES=smoke ROUNDS=2 OUT=/tmp/rehearsal bash scripts/gpu_suite.sh
 # UNISD_COMMIT names the commit where the tree has no history.
@@ -26,7 +27,7 @@ OUT="${OUT:-runs/gpu}"
 DEVICE="${DEVICE:-cuda}"
 CASES="${CASES:-gpu}"
 mkdir -p "$OUT"
-rm -f "$OUT"/{setup,tests,sanitizer,bench_log}.txt "$OUT"/{ceilings,bench,tuning}.json "$OUT/tables.md"
+rm -f "$OUT"/{setup,tests,sanitizer,bench_log}.txt "$OUT"/{ceilings,bench,tuning}.json "$OUT/tables.md" "$OUT"/*.in_flight
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # On a GPU kernels are compiled: under the interpreter they would be neither tested nor measured.
 [ "$DEVICE" = cpu ] || unset TRITON_INTERPRET
@@ -34,8 +35,8 @@ status=0
 
 left() { echo $((DEADLINE - SECONDS)); }
 
-# What every step leaves to those after it: before the cases, time for the headline's first; after them, the tables.
-reserve=60
+# What every step leaves to the tables.
+reserve=10
 
 # within LIMIT COMMAND...: the command, ended after LIMIT seconds or where only the reserve is left; by $signal, and if
 # that is ignored for five seconds, for good. Status 124 or 137: it was ended.
@@ -56,110 +57,91 @@ if ls .whl/*.whl >/dev/null 2>&1; then
     export PYTHONPATH="$PYTHONPATH:$site"
 fi
 
-# The compiled libraries, where the machine has compilers; an absent one is reported by doctor and its tests skip.
+# The compiled libraries, where the machine has compilers. A build that fails is a failure: its tests would only skip.
+build_cpu() { [ -e unisd_kernels/_C.abi3.so ] || UNISD_BUILD=cpu within 75 python3 setup.py -q build_ext --inplace; }
+build_cuda() { within 75 python3 csrc/nvcc.py --arch 90; }
 build() {
-    if command -v g++ >/dev/null && [ ! -e unisd_kernels/_C.abi3.so ]; then
-        UNISD_BUILD=cpu within 75 python3 setup.py -q build_ext --inplace || echo "the CPU library was not built"
-    fi &
-    if command -v nvcc >/dev/null && [ "$DEVICE" != cpu ]; then
-        within 75 python3 csrc/nvcc.py --arch 90 || echo "the CUDA library was not built"
-    fi &
-    wait
+    local cpu=0 cuda=0 code=0
+    if command -v g++ >/dev/null; then build_cpu & cpu=$!; else echo "no g++: no CPU library"; fi
+    # The CUDA library is loaded on top of the CPU one.
+    if [ "$DEVICE" != cpu ] && command -v g++ >/dev/null && command -v nvcc >/dev/null; then
+        build_cuda & cuda=$!
+    else
+        echo "no nvcc, or not for a GPU: no CUDA library"
+    fi
+    [ $cpu -eq 0 ] || wait $cpu || { echo "the CPU library was not built"; code=1; }
+    [ $cuda -eq 0 ] || wait $cuda || { echo "the CUDA library was not built"; code=1; }
+    return $code
 }
-build >"$OUT/setup.txt" 2>&1
-tail -n 3 "$OUT/setup.txt"
+echo "== libraries"
+build >"$OUT/setup.txt" 2>&1 || failed "build of the compiled libraries"
+tail -n 6 "$OUT/setup.txt"
 
 echo "== doctor"
-within 45 python3 -c 'import sys; from unisd.cli import main; sys.exit(main(["doctor", "--device", sys.argv[1]]))' "$DEVICE" | tee -a "$OUT/setup.txt" || failed doctor
+within 45 python3 -c 'import sys; from unisd.cli import main; sys.exit(main(["doctor", "--device", sys.argv[1]]))' "$DEVICE" 2>&1 | tee -a "$OUT/setup.txt" || failed doctor
 
-# test_part NAME ARGUMENTS...: pytest in what is left of the tests' time; says so where that was not enough.
-test_part() {
-    local name=$1 rest=$((tests_end - SECONDS)) code
-    shift
+# tests SECONDS NAME ARGUMENTS...: pytest within its time; says so where that was not enough.
+tests() {
+    local limit=$1 name=$2 code
+    shift 2
+    echo "== tests: $name"
     echo "-- $name" >>"$OUT/tests.txt"
-    if [ "$rest" -lt 1 ]; then
-        echo "not begun: no time left" >>"$OUT/tests.txt"
-        failed "tests: $name was not begun, no time left"
-        return
-    fi
     # Interrupted, pytest still says what it found.
-    signal=INT within "$rest" python3 -m pytest "${workers[@]}" "$@" >>"$OUT/tests.txt" 2>&1
+    signal=INT within "$limit" python3 -m pytest "${test_options[@]}" "$@" >>"$OUT/tests.txt" 2>&1
     code=$?
     case $code in
         0) ;;
-        124 | 137) failed "tests: $name was cut off after $((SECONDS - tests_end + rest)) s" ;;
+        124 | 137) failed "tests: $name was cut off after $limit s, or no time was left" ;;
         *) failed "tests: $name, status $code" ;;
     esac
+    awk -v title="-- $name" '$0 == title { found = 1 } found' "$OUT/tests.txt" |
+        grep -E "^(FAILED|ERROR)|(passed|failed|skipped|error).* in |no time left|Interrupt|Timeout" | tail -n 40
 }
 
-echo "== tests"
-workers=()
+test_options=()
 if python3 -c 'import xdist, execnet' 2>/dev/null; then
     cores="$(nproc)"
-    workers=(-n "$((cores < 8 ? cores : 8))")
+    test_options+=(-n "$((cores < 8 ? cores : 8))")
 else
     echo "pytest-xdist is absent: one test at a time"
 fi
-tests_end=$((SECONDS + 200))
-test_part tests/gpu -m gpu tests/gpu
-# Of any device; many compilations. On a CPU the interpreter runs them, which `make test` does, as it compiles for GPUs
-# that are not here.
-if [ "$DEVICE" = cpu ]; then
-    echo "-- tests/triton: not on a CPU" | tee -a "$OUT/tests.txt"
-else
-    test_part tests/triton --ignore=tests/triton/test_ahead_of_time.py tests/triton
-fi
-grep -E "^(--|FAILED|ERROR|not begun)|(passed|failed|skipped|error).* in |no time left|Interrupt" "$OUT/tests.txt" | tail -n 40
+# A kernel that hangs ends its worker, which is replaced.
+if python3 -c 'import pytest_timeout' 2>/dev/null; then test_options+=(--timeout 60 --timeout-method thread); fi
 
-echo "== memory check of one small step of each design"
-if [ "$DEVICE" = cpu ]; then
-    echo "not on a CPU"
-elif command -v compute-sanitizer >/dev/null; then
-    for peer in "unisd fused" "unisd chunked"; do
-        echo "-- $peer"
-        # Without torch's pool, so that an access outside a tensor is one outside an allocation.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 within 40 compute-sanitizer --tool memcheck --error-exitcode 9 \
-            python3 -m bench --case smoke.bf16 --device "$DEVICE" --one-step-of "$peer"
+# cases SUITE SECONDS WATCHDOG: a part of the cases, into the one file, again where a contender took the process with it.
+cases() {
+    local suite=$1 limit=$2 watchdog=$3 end=$((SECONDS + $2)) attempt code=0 rest
+    echo "== cases: $suite"
+    for attempt in 1 2 3 4; do
+        rest=$((end - SECONDS))
+        [ $((rest < $(left) - reserve ? rest : $(left) - reserve)) -ge 20 ] || { echo "no time left"; break; }
+        # Nothing new is begun in the last ten seconds: what runs then may end.
+        within "$rest" python3 -m bench.suite --suite "$suite" --device "$DEVICE" \
+            --deadline $(((rest < $(left) - reserve ? rest : $(left) - reserve) - 10)) --watchdog "$watchdog" \
+            --rounds "${ROUNDS:-9}" --peer-rounds "${PEER_ROUNDS:-4}" --output "$OUT/bench.json" --resume 2>>"$OUT/bench_log.txt"
         code=$?
-        case $code in
-            0) ;;
-            124 | 137) echo "no answer within its time" ;;
-            *) failed "memory check of $peer, status $code" ;;
-        esac
+        case $code in 124 | 137) rm -f "$OUT/bench.json.in_flight" ;; esac # our limit, nobody's fault
+        # 3: a contender took the device with it. A call in flight: it took the process. The others deserve a fresh one.
+        [ $code -eq 3 ] || [ -e "$OUT/bench.json.in_flight" ] || break
+        echo "attempt $attempt: $(tail -n 1 "$OUT/bench_log.txt")"
     done
-else
-    echo "compute-sanitizer is absent"
-fi >"$OUT/sanitizer.txt" 2>&1
-grep -E "^--|FAILED|ERROR SUMMARY|no answer|absent|not on" "$OUT/sanitizer.txt"
+    case $code in
+        0) ;;
+        124 | 137) echo "cut off after $limit s" ;;
+        *) failed "cases $suite, status $code"; tail -n 5 "$OUT/bench_log.txt" ;;
+    esac
+}
 
-echo "== ceilings"
-within 45 python3 -m bench.ceilings --device "$DEVICE" --output "$OUT/ceilings.json" || failed ceilings
-
-echo "== cases"
-reserve=10
-for attempt in 1 2 3; do
-    # Nothing new is begun in the last 45 seconds: what runs then may end, and the tables need a few.
-    within 600 python3 -m bench.suite --suite "$CASES" --device "$DEVICE" --deadline $(($(left) - 45 - ${TUNING:-0})) \
-        --rounds "${ROUNDS:-9}" --peer-rounds "${PEER_ROUNDS:-4}" --output "$OUT/bench.json" --resume 2>>"$OUT/bench_log.txt"
-    code=$?
-    # 3: a contender took the device with it; the others deserve a fresh process.
-    [ $code -eq 3 ] || break
-    echo "attempt $attempt: $(tail -n 1 "$OUT/bench_log.txt")"
-done
-if [ $code -ne 0 ]; then
-    failed "cases, status $code"
-    tail -n 5 "$OUT/bench_log.txt"
-fi
-
-echo "== tiles"
-rest=$(($(left) - reserve))
-limit=$((rest < 60 ? rest : 60))
-if [ "$DEVICE" = cpu ]; then
-    echo "not on a CPU"
-    within 30 python3 -m bench.tuning --dry-run >>"$OUT/bench_log.txt" 2>&1 || failed tiles
-elif [ "$limit" -lt 20 ]; then
-    echo "skipped: $rest s are left"
-else
+tiles() {
+    echo "== tiles"
+    local limit=$1 code
+    if [ "$DEVICE" = cpu ]; then
+        echo "not on a CPU"
+        within 30 python3 -m bench.tuning --dry-run >>"$OUT/bench_log.txt" 2>&1 || failed tiles
+        return
+    fi
+    limit=$((limit < $(left) - reserve ? limit : $(left) - reserve))
+    [ "$limit" -ge 20 ] || { echo "skipped: $limit s are left"; return; }
     # A candidate that is begun may take ten seconds to compile.
     within "$limit" python3 -m bench.tuning --device "$DEVICE" --deadline $((limit - 12)) --output "$OUT/tuning.json" \
         >/dev/null 2>>"$OUT/bench_log.txt"
@@ -169,6 +151,54 @@ else
         124 | 137) echo "cut off after $limit s" ;;
         *) failed "tiles, status $code" ;;
     esac
+}
+
+memory_check() {
+    echo "== memory check of one small step of each design"
+    if [ "$DEVICE" = cpu ]; then
+        echo "not on a CPU"
+    elif command -v compute-sanitizer >/dev/null; then
+        for peer in "unisd fused" "unisd chunked"; do
+            echo "-- $peer"
+            # Without torch's pool, so that an access outside a tensor is one outside an allocation.
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 within 40 compute-sanitizer --tool memcheck --error-exitcode 9 \
+                python3 -m bench --case smoke.bf16 --device "$DEVICE" --one-step-of "$peer"
+            code=$?
+            case $code in
+                0) ;;
+                124 | 137) echo "no answer within its time" ;;
+                *) failed "memory check of $peer, status $code" ;;
+            esac
+        done
+    else
+        echo "compute-sanitizer is absent"
+    fi >"$OUT/sanitizer.txt" 2>&1
+    grep -E "^--|FAILED|ERROR SUMMARY|no answer|absent|not on" "$OUT/sanitizer.txt"
+    # The check's output went to the file, with its failures.
+    ! grep -q "^FAILED" "$OUT/sanitizer.txt" || status=1
+}
+
+if [ "$CASES" != gpu ]; then # a rehearsal
+    tests 200 tests/gpu -m gpu tests/gpu
+    within 45 python3 -m bench.ceilings --device "$DEVICE" --output "$OUT/ceilings.json" || failed ceilings
+    cases "$CASES" 200 90
+    tiles 60
+    memory_check
+else
+    # A first look at every kernel and every operation; the rest of the same files follows when the headline is safe.
+    tests 40 smoke -m "gpu and smoke" tests/gpu
+    echo "== ceilings"
+    within 30 python3 -m bench.ceilings --device "$DEVICE" --output "$OUT/ceilings.json" || failed ceilings
+    cases headline 100 60
+    tiles 60
+    tests 90 tests/gpu -m "gpu and not smoke" tests/gpu
+    # Of any device; many compilations. `make test` runs them under the interpreter, and compiles ahead of time.
+    tests 60 tests/triton -m "not exhaustive" --ignore=tests/triton/test_ahead_of_time.py tests/triton
+    cases peers 70 60
+    cases heads 60 60
+    memory_check
+    cases rows 60 60
+    cases compiled 120 110
 fi
 
 echo "== tables"
@@ -189,5 +219,6 @@ echo "== tables"
 } >"$OUT/tables.md"
 [ ! -e "$OUT/ceilings.json" ] || cat "$OUT/ceilings.json"
 cat "$OUT/tables.md"
+rm -f "$OUT"/*.in_flight "$OUT"/*.partial
 echo "status $status after $SECONDS s"
 exit $status

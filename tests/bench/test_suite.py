@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from bench import energy, suite, timing
 from bench import measure as measuring
-from bench import suite, timing
 from bench.cases import ACCELERATOR_CASES, CASES, SHAPES
 from bench.deadline import Deadline
 from bench.peers import FLOOR, OURS, PEERS, Peer
 from bench.tables import report
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 class Clock:
@@ -40,7 +45,11 @@ def test_order_and_reach_of_the_gpu_plan():
     entries = suite.plan("gpu")
     names = [entry.case.name for entry in entries]
     headline = [f"llama3.1-8b.{operation}.8192" for operation in ("kl", "kl_trainable", "unisd_star", "scoring")]
-    assert names[:4] == headline
+    # First what nobody else can measure, then the same with the others.
+    assert names[:8] == headline * 2
+    assert all(set(entry.peers) == {FLOOR, OURS, "unisd fused", "unisd chunked"} for entry in entries[:4])
+    assert any("trl composed" in entry.peers for entry in entries[4:8])
+    assert entries == [entry for part in suite.PARTS for entry in suite.plan(part)]
     assert set(names) == {case.name for case in ACCELERATOR_CASES}
     for shape in SHAPES:
         rows = {case.num_rows for case in ACCELERATOR_CASES if case.name.startswith(f"{shape}.unisd_star")}
@@ -135,6 +144,70 @@ def test_a_lost_device_costs_one_entry(tmp_path, monkeypatch):
     assert result["left_out"] == []
     assert [row["peer"] for row in result["rows"]] == [FLOOR, OURS, "fatal", FLOOR, OURS]
     assert "took the device with it" in result["rows"][1]["failure"]
+
+
+HANGS = """
+import faulthandler, sys, time
+from pathlib import Path
+from bench import measure, suite
+from bench.deadline import Deadline
+from bench.peers import FLOOR, OURS, PEERS, Peer
+import torch
+
+measure.SHORTEST_ON_CPU = 0.01
+
+def hang(case, beta, device):
+    time.sleep(600)
+
+def crash(case, beta, device):
+    faulthandler._sigsegv()
+
+PEERS["hang"], PEERS["crash"] = Peer("hang", hang), Peer("crash", crash)
+first, second = suite.plan("smoke")[:2]
+entries = [suite.Entry(case, (FLOOR, OURS, "crash", "hang", "unisd torch")) for case in (first.case, second.case)]
+sys.exit(suite.run(entries, torch.device("cpu"), Deadline(1000), Path(sys.argv[1]), 1, 1, True, 15.0))
+"""
+
+
+def test_a_contender_that_hangs_or_crashes_costs_itself(tmp_path):
+    """Three processes: the first is lost to a crash, the second to a call that does not return."""
+    output = tmp_path / "bench.json"
+
+    def process():
+        command = [sys.executable, "-c", HANGS, str(output)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+    crashed = process()
+    assert crashed.returncode == -signal.SIGSEGV
+    result = json.loads(output.read_text())
+    # What came before the culprit is there already, and says that it was not timed.
+    assert [row["peer"] for row in result["rows"]] == [FLOOR, OURS]
+    assert all("not timed" in row["failure"] and "gradient_error" in row for row in result["rows"][1:])
+    hung = process()
+    assert hung.returncode == 1
+    assert "Timeout (0:00:15)" in hung.stderr
+    assert "in hang" in hung.stderr  # where it hung
+    assert process().returncode == 0
+    result = json.loads(output.read_text())
+    assert not suite.in_flight(output).exists()
+    assert result["left_out"] == []
+    for rows in (result["rows"][:5], result["rows"][5:]):
+        failures = {row["peer"]: row.get("failure") for row in rows}
+        assert failures.pop("crash").startswith("ended the process in its first call of smoke.kl: a crash, or no")
+        assert failures.pop("hang").startswith("ended the process in its first call of smoke.kl")
+        assert failures == {FLOOR: None, OURS: None, "unisd torch": None}
+
+
+def test_a_failing_energy_counter_costs_the_joules_only(tmp_path, monkeypatch):
+    def broken(step, device):
+        raise energy.NoEnergy("NVML: GPU is lost")
+
+    monkeypatch.setattr(measuring, "joules_per_step", broken)
+    floor, ours = measuring.measure(CASES["smoke.scoring"], CPU, 2, (FLOOR, OURS), with_energy=True)
+    assert "median_seconds" in ours
+    assert "joules" not in ours
+    assert "no joules: NVML: GPU is lost" in ours["note"]
+    assert floor["note"].startswith("bare matrix products")
 
 
 def test_a_case_that_cannot_be_prepared_costs_itself(tmp_path, monkeypatch):
