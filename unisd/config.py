@@ -177,6 +177,8 @@ class UniSDConfig(DistillationConfig):
             "feature_weight": self.feature_weight,
             "divergence_weight": self.divergence_weight,
             "normalization": self.normalization,
+            # A term of weight 0 is not paid for: feature matching alone needs no logits.
+            "return_statistics": False,
             "impl": self.impl,
             "workspace_bytes": self.workspace_bytes,
         }

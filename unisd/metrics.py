@@ -93,8 +93,9 @@ def add_loss_statistics(
     `feature_distance`, `student_entropy`, `teacher_entropy`, and `nonfinite_share` (share of micro-batches whose loss
     is NaN or infinite). Units are those of `UniSDLoss`; mechanisms that are off add nothing.
     """
-    window.add_values("divergence", result.divergence)
-    if clips:
+    if result.divergence is not None:
+        window.add_values("divergence", result.divergence)
+    if clips and result.clipped is not None:
         window.add_values("clipped_share", result.clipped)
     if agreement_weights is not None:
         window.add_values("agreement_weight", agreement_weights)

@@ -194,6 +194,7 @@ class UniSDTrainer(DistillationTrainer):
         )
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
         self._warned_of_nonfinite_loss = False
+        self._has_entropy = True
         self.drift: DriftProbe | None = self._make_drift_probe(student, drift_probe)
         self.add_callback(_AfterStep(self))
 
@@ -324,9 +325,11 @@ class UniSDTrainer(DistillationTrainer):
         with gathered_head(student):
             result = self._loss_of_rows(student, hidden, rows, scored, self._num_items(inputs, num_items_in_batch))
         self._add_metrics(mode, result, scored, rows)
-        assert result.student_entropy is not None
         num_tokens = torch.tensor(rows.ids.numel(), device=result.loss.device)
-        return result.loss, result.student_entropy.sum(), num_tokens
+        # Feature matching alone makes no logits; `_flush_metrics` then takes out what TRL logs of this zero.
+        self._has_entropy = result.student_entropy is not None
+        entropy = result.loss.new_zeros(()) if result.student_entropy is None else result.student_entropy.sum()
+        return result.loss, entropy, num_tokens
 
     def _teacher_passes(self, student: Any, inputs: dict[str, Any], rows: _Rows, mask: torch.Tensor) -> _Scored:
         """Every view under the teacher's weights, one pass a view. Runs before the student's pass, see
@@ -498,10 +501,15 @@ class UniSDTrainer(DistillationTrainer):
             metrics[PREFIX + name].append(value)
         if not values:
             return
+        if not self._has_entropy:
+            metrics.pop("entropy", None)
         metrics[PREFIX + "peak_memory_gib"].append(peak_memory_gib(self.accelerator.device))
         seconds = sum(metrics.get("step_time", ()))
-        if mode == "train" and seconds > 0 and "divergence" in values:
-            metrics[PREFIX + "completion_tokens_per_second"].append(values["divergence"][1] / seconds)
+        num_tokens = next(
+            (values[name][1] for name in ("divergence", "feature_distance", "contrastive") if name in values), 0.0
+        )
+        if mode == "train" and seconds > 0 and num_tokens:
+            metrics[PREFIX + "completion_tokens_per_second"].append(num_tokens / seconds)
         share = values["nonfinite_share"][0]
         if share > 0 and not self._warned_of_nonfinite_loss:
             self._warned_of_nonfinite_loss = True

@@ -138,7 +138,7 @@ def resolve(impl: str | None, device: torch.device, dtype: torch.dtype | None = 
         impl = os.environ.get("UNISD_IMPL") or None
         source = "UNISD_IMPL"
     if impl is not None:
-        if impl not in _IMPLEMENTATIONS:
+        if not isinstance(impl, str) or impl not in _IMPLEMENTATIONS:
             raise ValueError(f"{source} must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
         reason = _IMPLEMENTATIONS[impl].reason_against(device, dtype)
         if reason is not None:

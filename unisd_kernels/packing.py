@@ -20,11 +20,18 @@ def pack_rows(mask: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor,
         the packed tensors, each [N, ...], in the order given, then `cu_seqlens` int32 [B + 1].
 
     Raises:
-        ValueError: a tensor whose first two dimensions are not the mask's.
+        TypeError: something that is not a tensor, or a complex mask.
+        ValueError: a tensor whose first two dimensions are not the mask's, or on another device; on a CPU also a NaN in
+            the mask.
 
     Example:
         >>> hidden, ids, cu_seqlens = pack_rows(completion_mask, hidden_states, completion_ids)
     """
+    for name, value in (("mask", mask), *((f"tensor {i}", tensor) for i, tensor in enumerate(tensors))):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if mask.is_complex():
+        raise TypeError(f"mask must be a bool, integer or floating-point tensor, got {mask.dtype}")
     if mask.dim() != 2:
         raise ValueError(f"mask must have shape [B, T], got {tuple(mask.shape)}")
     for position, tensor in enumerate(tensors):
@@ -33,6 +40,10 @@ def pack_rows(mask: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor,
                 f"tensor {position} has shape {tuple(tensor.shape)}; its first two dimensions must be those of the "
                 f"mask, {tuple(mask.shape)}"
             )
+        if tensor.device != mask.device:
+            raise ValueError(f"tensor {position} is on {tensor.device} but mask is on {mask.device}; move one of them")
+    if mask.is_floating_point() and mask.device.type == "cpu" and bool(mask.isnan().any()):
+        raise ValueError("mask contains NaN: whether these positions are valid is not known")
     valid = mask != 0
     lengths = valid.sum(dim=1, dtype=torch.int32)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -55,7 +66,14 @@ def sequence_ids(cu_seqlens: torch.Tensor, num_rows: int) -> torch.Tensor:
     )
 
 
-def sequence_sums(values: torch.Tensor, ids: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    """Sum [..., N] over the rows of each sequence, giving [..., B]; an empty sequence sums to 0."""
-    sums = values.new_zeros((*values.shape[:-1], num_sequences))
-    return sums.index_add(-1, ids, values)
+@torch.no_grad()
+def sequence_sums(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Sum [..., N] over the rows of each sequence, giving [..., B]; an empty sequence sums to 0. No gradient.
+
+    One sequence's rows are added up in one order, in float64: the same bits at every call also on a GPU (where
+    `index_add` adds in the order of arrival), and for float32 the sum itself but for its last rounding.
+    """
+    wide = values.to(torch.float64).movedim(-1, 0).contiguous()
+    # Without its own check of the offsets, which would wait for a GPU.
+    sums = torch.segment_reduce(wide, "sum", offsets=cu_seqlens.long().contiguous(), axis=0, unsafe=True, initial=0)
+    return sums.movedim(0, -1).to(values.dtype)

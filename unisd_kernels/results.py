@@ -35,10 +35,14 @@ class AgreementWeights(NamedTuple):
 class UniSDLoss(NamedTuple):
     """The result of `unisd_loss`. Only `loss` carries a gradient; the rest are detached statistics.
 
+    With `return_statistics=False` a term of weight 0 is not computed: `divergence`, `clipped`, `weights` and what
+    belongs to the agreement are None with `divergence_weight=0`, `negative_logprobs` and `contrastive` with
+    `contrastive_weight=0`, and where neither term is computed the log-probabilities and entropies too.
+
     Scalars (float32, or float64 for float64 inputs):
         loss: the total.
         divergence_loss, contrastive_loss, feature_loss: its three parts before `divergence_weight`,
-            `contrastive_weight` and `feature_weight` (zero where the mechanism is off).
+            `contrastive_weight` and `feature_weight` (zero where the mechanism is off or not computed).
 
     Per token, [N]:
         divergence: `D_n` before clipping, nats.
@@ -58,11 +62,11 @@ class UniSDLoss(NamedTuple):
     divergence_loss: torch.Tensor
     contrastive_loss: torch.Tensor
     feature_loss: torch.Tensor
-    divergence: torch.Tensor
-    clipped: torch.Tensor
-    weights: torch.Tensor
-    student_logprobs: torch.Tensor
-    teacher_logprobs: torch.Tensor
+    divergence: torch.Tensor | None
+    clipped: torch.Tensor | None
+    weights: torch.Tensor | None
+    student_logprobs: torch.Tensor | None
+    teacher_logprobs: torch.Tensor | None
     student_entropy: torch.Tensor | None
     teacher_entropy: torch.Tensor | None
     negative_logprobs: torch.Tensor | None

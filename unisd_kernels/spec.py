@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,10 @@ Normalization = Literal["sequence", "token"]
 WeightNormalization = Literal["weighted", "count"]
 
 
+# An int may be larger than any float.
+_LARGEST = sys.float_info.max
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -26,7 +31,7 @@ def check_number(name: str, value: float, *, low: float = -math.inf, high: float
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     # Not math.isfinite: torch.compile may trace this with a symbol for the value.
-    if not -math.inf < value < math.inf or value < low or value > high or (open_low and value == low):
+    if not -_LARGEST <= value <= _LARGEST or value < low or value > high or (open_low and value == low):
         if math.isinf(low) and math.isinf(high):
             wanted = "finite"
         elif math.isinf(high):
@@ -34,6 +39,11 @@ def check_number(name: str, value: float, *, low: float = -math.inf, high: float
         else:
             wanted = f"in {']' if open_low else '['}{low:g}, {high:g}]"
         raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class LossSpec:
     divergence_weight: float = 1.0
     normalization: Normalization = "sequence"
     return_entropy: bool = True
+    return_statistics: bool = True
 
     def __post_init__(self) -> None:
         check_number("beta", self.beta, low=0.0, high=1.0)
@@ -72,6 +83,17 @@ class LossSpec:
         for name in ("agreement_gamma", "contrastive_weight", "feature_weight", "divergence_weight"):
             check_number(name, getattr(self, name), low=0.0)
         check_number("contrastive_margin", self.contrastive_margin)
+        check_flag("return_entropy", self.return_entropy)
+        check_flag("return_statistics", self.return_statistics)
+
+    @property
+    def runs_divergence(self) -> bool:
+        """Is the divergence, with the weights of its tokens, computed?"""
+        return self.return_statistics or self.divergence_weight > 0
+
+    def runs_contrast(self, has_negative: bool) -> bool:
+        """Is the contrastive term computed?"""
+        return has_negative and (self.return_statistics or self.contrastive_weight > 0)
 
     def resolved_weight_normalization(self, has_agreement: bool) -> WeightNormalization:
         """Dividing by sum(w) makes a sequence-level weight cancel, so there the default is the token count."""
@@ -104,3 +126,11 @@ class LossInputs:
     @property
     def num_sequences(self) -> int:
         return self.cu_seqlens.numel() - 1
+
+    def share(self, normalization: Normalization, dtype: torch.dtype) -> float | torch.Tensor:
+        """What this call's items are of all `num_items`; without a row there is nothing to share."""
+        if self.num_items is None or self.num_rows == 0:
+            return 1.0
+        local = self.num_sequences if normalization == "sequence" else self.num_rows
+        # A quotient of integers would be float32.
+        return local / (self.num_items.to(dtype) if isinstance(self.num_items, torch.Tensor) else self.num_items)

@@ -9,24 +9,50 @@ from __future__ import annotations
 import torch
 
 from unisd_kernels.heads import LMHead
-from unisd_kernels.spec import LossInputs, LossSpec
+from unisd_kernels.reference.logprobs import statistics_dtype
+from unisd_kernels.spec import LossInputs, LossSpec, check_number
+
+# Of hidden states and heads. float8 has no arithmetic of its own, and its scale is kept elsewhere.
+_OPERANDS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check_tensor(name: str, value: object, shape: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {shape}, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense torch.Tensor {shape}, got one with layout {value.layout}")
+
+
+def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} but the hidden states are on {device}; move one of them")
+
+
+def check_operand_dtype(name: str, tensor: torch.Tensor) -> None:
+    """A floating-point dtype that can be computed with."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if tensor.dtype not in _OPERANDS:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; convert it first")
+
+
+def check_head(name: str, head: object) -> None:
+    if not isinstance(head, LMHead):
+        raise TypeError(
+            f"{name} must be an LMHead, got {type(head).__name__}; use LMHead(weight) or LMHead.from_model(model)"
+        )
 
 
 def check_hidden(name: str, hidden: torch.Tensor, head: LMHead, head_name: str) -> None:
     """A [N, H] hidden state that fits its head in width, dtype and device."""
-    if not isinstance(hidden, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor [N, H], got {type(hidden).__name__}")
-    if not isinstance(head, LMHead):
-        raise TypeError(
-            f"{head_name} must be an LMHead, got {type(head).__name__}; use LMHead(weight) or LMHead.from_model(model)"
-        )
+    _check_tensor(name, hidden, "[N, H]")
+    check_head(head_name, head)
     if hidden.dim() != 2:
         raise ValueError(
             f"{name} must have shape [N, H] (packed valid rows), got {tuple(hidden.shape)}; "
             "pack padded [B, T, H] states with unisd_kernels.pack_rows(mask, hidden, ids)"
         )
-    if not hidden.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {hidden.dtype}")
+    check_operand_dtype(name, hidden)
     if hidden.shape[1] != head.hidden_size:
         raise ValueError(
             f"{name} has hidden size {hidden.shape[1]} but {head_name} expects {head.hidden_size} "
@@ -34,10 +60,24 @@ def check_hidden(name: str, hidden: torch.Tensor, head: LMHead, head_name: str) 
         )
     if hidden.device != head.weight.device:
         raise ValueError(f"{name} is on {hidden.device} but {head_name} is on {head.weight.device}; move one of them")
-    if hidden.dtype != head.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if hidden.dtype == head.weight.dtype:
+        return
+    # Autocast leaves float64 alone.
+    if torch.float64 in (hidden.dtype, head.weight.dtype):
+        raise TypeError(f"{name} is {hidden.dtype} but {head_name} is {head.weight.dtype}; convert one of them")
+    if not torch.is_autocast_enabled(hidden.device.type):
         raise TypeError(
             f"{name} is {hidden.dtype} but {head_name} is {head.weight.dtype}; convert one of them, "
             "or run under torch.autocast"
+        )
+
+
+def check_same_precision(name: str, hidden: torch.Tensor, student_hidden: torch.Tensor) -> None:
+    """Views may differ in dtype, but statistics are either float32 or float64."""
+    if statistics_dtype(hidden.dtype) != statistics_dtype(student_hidden.dtype):
+        raise TypeError(
+            f"{name} is {hidden.dtype} but student_hidden is {student_hidden.dtype}; float64 goes only with float64, "
+            "convert one model's hidden states and head"
         )
 
 
@@ -58,14 +98,12 @@ def check_heads_match(student: LMHead, teacher: LMHead, name: str = "teacher_hea
 
 
 def check_target_ids(target_ids: torch.Tensor, num_rows: int, num_columns: int, device: torch.device) -> None:
-    if not isinstance(target_ids, torch.Tensor):
-        raise TypeError(f"target_ids must be a torch.Tensor [N], got {type(target_ids).__name__}")
+    _check_tensor("target_ids", target_ids, "[N]")
     if target_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target_ids must be int64 or int32, got {target_ids.dtype}")
     if target_ids.shape != (num_rows,):
         raise ValueError(f"target_ids must have shape [{num_rows}], one id a row, got {tuple(target_ids.shape)}")
-    if target_ids.device != device:
-        raise ValueError(f"target_ids is on {target_ids.device} but the hidden states are on {device}")
+    _check_device("target_ids", target_ids, device)
     if num_rows == 0:
         return
     if device.type == "cpu":
@@ -82,14 +120,12 @@ def check_target_ids(target_ids: torch.Tensor, num_rows: int, num_columns: int, 
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, num_rows: int, device: torch.device) -> None:
-    if not isinstance(cu_seqlens, torch.Tensor):
-        raise TypeError(f"cu_seqlens must be a torch.Tensor [B + 1], got {type(cu_seqlens).__name__}")
+    _check_tensor("cu_seqlens", cu_seqlens, "[B + 1]")
     if cu_seqlens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens must have shape [B + 1], got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} but the hidden states are on {device}")
+    _check_device("cu_seqlens", cu_seqlens, device)
     proper = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_rows) & (cu_seqlens.diff() >= 0).all()
     if device.type != "cpu":
         torch._assert_async(proper, f"cu_seqlens must rise from 0 to {num_rows}")
@@ -98,6 +134,45 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, num_rows: int, device: torch.devi
             f"cu_seqlens must start at 0, end at the number of rows ({num_rows}) and never fall, "
             f"got {cu_seqlens.tolist() if cu_seqlens.numel() <= 16 else cu_seqlens}"
         )
+
+
+def check_token_weights(weights: torch.Tensor, num_rows: int, device: torch.device) -> None:
+    """[N] floating-point, >= 0, no gradient. NaN and infinity make the loss NaN, as in any other input."""
+    _check_tensor("token_weights", weights, "[N]")
+    check_operand_dtype("token_weights", weights)
+    if weights.shape != (num_rows,):
+        raise ValueError(f"token_weights must have shape [{num_rows}], got {tuple(weights.shape)}")
+    _check_device("token_weights", weights, device)
+    if weights.requires_grad:
+        raise ValueError("token_weights must not require a gradient (no gradient flows through weights); detach it")
+    negative = (weights < 0).any()
+    if device.type != "cpu":
+        torch._assert_async(~negative, "token_weights must be >= 0")
+    elif bool(negative):
+        raise ValueError(f"token_weights must be >= 0, got values down to {float(weights.min()):g}")
+
+
+def check_num_items(num_items: float | torch.Tensor | None, num_rows: int, device: torch.device) -> None:
+    """A finite number > 0, as a Python number or a 0-dim tensor. (0 too where there are no rows to count.)"""
+    if num_items is None:
+        return
+    low, strict = 0.0, num_rows > 0
+    if not isinstance(num_items, torch.Tensor):
+        check_number("num_items", num_items, low=low, open_low=strict)
+        return
+    _check_tensor("num_items", num_items, "[]")
+    if num_items.dim() != 0:
+        raise ValueError(f"num_items must be a number or a 0-dim tensor, got shape {tuple(num_items.shape)}")
+    if num_items.dtype == torch.bool or num_items.is_complex():
+        raise TypeError(f"num_items must be an integer or floating-point tensor, got {num_items.dtype}")
+    if num_items.requires_grad:
+        raise ValueError("num_items must not require a gradient; detach it")
+    if num_items.device.type == "cpu":
+        check_number("num_items", num_items.item(), low=low, open_low=strict)
+        return
+    _check_device("num_items", num_items, device)
+    proper = torch.isfinite(num_items) & (num_items > low if strict else num_items >= low)
+    torch._assert_async(proper, "num_items must be finite and > 0")
 
 
 def check_workspace(workspace_bytes: int | None) -> None:
@@ -141,20 +216,28 @@ def autocast_operands(
 def check_loss_inputs(inputs: LossInputs, spec: LossSpec) -> None:
     """All of `unisd_loss`'s tensors: shapes, dtypes, devices, and on a CPU the values of ids and offsets."""
     check_hidden("student_hidden", inputs.student_hidden, inputs.student_head, "student_head")
+    check_head("teacher_head", inputs.teacher_head)
+    for name in ("auxiliary_head", "negative_head"):
+        if getattr(inputs, name) is not None:
+            check_head(name, getattr(inputs, name))
     num_rows, device = inputs.num_rows, inputs.student_hidden.device
     others: list[tuple[str, torch.Tensor, LMHead, str]] = [
         ("teacher_hidden", inputs.teacher_hidden, inputs.teacher_head, "teacher_head")
     ]
     if inputs.negative_hidden is not None:
-        head_name = "teacher_head" if inputs.negative_head is None else "negative_head"
-        head = inputs.negative_head or inputs.teacher_head
+        head, head_name = inputs.negative_head, "negative_head"
+        if head is None:
+            head, head_name = inputs.teacher_head, "teacher_head"
         others.append(("negative_hidden", inputs.negative_hidden, head, head_name))
     for k, hidden in enumerate(inputs.auxiliary_hidden):
-        head_name = "teacher_head" if inputs.auxiliary_head is None else "auxiliary_head"
-        others.append((f"auxiliary_hidden[{k}]", hidden, inputs.auxiliary_head or inputs.teacher_head, head_name))
+        head, head_name = inputs.auxiliary_head, "auxiliary_head"
+        if head is None:
+            head, head_name = inputs.teacher_head, "teacher_head"
+        others.append((f"auxiliary_hidden[{k}]", hidden, head, head_name))
     for name, hidden, head, head_name in others:
         check_hidden(name, hidden, head, head_name)
         check_same_rows(name, hidden, num_rows)
+        check_same_precision(name, hidden, inputs.student_hidden)
         check_heads_match(inputs.student_head, head, head_name)
         if hidden.device != device:
             raise ValueError(f"{name} is on {hidden.device} but student_hidden is on {device}; move one of them")
@@ -165,13 +248,6 @@ def check_loss_inputs(inputs: LossInputs, spec: LossSpec) -> None:
             f"feature matching compares hidden states of one width, got {tuple(inputs.student_hidden.shape)} and "
             f"{tuple(inputs.teacher_hidden.shape)}; set feature_weight=0 for models of different width"
         )
-    weights = inputs.token_weights
-    if weights is not None:
-        if not isinstance(weights, torch.Tensor) or not weights.is_floating_point():
-            raise TypeError("token_weights must be a floating-point torch.Tensor [N]")
-        if weights.shape != (num_rows,):
-            raise ValueError(f"token_weights must have shape [{num_rows}], got {tuple(weights.shape)}")
-        if weights.requires_grad:
-            raise ValueError("token_weights must not require a gradient (no gradient flows through weights); detach it")
-    if isinstance(inputs.num_items, (int, float)) and not inputs.num_items > 0:
-        raise ValueError(f"num_items must be > 0, got {inputs.num_items}")
+    if inputs.token_weights is not None:
+        check_token_weights(inputs.token_weights, num_rows, device)
+    check_num_items(inputs.num_items, num_rows, device)

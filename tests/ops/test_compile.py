@@ -54,6 +54,17 @@ def compare(problem, **options):
         ),
         ({"frozen_head": True, "softcap": 3.0, "logit_scale": 0.5}, {"agreement": "sequence", "num_items": 7}),
         ({"frozen_head": True, "lengths": (0, 0)}, {}),
+        (
+            {"frozen_head": False},
+            {
+                "return_statistics": False,
+                "divergence_weight": 0.0,
+                "contrastive_weight": 0.0,
+                "feature_weight": 1.0,
+            },
+        ),
+        ({"frozen_head": True}, {"return_statistics": False, "divergence_weight": 0.0}),
+        ({"frozen_head": True}, {"return_statistics": False, "contrastive_weight": 0.0, "return_entropy": False}),
     ],
 )
 def test_no_graph_break_and_the_same_numbers(make, options):
@@ -86,6 +97,24 @@ def test_bad_values_are_refused_when_the_graph_runs():
     arguments["target_ids"] = arguments["target_ids"] + 10**6
     compiled = torch.compile(lambda: unisd_loss(**arguments).loss, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="target_ids must lie in"):
+        compiled()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_items": True}, "num_items must be a number, got bool"),
+        ({"num_items": "3"}, "num_items must be a number, got str"),
+        ({"num_items": torch.tensor(-2)}, "num_items must be > 0, got -2"),
+        ({"num_items": torch.tensor([3.0])}, r"0-dim tensor, got shape \(1,\)"),
+        ({"token_weights": torch.full((8,), -1.0)}, "token_weights must be >= 0, got values down to -1"),
+        ({"token_weights": torch.ones(8, requires_grad=True)}, "token_weights must not require a gradient"),
+    ],
+)
+def test_bad_arguments_do_not_slip_through(change, message):
+    arguments = make_problem(frozen_head=True).to(torch.float32).arguments()
+    compiled = torch.compile(lambda: unisd_loss(**{**arguments, **change}).loss, backend="aot_eager")
+    with pytest.raises(Exception, match=message):
         compiled()
 
 

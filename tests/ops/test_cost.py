@@ -60,6 +60,18 @@ def measure(function, leaves):
         (True, 0, False, {"clip_quantile": 0.9}, 3),
         (True, 0, True, {}, 4),
         (True, 0, False, {"divergence_weight": 0.0, "feature_weight": 1.0}, 2),  # statistics only
+        (False, 0, False, {"divergence_weight": 0.0, "feature_weight": 1.0, "clip_quantile": 0.9}, 2),
+        # Terms of weight 0 whose statistics nobody wants: the agreement belongs to the divergence.
+        *(
+            (frozen, 3, True, {"return_statistics": False, **weights}, products)
+            for frozen, extra in ((True, 0), (False, 1))
+            for weights, products in (
+                ({"divergence_weight": 0.0, "contrastive_weight": 0.0, "feature_weight": 1.0}, 0),
+                ({"contrastive_weight": 0.0, "feature_weight": 1.0}, 6 + extra),
+                ({"divergence_weight": 0.0}, 4 + extra),
+                ({}, 7 + extra),
+            )
+        ),
         (False, 0, False, {}, 4),
         (False, 3, True, {"clip_cap": 0.5}, 8),
         (False, 0, False, {"clip_quantile": 0.9}, 6),  # documented: the cap is needed before dW is summed

@@ -8,7 +8,7 @@ from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
 from unisd_kernels.reference.agreement import disagreement, sequence_weight, token_weight
 from unisd_kernels.results import AgreementWeights
 from unisd_kernels.spec import check_choice, check_number
-from unisd_kernels.validation import check_cu_seqlens
+from unisd_kernels.validation import check_cu_seqlens, check_operand_dtype
 
 
 @torch.no_grad()
@@ -47,9 +47,11 @@ def agreement_weights(
 
     Source: docs/design.md; UniSD, arXiv 2605.06597.
     """
-    if not isinstance(logprobs, torch.Tensor) or logprobs.dim() != 2 or not logprobs.is_floating_point():
-        got = tuple(logprobs.shape) if isinstance(logprobs, torch.Tensor) else type(logprobs).__name__
-        raise ValueError(f"logprobs must be a floating-point tensor [K, N], got {got}; stack the K views")
+    if not isinstance(logprobs, torch.Tensor):
+        raise TypeError(f"logprobs must be a torch.Tensor [K, N], got {type(logprobs).__name__}; stack the K views")
+    if logprobs.dim() != 2:
+        raise ValueError(f"logprobs must have shape [K, N], got {tuple(logprobs.shape)}; stack the K views")
+    check_operand_dtype("logprobs", logprobs)
     num_views, num_rows = logprobs.shape
     check_cu_seqlens(cu_seqlens, num_rows, logprobs.device)
     check_choice("level", level, ("token", "sequence"))
@@ -64,7 +66,6 @@ def agreement_weights(
     if level == "token":
         spread = disagreement(logprobs, statistic, unbiased=True)
         return AgreementWeights(token_weight(spread, gamma, quantile), spread)
-    ids = sequence_ids(cu_seqlens, num_rows)
-    means = sequence_sums(logprobs, ids, num_sequences) / sequence_lengths(cu_seqlens).clamp(min=1)
+    means = sequence_sums(logprobs, cu_seqlens) / sequence_lengths(cu_seqlens).clamp(min=1)
     spread = disagreement(means, statistic, unbiased=False)
-    return AgreementWeights(sequence_weight(spread, gamma)[ids], spread)
+    return AgreementWeights(sequence_weight(spread, gamma)[sequence_ids(cu_seqlens, num_rows)], spread)

@@ -13,10 +13,11 @@ import torch
 
 from unisd_kernels.dispatch import resolve
 from unisd_kernels.heads import LMHead
+from unisd_kernels.ops.autograd import first_order_only
 from unisd_kernels.ops.fused_loss import loss_and_gradients
 from unisd_kernels.reference.logprobs import statistics_dtype
 from unisd_kernels.results import UniSDLoss
-from unisd_kernels.spec import LossInputs, LossSpec
+from unisd_kernels.spec import LossInputs, LossSpec, check_number
 from unisd_kernels.tiles import driver
 from unisd_kernels.tiles.base import Wanted
 from unisd_kernels.validation import check_loss_inputs
@@ -26,8 +27,16 @@ _SCALARS = 4  # loss and its three parts lead the fields of UniSDLoss
 
 def compiled_unisd_loss(inputs: LossInputs, spec: LossSpec, impl: str | None, workspace: int) -> UniSDLoss:
     """`unisd_loss` inside a graph."""
+    # What the operator cannot see: it gets a float, and tensors without autograd. The rest is checked when it runs.
+    for name in ("token_weights", "num_items"):
+        value = getattr(inputs, name)
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            raise ValueError(f"{name} must not require a gradient; detach it")
+    if inputs.num_items is not None and not isinstance(inputs.num_items, torch.Tensor):
+        check_number("num_items", inputs.num_items, low=0.0)
     student, teacher = inputs.student_head, inputs.teacher_head
-    auxiliary, negative = inputs.auxiliary_head or teacher, inputs.negative_head or teacher
+    auxiliary = teacher if inputs.auxiliary_head is None else inputs.auxiliary_head
+    negative = teacher if inputs.negative_head is None else inputs.negative_head
     wanted = driver.wanted_gradients(inputs.student_hidden, student.active_weight, student.active_bias)
     num_items = inputs.num_items
     heads = (student, teacher, auxiliary, negative)
@@ -63,11 +72,12 @@ def compiled_unisd_loss(inputs: LossInputs, spec: LossSpec, impl: str | None, wo
         float(spec.divergence_weight),
         spec.normalization,
         spec.return_entropy,
+        spec.return_statistics,
         [wanted.hidden, wanted.weight, wanted.bias],
         impl,
         workspace,
     )
-    present = _present(len(inputs.auxiliary_hidden), inputs.negative_hidden, spec.feature_weight, spec.return_entropy)
+    present = _present(len(inputs.auxiliary_hidden), inputs.negative_hidden is not None, spec)
     loss, *statistics = (value if there else None for value, there in zip(flat, present))
     return UniSDLoss(loss, *(None if value is None else value.detach() for value in statistics))  # type: ignore[arg-type]
 
@@ -103,6 +113,7 @@ def _loss_operator(
     divergence_weight: float,
     normalization: str,
     return_entropy: bool,
+    return_statistics: bool,
     wanted: list[bool],
     impl: str | None,
     workspace: int,
@@ -148,6 +159,7 @@ def _loss_operator(
         divergence_weight=divergence_weight,
         normalization=normalization,  # type: ignore[arg-type]
         return_entropy=return_entropy,
+        return_statistics=return_statistics,
     )
     check_loss_inputs(inputs, spec)
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
@@ -172,19 +184,28 @@ def _(  # type: ignore[no-untyped-def]
     cu_seqlens,
     *rest,
 ):
-    agreement, feature_weight, return_entropy, wanted = rest[9], rest[15], rest[18], rest[19]
+    agreement, wanted = rest[9], rest[20]
     num_rows = student_hidden.shape[0]
     dtype = statistics_dtype(student_hidden.dtype)
 
     def new(*shape, dtype=dtype):  # type: ignore[no-untyped-def]
         return student_hidden.new_empty(shape, dtype=dtype)
 
-    present = _present(len(auxiliary_hidden), negative_hidden, feature_weight, return_entropy)
+    spec = LossSpec(
+        contrastive_weight=rest[13],
+        feature_weight=rest[15],
+        divergence_weight=rest[16],
+        return_entropy=rest[18],
+        return_statistics=rest[19],
+    )
+    present = _present(len(auxiliary_hidden), negative_hidden is not None, spec)
     shapes: list[tuple[int, ...]] = [()] * _SCALARS + [(num_rows,)] * 10
     shapes.append((len(auxiliary_hidden), num_rows))
     shapes.append((num_rows if agreement == "token" else cu_seqlens.shape[0] - 1,))
-    fields = [new(*shape) if there else new(0) for shape, there in zip(shapes, present, strict=True)]
-    fields[UniSDLoss._fields.index("clipped")] = new(num_rows, dtype=torch.bool)
+    fields = [
+        new(*(shape if there else (0,)), dtype=torch.bool if there and name == "clipped" else dtype)
+        for name, shape, there in zip(UniSDLoss._fields, shapes, present, strict=True)
+    ]
     gradients = [
         new(*like.shape) if is_wanted else new(0)
         for like, is_wanted in zip((student_hidden, student_weight, student_bias), wanted, strict=True)
@@ -192,16 +213,16 @@ def _(  # type: ignore[no-untyped-def]
     return [*fields, *gradients, new()]
 
 
-def _present(num_auxiliary: int, negative: torch.Tensor | None, feature_weight: float, entropy: bool) -> list[bool]:
+def _present(num_auxiliary: int, has_negative: bool, spec: LossSpec) -> list[bool]:
     """Which fields of UniSDLoss are not None."""
+    divergence, contrast = spec.runs_divergence, spec.runs_contrast(has_negative)
     optional = {
-        "student_entropy": entropy,
-        "teacher_entropy": entropy,
-        "negative_logprobs": negative is not None,
-        "contrastive": negative is not None,
-        "feature_distance": feature_weight > 0,
-        "auxiliary_logprobs": num_auxiliary > 0,
-        "disagreement": num_auxiliary > 0,
+        **dict.fromkeys(("divergence", "clipped", "weights"), divergence),
+        **dict.fromkeys(("student_logprobs", "teacher_logprobs"), divergence or contrast),
+        **dict.fromkeys(("student_entropy", "teacher_entropy"), spec.return_entropy and (divergence or contrast)),
+        **dict.fromkeys(("negative_logprobs", "contrastive"), contrast),
+        "feature_distance": spec.feature_weight > 0,
+        **dict.fromkeys(("auxiliary_logprobs", "disagreement"), divergence and num_auxiliary > 0),
     }
     return [optional.get(name, True) for name in UniSDLoss._fields]
 
@@ -211,10 +232,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]
     ctx.num_others = len(inputs[4])
     ctx.num_auxiliary = len(inputs[6])
     ctx.dtypes = (inputs[0].dtype, inputs[1].dtype)
-    ctx.wanted = inputs[29]
+    ctx.wanted = inputs[30]
     ctx.save_for_backward(*output[len(UniSDLoss._fields) :])
 
 
+@first_order_only
 def _backward(ctx: Any, upstream: list[torch.Tensor]) -> tuple[object, ...]:
     *gradients, unit = ctx.saved_tensors
     kept = driver.Gradients(*(value if there else None for value, there in zip(gradients, ctx.wanted, strict=True)))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from unisd_kernels import reference
 from unisd_kernels.dispatch import resolve
 from unisd_kernels.heads import LMHead
+from unisd_kernels.ops.autograd import first_order_only, recordable, recordable_head, save, saved
 from unisd_kernels.spec import check_number
 from unisd_kernels.tiles import driver
 from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, Tiles, Wanted
@@ -18,6 +18,7 @@ from unisd_kernels.validation import (
     autocast_operands,
     check_heads_match,
     check_hidden,
+    check_same_precision,
     check_same_rows,
     check_workspace,
 )
@@ -59,9 +60,11 @@ def linear_divergence(
         workspace_bytes: bound on the logits held at a time; None for the default.
 
     Returns:
-        [N] float32 (float64 for float64 inputs), nats, >= 0.
+        [N] float32 (float64 for float64 inputs), nats, >= 0; NaN where a logit of the row is NaN or infinite (also
+        minus infinity, and whatever a cap would make of it).
 
-    Saved for backward: frozen head: [N, H_s] in float32. Trainable head: the inputs.
+    Saved for backward: frozen head: [N, H_s] in float32. Trainable head: the inputs. Tensors made under
+    `torch.inference_mode()` are as good as others. Double backward raises.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit, saying what was got.
@@ -71,6 +74,12 @@ def linear_divergence(
     check_hidden("student_hidden", student_hidden, student_head, "student_head")
     check_hidden("teacher_hidden", teacher_hidden, teacher_head, "teacher_head")
     check_same_rows("teacher_hidden", teacher_hidden, student_hidden.shape[0])
+    check_same_precision("teacher_hidden", teacher_hidden, student_hidden)
+    if teacher_hidden.device != student_hidden.device:
+        raise ValueError(
+            f"teacher_hidden is on {teacher_hidden.device} but student_hidden is on {student_hidden.device}; move one "
+            "of them"
+        )
     check_heads_match(student_head, teacher_head)
     check_number("beta", beta, low=0.0, high=1.0)
     check_number("temperature", temperature, low=0.0, open_low=True)
@@ -82,7 +91,12 @@ def linear_divergence(
     if implementation.tiles is None:
         with torch.autocast(student_hidden.device.type, enabled=False):
             return reference.linear_divergence(
-                student_hidden, student_head, teacher_hidden, teacher_head, beta, temperature
+                recordable(student_hidden),
+                recordable_head(student_head),
+                recordable(teacher_hidden),
+                recordable_head(teacher_head),
+                beta,
+                temperature,
             )
     wanted = driver.wanted_gradients(student_hidden, student_head.active_weight, student_head.active_bias)
     return _LinearDivergence.apply(
@@ -122,16 +136,16 @@ class _LinearDivergence(torch.autograd.Function):
         else:
             rows, _ = driver.divergence(student, teacher, None, beta, tiles, workspace)
             ctx.settings = (transform, teacher.transform, beta, tiles, workspace)
-            ctx.save_for_backward(hidden, weight, bias, teacher.hidden, teacher.weight, teacher.bias)
+            save(ctx, hidden, weight, bias, teacher.hidden, teacher.weight, teacher.bias)
         return rows.divergence
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.frozen_head:
             (row_gradients,) = ctx.saved_tensors
             return (ctx.tiles.scale_rows(row_gradients, upstream, ctx.hidden_dtype), *(None,) * 8)
-        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = ctx.saved_tensors
+        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = saved(ctx)
         transform, teacher_transform, beta, tiles, workspace = ctx.settings
 
         def row_weights(rows: slice, statistics: DivergenceRows) -> tuple[torch.Tensor, None]:

@@ -61,6 +61,15 @@ def ema_update_(
         raise ValueError(f"teacher has {len(targets)} tensors but student has {len(sources)}")
     if compensation is not None and len(compensation) != len(targets):
         raise ValueError(f"compensation has {len(compensation)} tensors but teacher has {len(targets)}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    for name, tensors in (("teacher", targets), ("student", sources), ("compensation", compensation or ())):
+        for position, tensor in enumerate(tensors):
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(
+                    f"tensor {position}: {name} must be a torch.Tensor, got {type(tensor).__name__}; pass "
+                    "model.parameters(), or the values of a state dict"
+                )
     for position, (target, source) in enumerate(zip(targets, sources, strict=True)):
         if target.shape != source.shape:
             raise ValueError(
@@ -73,13 +82,13 @@ def ema_update_(
                 f"tensor {position}: a {target.dtype} teacher stalls (increments below half an ulp are lost). Keep it "
                 "in float32, or give compensation=[torch.zeros_like(p) ...] or rounding='stochastic'"
             )
-        if compensation is not None and (
-            compensation[position].shape != target.shape or compensation[position].dtype != target.dtype
-        ):
-            raise ValueError(
-                f"tensor {position}: compensation is {compensation[position].dtype} "
-                f"{tuple(compensation[position].shape)}, the teacher {target.dtype} {tuple(target.shape)}"
+        if compensation is not None:
+            given, wanted = (
+                f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+                for tensor in (compensation[position], target)
             )
+            if given != wanted:
+                raise ValueError(f"tensor {position}: compensation is {given}, the teacher {wanted}")
 
     beside = [None] * len(targets) if compensation is None else list(compensation)
     fused = [i for i, tensors in enumerate(zip(targets, sources, beside, strict=True)) if _can_be_fused(*tensors)]

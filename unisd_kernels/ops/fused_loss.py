@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.agreement import agreement_weights
+from unisd_kernels.ops.autograd import first_order_only
 from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
 from unisd_kernels.reference.clipping import clip_cap_from_quantile
 from unisd_kernels.reference.logprobs import statistics_dtype
@@ -69,7 +69,7 @@ class _UniSDLoss(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if upstream is None:
             return (None,) * 8
@@ -87,14 +87,17 @@ def loss_and_gradients(
     def score(hidden: torch.Tensor, head: LMHead, temperature: float, ids: torch.Tensor = target_ids) -> torch.Tensor:
         return driver.score(Projection.of(hidden, head, temperature), ids, tiles, workspace).logprobs
 
+    has_divergence, has_contrast = spec.runs_divergence, spec.runs_contrast(inputs.negative_hidden is not None)
     negative = None
-    if inputs.negative_hidden is not None:
-        negative = score(inputs.negative_hidden, inputs.negative_head or inputs.teacher_head, spec.temperature)
+    if has_contrast:
+        assert inputs.negative_hidden is not None
+        head = inputs.teacher_head if inputs.negative_head is None else inputs.negative_head
+        negative = score(inputs.negative_hidden, head, spec.temperature)
     dtype = statistics_dtype(inputs.student_hidden.dtype)
     weights = torch.ones(inputs.num_rows, dtype=dtype, device=inputs.student_hidden.device)
     auxiliary = spread = None
-    if inputs.auxiliary_hidden:
-        head = inputs.auxiliary_head or inputs.teacher_head
+    if inputs.auxiliary_hidden and has_divergence:
+        head = inputs.teacher_head if inputs.auxiliary_head is None else inputs.auxiliary_head
         views = inputs.auxiliary_hidden
         if tiles.stacks_views and len(views) * inputs.num_rows <= _STACKED_ROWS:
             stacked = score(torch.cat(views), head, 1.0, target_ids.repeat(len(views)))
@@ -124,16 +127,28 @@ def loss_and_gradients(
         tiles,
         workspace,
     )
-    rows, gradients, unit, clipped, contrastive = _divergence_and_contrastive(student, plan)
+    rows: DivergenceRows | None
+    if has_divergence or has_contrast:
+        rows, gradients, unit, clipped, contrastive = _divergence_and_contrastive(student, plan)
+    else:
+        # Feature matching alone: no logit is needed.
+        rows, clipped, contrastive = None, None, None
+        gradients = driver.allocate(wanted, student, written=False)
+        unit = torch.ones((), dtype=student.dtype, device=student.hidden.device)
 
     features = None
     if spec.feature_weight > 0:
         features = _feature_matching(student, plan, gradients.hidden, unit)
-    kept = rows.divergence
-    if clipped is not None:
-        kept = torch.where(clipped.mask, clipped.cap, kept)
     zero = torch.zeros((), dtype=student.dtype, device=student.hidden.device)
-    divergence_loss = (divergence_scale * kept).sum()
+    divergence = was_clipped = None
+    divergence_loss = zero.clone()
+    if has_divergence:
+        assert rows is not None
+        divergence = kept = rows.divergence
+        was_clipped = torch.zeros_like(divergence, dtype=torch.bool)
+        if clipped is not None:
+            kept, was_clipped = torch.where(clipped.mask, clipped.cap, kept), clipped.mask
+        divergence_loss = (divergence_scale * kept).sum()
     contrastive_loss = zero if contrastive is None else (mean_scale * contrastive).sum()
     feature_loss = zero.clone() if features is None else (mean_scale * features).sum()
     loss = (
@@ -141,20 +156,18 @@ def loss_and_gradients(
         + spec.contrastive_weight * contrastive_loss
         + spec.feature_weight * feature_loss
     )
-    assert rows.student_logprobs is not None
-    assert rows.teacher_logprobs is not None
     result = UniSDLoss(
         loss=loss,
         divergence_loss=divergence_loss,
         contrastive_loss=contrastive_loss,
         feature_loss=feature_loss,
-        divergence=rows.divergence,
-        clipped=torch.zeros_like(rows.divergence, dtype=torch.bool) if clipped is None else clipped.mask,
-        weights=weights,
-        student_logprobs=rows.student_logprobs,
-        teacher_logprobs=rows.teacher_logprobs,
-        student_entropy=rows.student_entropy,
-        teacher_entropy=rows.teacher_entropy,
+        divergence=divergence,
+        clipped=was_clipped,
+        weights=weights if has_divergence else None,
+        student_logprobs=None if rows is None else rows.student_logprobs,
+        teacher_logprobs=None if rows is None else rows.teacher_logprobs,
+        student_entropy=None if rows is None else rows.student_entropy,
+        teacher_entropy=None if rows is None else rows.teacher_entropy,
         negative_logprobs=negative,
         contrastive=contrastive,
         feature_distance=features,
@@ -171,19 +184,15 @@ def _row_scales(inputs: LossInputs, spec: LossSpec, weights: torch.Tensor) -> tu
     if spec.normalization == "sequence":
         ids = sequence_ids(inputs.cu_seqlens, num_rows)
         lengths = sequence_lengths(inputs.cu_seqlens).to(weights.dtype)
-        totals = sequence_sums(weights, ids, num_sequences) if weighted else lengths
+        totals = sequence_sums(weights, inputs.cu_seqlens) if weighted else lengths
         groups = max(num_sequences, 1)
         divergence_scale = weights / (totals.clamp(min=1.0)[ids] * groups)
         mean_scale = 1.0 / (lengths.clamp(min=1.0)[ids] * groups)
-        local = num_sequences
     else:
         total = weights.sum().clamp(min=1.0) if weighted else max(num_rows, 1)
         divergence_scale = weights / total
         mean_scale = torch.full_like(weights, 1.0 / max(num_rows, 1))
-        local = num_rows
-    if inputs.num_items is None:
-        return divergence_scale, mean_scale
-    share = local / inputs.num_items
+    share = inputs.share(spec.normalization, weights.dtype)
     return divergence_scale * share, mean_scale * share
 
 
@@ -208,7 +217,8 @@ def _divergence_and_contrastive(
     # With a frozen head and no other term in the logits' gradient, weights and clip mask may wait until the rows of
     # dD/dh exist; it saves a pass over the logits, and for a quantile cap a whole walk.
     deferred = wanted.hidden and not wanted.head and negative is None
-    if spec.clip_quantile is not None and not deferred and wanted.any and student.hidden.shape[0]:
+    weighs = spec.divergence_weight > 0
+    if spec.clip_quantile is not None and weighs and not deferred and wanted.any and student.hidden.shape[0]:
         first = driver.divergence(student, plan.teacher, None, spec.beta, plan.tiles, plan.workspace)
         cap = clip_cap_from_quantile(first.rows.divergence, spec.clip_quantile)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from unisd_kernels import reference
 from unisd_kernels.dispatch import resolve
 from unisd_kernels.heads import LMHead
+from unisd_kernels.ops.autograd import first_order_only, recordable, recordable_head, save, saved
 from unisd_kernels.results import LinearLogProbs
-from unisd_kernels.spec import check_number
+from unisd_kernels.spec import check_flag, check_number
 from unisd_kernels.tiles import driver
 from unisd_kernels.tiles.base import LogitTransform, Tiles, Wanted
 from unisd_kernels.tiles.projection import Projection
@@ -48,10 +48,12 @@ def linear_logprobs(
 
     Returns:
         LinearLogProbs(logprobs, logsumexp, entropy), each [N] float32 (float64 for float64 inputs), in nats; each
-        differentiable.
+        differentiable. NaN where a logit of the row is NaN or infinite (also minus infinity, and whatever a cap would
+        make of it).
 
     Saved for backward: frozen head, no entropy: [N, H] row gradients in float32, the weight and target ids;
-    otherwise the inputs and three [N] statistics.
+    otherwise the inputs and three [N] statistics. Tensors made under `torch.inference_mode()` are as good as others.
+    Double backward raises.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit, saying what was got.
@@ -61,12 +63,15 @@ def linear_logprobs(
     check_hidden("hidden", hidden, head, "head")
     check_target_ids(target_ids, hidden.shape[0], head.num_columns, hidden.device)
     check_number("temperature", temperature, low=0.0, open_low=True)
+    check_flag("return_entropy", return_entropy)
     check_workspace(workspace_bytes)
     implementation = resolve(impl, hidden.device, hidden.dtype)
     hidden, head = autocast_operands(hidden, head)
     if implementation.tiles is None:
         with torch.autocast(hidden.device.type, enabled=False):
-            return reference.linear_logprobs(hidden, head, target_ids, temperature, return_entropy)
+            return reference.linear_logprobs(
+                recordable(hidden), recordable_head(head), recordable(target_ids), temperature, return_entropy
+            )
     target_ids = target_ids.long()
     tiles = implementation.tiles()
     weight, bias = head.active_weight, head.active_bias
@@ -102,15 +107,15 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx.settings = (transform, tiles, workspace)
         projection = Projection(hidden, weight, bias, transform).detach()
         scores = driver.score(projection, target_ids, tiles, workspace, return_entropy)
-        ctx.save_for_backward(hidden, weight, bias, target_ids, *scores)
+        save(ctx, hidden, weight, bias, target_ids, *scores)
         return tuple(scores)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if all(gradient is None for gradient in upstream):
             return (None,) * 8
-        hidden, weight, bias, target_ids, *statistics = ctx.saved_tensors
+        hidden, weight, bias, target_ids, *statistics = saved(ctx)
         transform, tiles, workspace = ctx.settings
         logprob_weight, logsumexp_weight, entropy_weight = upstream
         gradients = driver.logprob_gradients(
@@ -145,17 +150,17 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         ctx.transform = transform
         projection = Projection(hidden, weight, bias, transform).detach()
         scores, gradient = driver.score_with_gradient(projection, target_ids, tiles, workspace)
-        ctx.save_for_backward(hidden, weight, target_ids, scores.logprobs, scores.logsumexp, gradient)
+        save(ctx, hidden, weight, target_ids, scores.logprobs, scores.logsumexp, gradient)
         return scores.logprobs, scores.logsumexp
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(
         ctx: Any, logprob_weight: torch.Tensor | None, logsumexp_weight: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         if logprob_weight is None and logsumexp_weight is None:
             return (None,) * 7
-        hidden, weight, target_ids, logprobs, logsumexp, gradient = ctx.saved_tensors
+        hidden, weight, target_ids, logprobs, logsumexp, gradient = saved(ctx)
         on_logsumexp = torch.zeros_like(logsumexp)
         if logsumexp_weight is not None:
             on_logsumexp = on_logsumexp + logsumexp_weight

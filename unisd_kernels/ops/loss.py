@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 
 from unisd_kernels import reference
 from unisd_kernels.dispatch import resolve
 from unisd_kernels.heads import LMHead
+from unisd_kernels.ops.autograd import recordable, recordable_head
 from unisd_kernels.ops.compiled_loss import compiled_unisd_loss
 from unisd_kernels.ops.fused_loss import fused_unisd_loss
 from unisd_kernels.results import UniSDLoss
@@ -54,6 +57,7 @@ def unisd_loss(
     normalization: Normalization = "sequence",
     num_items: float | torch.Tensor | None = None,
     return_entropy: bool = True,
+    return_statistics: bool = True,
     impl: str | None = None,
     workspace_bytes: int | None = None,
 ) -> UniSDLoss:
@@ -70,7 +74,8 @@ def unisd_loss(
 
     Matrix products of 2 N H V FLOPs: K + 1 scorings, student, teacher, and the gradient to the hidden states: K + 4
     with a frozen head, one more with a trainable one (its dW). Only `clip_quantile` together with a trainable head
-    or a negative context costs two more, since the cap is then needed before the gradient.
+    or a negative context costs two more, since the cap is then needed before the gradient. Terms of weight 0 cost their
+    scorings unless `return_statistics=False`.
 
     Args:
         student_hidden: [N, H_s], the last hidden state (the one that enters the head) that predicts each completion
@@ -97,6 +102,8 @@ def unisd_loss(
         num_items: for gradient accumulation and data parallelism: the number of sequences (or, with "token",
             tokens) of the whole batch. The result is then this call's share, so that shares add up to the whole.
         return_entropy: also return the entropies of student and teacher.
+        return_statistics: also compute and return what only a term of weight 0 would need. False leaves such a term
+            out, fields that belong to it are None (`UniSDLoss`): feature matching alone then costs no product at all.
         impl: implementation by name (`unisd_kernels.available()`); None chooses.
         workspace_bytes: bound on the logits held at a time; None for the default.
 
@@ -110,7 +117,8 @@ def unisd_loss(
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit, saying what was got. On an
             accelerator, values of `target_ids` and `cu_seqlens` are checked by device-side assertions.
 
-    A NaN or infinity in the inputs gives a NaN loss; on a CPU a warning names the tensor.
+    A NaN or infinity in the inputs gives a NaN loss; on a CPU a warning names the tensor. So does a logit that is not
+    finite before the cap, minus infinity included: the statistics of its row are NaN.
 
     Under `torch.compile` the call is one operator of the graph; arguments are then checked when it runs, and there are
     no warnings.
@@ -132,6 +140,7 @@ def unisd_loss(
         divergence_weight=divergence_weight,
         normalization=normalization,
         return_entropy=return_entropy,
+        return_statistics=return_statistics,
     )
     inputs = LossInputs(
         student_hidden=student_hidden,
@@ -160,13 +169,26 @@ def unisd_loss(
     inputs = _under_autocast(inputs)
     with torch.autocast(student_hidden.device.type, enabled=False):
         if implementation.tiles is None:
-            result = reference.unisd_loss(inputs, spec)
+            result = reference.unisd_loss(_recordable(inputs), spec)
         else:
             workspace = workspace_bytes or _default_workspace(inputs)
             result = fused_unisd_loss(inputs, spec, implementation.tiles(), workspace)
     if result.loss.device.type == "cpu" and not bool(torch.isfinite(result.loss)):
-        warnings.warn(f"unisd_loss is {float(result.loss)}: {_blame(inputs)}", stacklevel=2)
+        warnings.warn(f"unisd_loss is {float(result.loss.detach())}: {_blame(inputs)}", stacklevel=2)
     return result
+
+
+def _recordable(inputs: LossInputs) -> LossInputs:
+    """For the reference: what autograd may save."""
+
+    def take(value: Any) -> Any:
+        if isinstance(value, LMHead):
+            return recordable_head(value)
+        if isinstance(value, tuple):
+            return tuple(map(take, value))
+        return recordable(value) if isinstance(value, torch.Tensor) else value
+
+    return LossInputs(**{field.name: take(getattr(inputs, field.name)) for field in fields(LossInputs)})
 
 
 def _default_workspace(inputs: LossInputs) -> int:
@@ -184,6 +206,10 @@ def _views(auxiliary_hidden: torch.Tensor | Sequence[torch.Tensor] | None) -> tu
                 f"{tuple(auxiliary_hidden.shape)}"
             )
         return auxiliary_hidden.unbind(0)
+    if isinstance(auxiliary_hidden, (str, bytes, Mapping)) or not isinstance(auxiliary_hidden, Iterable):
+        raise TypeError(
+            f"auxiliary_hidden must be a tensor [K, N, H] or K tensors [N, H], got {type(auxiliary_hidden).__name__}"
+        )
     return tuple(auxiliary_hidden)
 
 
@@ -221,11 +247,13 @@ def _blame(inputs: LossInputs) -> str:
         "student_hidden": inputs.student_hidden,
         "teacher_hidden": inputs.teacher_hidden,
         "negative_hidden": inputs.negative_hidden,
-        "student_head.weight": inputs.student_head.weight,
-        "teacher_head.weight": inputs.teacher_head.weight,
         "token_weights": inputs.token_weights,
         **{f"auxiliary_hidden[{k}]": hidden for k, hidden in enumerate(inputs.auxiliary_hidden)},
     }
+    for name in ("student_head", "teacher_head", "auxiliary_head", "negative_head"):
+        head = getattr(inputs, name)
+        if head is not None:
+            tensors |= {f"{name}.weight": head.active_weight, f"{name}.bias": head.active_bias}
     bad = [name for name, tensor in tensors.items() if tensor is not None and not bool(tensor.isfinite().all())]
     if not bad:
         return "the inputs are finite, so logits overflowed"

@@ -14,4 +14,6 @@ def clip_cap_from_quantile(divergence: torch.Tensor, q: float) -> torch.Tensor:
 
 def clip_divergence(divergence: torch.Tensor, cap: float | torch.Tensor) -> torch.Tensor:
     """`min(D, cap)`: the gradient is zero above the cap and untouched at or below it."""
-    return torch.where(divergence.detach() > cap, torch.as_tensor(cap).to(divergence), divergence)
+    # In the divergence's dtype from the start: a float alone would become float32.
+    limit = torch.as_tensor(cap, dtype=divergence.dtype, device=divergence.device)
+    return torch.where(divergence.detach() > limit, limit, divergence)

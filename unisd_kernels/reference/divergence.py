@@ -22,14 +22,24 @@ def divergence_from_log_probs(student: torch.Tensor, teacher: torch.Tensor, beta
         beta = 1      KL(p_s || p_t)
         otherwise     beta KL(p_t || m) + (1 - beta) KL(p_s || m),   m = (1 - beta) p_s + beta p_t
 
-    `log m` is taken with logaddexp, so it is finite where both probabilities underflow.
+    `log(m / p_s)` and `log(m / p_t)` are taken with logaddexp from `log p_t - log p_s`, so they are finite where both
+    probabilities underflow, and keep their digits where beta is so near 0 or 1 that one of them is next to nothing.
+
+    Not negative: below zero there is only rounding, which is cut off without cutting the gradient.
     """
     if beta == 0.0:
-        return kl(teacher, student)
-    if beta == 1.0:
-        return kl(student, teacher)
-    log_m = torch.logaddexp(student + math.log(1.0 - beta), teacher + math.log(beta))
-    return beta * kl(teacher, log_m) + (1.0 - beta) * kl(student, log_m)
+        divergence = kl(teacher, student)
+    elif beta == 1.0:
+        divergence = kl(student, teacher)
+    else:
+        difference = teacher - student
+        log_share, log_rest = (difference.new_full((), value) for value in (math.log(beta), math.log1p(-beta)))
+        from_student = torch.logaddexp(log_rest, difference + log_share)  # log m - log p_s
+        from_teacher = torch.logaddexp(log_share, log_rest - difference)  # log m - log p_t
+        kl_teacher = -(teacher.exp() * from_teacher).sum(-1)
+        kl_student = -(student.exp() * from_student).sum(-1)
+        divergence = beta * kl_teacher + (1.0 - beta) * kl_student
+    return torch.where(divergence < 0.0, divergence - divergence.detach(), divergence)
 
 
 def linear_divergence(

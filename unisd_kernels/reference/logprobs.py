@@ -14,12 +14,18 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def linear_logits(hidden: torch.Tensor, head: LMHead, temperature: float = 1.0) -> torch.Tensor:
-    """`z = softcap_c(a * (h W^T + b)) / tau`, [N, V] in float32 (float64 for float64 inputs)."""
+    """`z = softcap_c(a * (h W^T + b)) / tau`, [N, V] in float32 (float64 for float64 inputs).
+
+    A row in which any `a * (h W^T + b) / tau` is NaN or infinite is NaN: minus infinity would drop out of the softmax,
+    and the cap would make either infinity a number.
+    """
     dtype = statistics_dtype(hidden.dtype)
     logits = hidden.to(dtype) @ head.active_weight.to(dtype).T
     if head.active_bias is not None:
         logits = logits + head.active_bias.to(dtype)
     logits = logits * head.logit_scale
+    finite = (logits.detach() / temperature).isfinite().all(-1, keepdim=True)
+    logits = logits + torch.where(finite, 0.0, torch.nan).to(dtype)
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     return logits / temperature

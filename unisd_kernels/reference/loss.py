@@ -43,70 +43,49 @@ def reduce_per_token(
 def unisd_loss(inputs: LossInputs, spec: LossSpec) -> UniSDLoss:
     """Dense UniSD loss; arguments and result as in `unisd_kernels.unisd_loss`."""
     dtype = statistics_dtype(inputs.student_hidden.dtype)
-    student = linear_logprobs(
-        inputs.student_hidden, inputs.student_head, inputs.target_ids, spec.temperature, spec.return_entropy
-    )
-    with torch.no_grad():
-        teacher = linear_logprobs(
-            inputs.teacher_hidden, inputs.teacher_head, inputs.target_ids, spec.temperature, spec.return_entropy
+    zero = torch.zeros((), dtype=dtype, device=inputs.student_hidden.device)
+    has_divergence, has_contrast = spec.runs_divergence, spec.runs_contrast(inputs.negative_hidden is not None)
+
+    student = teacher = None
+    if has_divergence or has_contrast:
+        student = linear_logprobs(
+            inputs.student_hidden, inputs.student_head, inputs.target_ids, spec.temperature, spec.return_entropy
         )
-        negative = None
-        if inputs.negative_hidden is not None:
-            head = inputs.negative_head or inputs.teacher_head
-            negative = linear_logprobs(inputs.negative_hidden, head, inputs.target_ids, spec.temperature).logprobs
-        auxiliary = None
-        if inputs.auxiliary_hidden:
-            head = inputs.auxiliary_head or inputs.teacher_head
-            # Agreement is always scored at temperature 1, whatever the training temperature.
-            auxiliary = torch.stack(
-                [linear_logprobs(hidden, head, inputs.target_ids).logprobs for hidden in inputs.auxiliary_hidden]
+        with torch.no_grad():
+            teacher = linear_logprobs(
+                inputs.teacher_hidden, inputs.teacher_head, inputs.target_ids, spec.temperature, spec.return_entropy
             )
 
-    divergence = linear_divergence(
-        inputs.student_hidden,
-        inputs.student_head,
-        inputs.teacher_hidden,
-        inputs.teacher_head,
-        spec.beta,
-        spec.temperature,
-    )
-    clipped = torch.zeros_like(divergence, dtype=torch.bool)
-    kept = divergence
-    if divergence.numel() and (spec.clip_cap is not None or spec.clip_quantile is not None):
-        if spec.clip_quantile is not None:
-            cap: float | torch.Tensor = clip_cap_from_quantile(divergence, spec.clip_quantile)
-        else:
-            cap = float(spec.clip_cap)  # type: ignore[arg-type]
-        clipped = divergence.detach() > cap
-        kept = clip_divergence(divergence, cap)
-
-    weights = torch.ones_like(divergence)
-    spread = None
-    if auxiliary is not None:
-        weights, spread = agreement_weights(
-            auxiliary,
-            inputs.cu_seqlens,
-            level=spec.agreement,
-            statistic=spec.agreement_statistic,
-            gamma=spec.agreement_gamma,
+    divergence = clipped = weights = auxiliary = spread = None
+    divergence_loss = zero
+    if has_divergence:
+        divergence = linear_divergence(
+            inputs.student_hidden,
+            inputs.student_head,
+            inputs.teacher_hidden,
+            inputs.teacher_head,
+            spec.beta,
+            spec.temperature,
         )
-    if inputs.token_weights is not None:
-        weights = weights * inputs.token_weights.to(dtype)
+        kept, clipped = _clip(divergence, spec)
+        weights, auxiliary, spread = _token_weights(inputs, spec)
+        normalization = spec.resolved_weight_normalization(auxiliary is not None)
+        divergence_loss = reduce_per_token(kept, inputs.cu_seqlens, spec.normalization, weights, normalization)
 
-    divergence_loss = reduce_per_token(
-        kept,
-        inputs.cu_seqlens,
-        spec.normalization,
-        weights,
-        spec.resolved_weight_normalization(auxiliary is not None),
-    )
-    contrastive = None
-    contrastive_loss = torch.zeros((), dtype=dtype, device=divergence.device)
-    if negative is not None:
+    negative = contrastive = None
+    contrastive_loss = zero
+    if has_contrast:
+        assert inputs.negative_hidden is not None
+        assert student is not None
+        assert teacher is not None
+        with torch.no_grad():
+            head = inputs.teacher_head if inputs.negative_head is None else inputs.negative_head
+            negative = linear_logprobs(inputs.negative_hidden, head, inputs.target_ids, spec.temperature).logprobs
         contrastive = contrastive_hinge(student.logprobs, teacher.logprobs, negative, spec.contrastive_margin)
         contrastive_loss = reduce_per_token(contrastive, inputs.cu_seqlens, spec.normalization)
+
     features = None
-    feature_loss = torch.zeros((), dtype=dtype, device=divergence.device)
+    feature_loss = zero
     if spec.feature_weight > 0:
         features = feature_distance(inputs.student_hidden, inputs.teacher_hidden)
         feature_loss = reduce_per_token(features, inputs.cu_seqlens, spec.normalization)
@@ -116,25 +95,61 @@ def unisd_loss(inputs: LossInputs, spec: LossSpec) -> UniSDLoss:
         + spec.contrastive_weight * contrastive_loss
         + spec.feature_weight * feature_loss
     )
-    share: float | torch.Tensor = 1.0
-    if inputs.num_items is not None:
-        local = inputs.num_sequences if spec.normalization == "sequence" else inputs.num_rows
-        share = local / inputs.num_items
+    share = inputs.share(spec.normalization, dtype)
     return UniSDLoss(
         loss=loss * share,
         divergence_loss=(divergence_loss * share).detach(),
         contrastive_loss=(contrastive_loss * share).detach(),
         feature_loss=(feature_loss * share).detach(),
-        divergence=divergence.detach(),
+        divergence=_detach(divergence),
         clipped=clipped,
         weights=weights,
-        student_logprobs=student.logprobs.detach(),
-        teacher_logprobs=teacher.logprobs,
-        student_entropy=student.entropy.detach() if student.entropy is not None else None,
-        teacher_entropy=teacher.entropy,
+        student_logprobs=None if student is None else student.logprobs.detach(),
+        teacher_logprobs=None if teacher is None else teacher.logprobs,
+        student_entropy=None if student is None else _detach(student.entropy),
+        teacher_entropy=None if teacher is None else teacher.entropy,
         negative_logprobs=negative,
-        contrastive=contrastive.detach() if contrastive is not None else None,
-        feature_distance=features.detach() if features is not None else None,
+        contrastive=_detach(contrastive),
+        feature_distance=_detach(features),
         auxiliary_logprobs=auxiliary,
         disagreement=spread,
     )
+
+
+def _clip(divergence: torch.Tensor, spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """D after clipping, and which of them were above the cap (bool [N])."""
+    if divergence.numel() == 0 or (spec.clip_cap is None and spec.clip_quantile is None):
+        return divergence, torch.zeros_like(divergence, dtype=torch.bool)
+    if spec.clip_quantile is not None:
+        cap: float | torch.Tensor = clip_cap_from_quantile(divergence, spec.clip_quantile)
+    else:
+        cap = float(spec.clip_cap)  # type: ignore[arg-type]
+    return clip_divergence(divergence, cap), divergence.detach() > cap
+
+
+@torch.no_grad()
+def _token_weights(inputs: LossInputs, spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Agreement weights times `token_weights` [N], the scores they come from [K, N], and their disagreement."""
+    dtype = statistics_dtype(inputs.student_hidden.dtype)
+    weights = torch.ones(inputs.num_rows, dtype=dtype, device=inputs.student_hidden.device)
+    auxiliary = spread = None
+    if inputs.auxiliary_hidden:
+        head = inputs.teacher_head if inputs.auxiliary_head is None else inputs.auxiliary_head
+        # Agreement is always scored at temperature 1, whatever the training temperature.
+        auxiliary = torch.stack(
+            [linear_logprobs(hidden, head, inputs.target_ids).logprobs for hidden in inputs.auxiliary_hidden]
+        )
+        weights, spread = agreement_weights(
+            auxiliary,
+            inputs.cu_seqlens,
+            level=spec.agreement,
+            statistic=spec.agreement_statistic,
+            gamma=spec.agreement_gamma,
+        )
+    if inputs.token_weights is not None:
+        weights = weights * inputs.token_weights.to(dtype)
+    return weights, auxiliary, spread
+
+
+def _detach(values: torch.Tensor | None) -> torch.Tensor | None:
+    return None if values is None else values.detach()

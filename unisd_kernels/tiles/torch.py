@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,10 @@ _DEVICE_BLOCK_BYTES = 64 << 20
 # Scoring tiles: wide enough for an efficient product, small enough to stay near the cache.
 _CPU_SCORE_TILE_BYTES = 32 << 20
 
-# e^60 = 1e26 dwarfs any (1 - beta) / beta that is not absurd, and is far from float32's overflow at e^88.
+# Far from float32's overflow at e^88; and e^-60 = 1e-26, the share of p_s there, makes nothing of an absolute error.
 _LARGE_DELTA = 60.0
+# With both shares of the mixture at least this large, one logarithm serves student and teacher.
+_SMALL_SHARE = 1 / 16
 
 
 class DivergenceState(NamedTuple):
@@ -32,11 +35,37 @@ class DivergenceState(NamedTuple):
     cap_gradient: torch.Tensor | None  # 1 - tanh^2, with a soft cap
 
 
-class TileLogSumExp(NamedTuple):
-    """Per row of a [rows, columns] tile."""
+class Partition(NamedTuple):
+    """Per row, of the columns seen so far, relative to the largest logit: so nothing depends on how large that is."""
 
-    logsumexp: torch.Tensor
-    mean_logit: torch.Tensor | None  # sum_j softmax_j z_j within the tile; for the entropy
+    highest: torch.Tensor
+    total: torch.Tensor  # sum_j e^(z_j - highest)
+    moment: torch.Tensor | None  # sum_j e^(z_j - highest) (z_j - highest); for the entropy
+
+    @classmethod
+    def join(cls, blocks: list[Partition]) -> Partition:
+        """Of blocks of rows, of all of them."""
+        moments = [block.moment for block in blocks if block.moment is not None]
+        return cls(
+            torch.cat([block.highest for block in blocks]),
+            torch.cat([block.total for block in blocks]),
+            torch.cat(moments) if moments else None,
+        )
+
+    def logsumexp(self) -> torch.Tensor:
+        return self.highest + self.total.log()
+
+    def add(self, other: Partition) -> None:
+        """Take further columns in, in place."""
+        highest = torch.maximum(self.highest, other.highest)
+        ours, theirs = self.highest - highest, other.highest - highest
+        our_share, their_share = ours.exp(), theirs.exp()
+        if self.moment is not None:
+            assert other.moment is not None
+            self.moment.add_(ours * self.total).mul_(our_share)
+            self.moment.add_((other.moment + theirs * other.total).mul_(their_share))
+        self.total.mul_(our_share).add_(other.total * their_share)
+        self.highest.copy_(highest)
 
 
 class TorchTiles:
@@ -73,48 +102,32 @@ class TorchTiles:
             tile_bytes = min(tile_bytes, _CPU_SCORE_TILE_BYTES)
         step = max(1, min(num_columns, tile_bytes // (num_rows * dtype.itemsize)))
         buffer = torch.empty(num_rows * step, dtype=dtype, device=device)
-        mean = None if running.entropy is None else torch.zeros_like(running.entropy)
+        seen: Partition | None = None
         for start in range(0, num_columns, step):
             width = min(step, num_columns - start)
             tile = buffer[: num_rows * width].view(num_rows, width)
             projection.logits(rows, tile, start, start + width)
             block = self.block_rows(width, device)
-            for low in range(0, num_rows, block):
-                part = slice(low, low + block)
-                mean_part = None if mean is None else mean[part]
-                self._merge(tile[part], projection.transform, running.logsumexp[part], mean_part)
+            here = Partition.join(
+                [
+                    _partition(tile[low : low + block], projection.transform, running.entropy is not None)
+                    for low in range(0, num_rows, block)
+                ]
+            )
+            if seen is None:
+                seen = here
+            else:
+                seen.add(here)
             index = target_ids - start
             inside = (index >= 0) & (index < width)
             found = tile.gather(-1, index.clamp(0, width - 1).unsqueeze(-1)).squeeze(-1)
             running.target_logits.copy_(torch.where(inside, found, running.target_logits))
 
+        assert seen is not None
+        running.logsumexp.copy_(seen.logsumexp())
         if running.entropy is not None:
-            assert mean is not None
-            torch.sub(running.logsumexp, mean, out=running.entropy)
-
-    def _merge(
-        self, tile: torch.Tensor, transform: LogitTransform, logsumexp: torch.Tensor, mean: torch.Tensor | None
-    ) -> None:
-        part = self._log_sum_exp(tile, transform, mean is not None)
-        before = logsumexp.clone()
-        after = torch.logaddexp(before, part.logsumexp)
-        if mean is not None:
-            assert part.mean_logit is not None
-            mean.mul_((before - after).exp()).add_(part.mean_logit * (part.logsumexp - after).exp())
-        logsumexp.copy_(after)
-
-    def _log_sum_exp(self, tile: torch.Tensor, transform: LogitTransform, want_mean: bool) -> TileLogSumExp:
-        _finish_logits(tile, transform)
-        highest = tile.amax(-1, keepdim=True)
-        shifted = tile - highest
-        mean = None
-        if want_mean:
-            exponentials = shifted.exp()
-            total = exponentials.sum(-1)
-            mean = _row_dot(exponentials, shifted) / total + highest.squeeze(-1)
-        else:
-            total = shifted.exp_().sum(-1)
-        return TileLogSumExp(highest.squeeze(-1) + total.log(), mean)
+            assert seen.moment is not None
+            torch.sub(seen.total.log(), seen.moment / seen.total, out=running.entropy)
 
     def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return (rows * scale.unsqueeze(-1)).to(dtype)
@@ -127,7 +140,7 @@ class TorchTiles:
     def softmax(
         self, tile: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
     ) -> SoftmaxRows:
-        logsumexp = self._log_sum_exp(tile, transform, want_mean=False).logsumexp
+        logsumexp = _partition(tile, transform, want_moment=False).logsumexp()
         target_logits = tile.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
         cap_gradient = _cap_gradient(tile, transform)
         tile.sub_(logsumexp.unsqueeze(-1)).exp_()
@@ -211,12 +224,8 @@ class TorchTiles:
             divergence = -(_row_dot(student_probs, delta) + student.sum(-1))
             factor = delta.add_(divergence.unsqueeze(-1)).neg_()
         else:
-            # u = log(m / p_s) = log((1 - beta) + beta e^delta), so log p_s - log m = -u and log p_t - log m =
-            # delta - u. Finite for every finite delta, so nothing is NaN where both probabilities underflow; beyond
-            # the bound u is delta + log(beta) to the last bit.
-            bounded = delta.clamp(max=_LARGE_DELTA)
-            u = torch.expm1(bounded).mul_(beta).log1p_().add_(torch.sub(delta, bounded, out=bounded))
-            kl_teacher = _row_dot(teacher_probs, delta.sub_(u))
+            u, v = _mixture_logs(delta, beta)
+            kl_teacher = _row_dot(teacher_probs, v)
             kl_student = -_row_dot(student_probs, u)
             divergence = beta * kl_teacher + (1.0 - beta) * kl_student
             factor = u.add_(kl_student.unsqueeze(-1)).mul_(beta - 1.0)
@@ -248,8 +257,53 @@ class TorchTiles:
 
 
 def _finish_logits(tile: torch.Tensor, transform: LogitTransform) -> None:
+    """The cap; and a row with a logit that is NaN or infinite becomes NaN whatever is made of it. Left alone, minus
+    infinity would drop out of a softmax, and the cap would make either infinity a number."""
+    # From [rows] values, so that it costs two cheap passes; one entry is enough for any sum of the row.
+    finite = tile.amax(-1).isfinite() & tile.amin(-1).isfinite()
+    tile[:, 0].masked_fill_(~finite, torch.nan)
     if transform.tanh_scale is not None:
         tile.tanh_().mul_(transform.tanh_scale)
+
+
+def _partition(tile: torch.Tensor, transform: LogitTransform, want_moment: bool) -> Partition:
+    """Of a [rows, columns] tile of raw products, which are made logits in place."""
+    _finish_logits(tile, transform)
+    highest = tile.amax(-1, keepdim=True)
+    shifted = tile - highest
+    moment = None
+    if want_moment:
+        exponentials = shifted.exp()
+        moment = _row_dot(exponentials, shifted)
+        total = exponentials.sum(-1)
+    else:
+        total = shifted.exp_().sum(-1)
+    return Partition(highest.squeeze(-1), total, moment)
+
+
+def _mixture_logs(delta: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`u = log(m / p_s)` and `v = log(p_t / m)` of `delta = log p_t - log p_s`, which they add up to. Finite for every
+    finite delta, so nothing is NaN where both probabilities underflow."""
+    if min(beta, 1.0 - beta) < _SMALL_SHARE:
+        # One of them is next to nothing beside delta. p_s and p_t change places with beta and 1 - beta.
+        u = _log_mixture(delta, beta, math.log(beta), math.log1p(-beta))
+        return u, _log_mixture(-delta, 1.0 - beta, math.log1p(-beta), math.log(beta)).neg_()
+    # From the larger of the two probabilities: the logarithm, of a number between 1/16 and 1, has all digits where the
+    # probability is, and the rounding of delta counts where the other one is.
+    teacher_is_larger = delta > 0
+    other_share = torch.full_like(delta, beta).masked_fill_(teacher_is_larger, 1.0 - beta)
+    from_larger = torch.expm1(delta.abs().neg_()).mul_(other_share).log1p_()
+    u = torch.where(teacher_is_larger, delta + from_larger, from_larger)
+    return u, torch.where(teacher_is_larger, -from_larger, delta - from_larger)
+
+
+def _log_mixture(delta: torch.Tensor, share: float, log_share: float, log_rest: float) -> torch.Tensor:
+    """`log((1 - share) + share e^delta)` for any share between 0 and 1; `log_rest` is `log(1 - share)`."""
+    excess = torch.expm1(delta.clamp(max=_LARGE_DELTA)).mul_(share)
+    # By log1p, which keeps the digits of a small result, but where 1 + excess would cancel or e^delta overflow.
+    rest = torch.full((), log_rest, dtype=delta.dtype, device=delta.device)
+    direct = torch.logaddexp(delta + log_share, rest)
+    return torch.where((delta > _LARGE_DELTA) | (excess < -0.5), direct, excess.log1p_())
 
 
 def _cap_gradient(logits: torch.Tensor, transform: LogitTransform) -> torch.Tensor | None:
