@@ -34,8 +34,8 @@ STABLE_TORCH_LIBRARY(unisd, m) {
       "Tensor? target_ids, float beta, Tensor statistics, Tensor? weight, Tensor? logprob_weight) -> ()");
   // out[n] = scale[n] * rows[n] in float32, then rounded to out's dtype.
   m.def("scale_rows(Tensor rows, Tensor scale, Tensor(a!) out) -> ()");
-  // teacher += (1 - decay) (student - teacher) over all tensors. 16-bit teachers: `compensation` (one tensor each) or
-  // `stochastic` rounding from `seed` (ema_rounding.h).
+  // teacher = decay teacher + (1 - decay) student over all tensors (ema_average.h). 16-bit teachers: `compensation` (one
+  // tensor each) or `stochastic` rounding from `seed` (ema_rounding.h).
   m.def(
       "ema_update_(Tensor(a!)[] teacher, Tensor[] student, float decay, Tensor(b!)[] compensation, bool stochastic, "
       "int seed) -> ()");
