@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../ema_average.h"
 #include "kernels.h"
 
 namespace unisd {
@@ -62,27 +63,36 @@ inline double read(const double* p, int64_t i) { return p[i]; }
 inline float read(const BFloat16* p, int64_t i) { return p[i].value(); }
 inline float read(const Float16* p, int64_t i) { return p[i].value(); }
 
-template <class S>
-inline void ema_float(float* teacher, const S* student, int64_t begin, int64_t end, double decay) {
-  const float weight = static_cast<float>(1.0 - decay);
-  for (int64_t i = begin; i < end; ++i)
-    teacher[i] += weight * (static_cast<float>(read(student, i)) - teacher[i]);
-}
+// ema_average.h in the arithmetic of F. The choices are the same for a whole loop, which stays vectorized.
+template <class F>
+struct Average {
+  F factor;
+  bool from_student, is_copy;
+  explicit Average(double decay)
+      : factor(static_cast<F>(ema_average(decay).factor)),
+        from_student(ema_average(decay).from_student),
+        is_copy(ema_average(decay).is_copy) {}
+  UNISD_INLINE F operator()(F teacher, F student) const {
+    const F base = from_student ? student : teacher, other = from_student ? teacher : student;
+    const F value = base + factor * (other - base);
+    return is_copy ? student : value;
+  }
+};
 
-template <class S>
-inline void ema_double(double* teacher, const S* student, int64_t begin, int64_t end, double decay) {
-  const double weight = 1.0 - decay;
-  for (int64_t i = begin; i < end; ++i)
-    teacher[i] += weight * (static_cast<double>(read(student, i)) - teacher[i]);
+template <class F, class S>
+inline void ema_plain(F* teacher, const S* student, int64_t begin, int64_t end, double decay) {
+  const Average<F> average(decay);
+  for (int64_t i = begin; i < end; ++i) teacher[i] = average(teacher[i], static_cast<F>(read(student, i)));
 }
 
 // No aliasing between them, or the loop is not vectorized.
 template <class T, class S>
 inline void ema_compensated(T* __restrict teacher, T* __restrict compensation, const S* __restrict student,
-                            int64_t begin, int64_t end, float weight) {
+                            int64_t begin, int64_t end, double decay) {
+  const Average<float> average(decay);
   for (int64_t i = begin; i < end; ++i) {
     const float old = teacher[i].value() + compensation[i].value();
-    const float value = old + weight * (static_cast<float>(read(student, i)) - old);
+    const float value = average(old, static_cast<float>(read(student, i)));
     const T rounded = T::nearest(value);
     teacher[i].bits = rounded.bits;
     compensation[i].bits = T::nearest(value - rounded.value()).bits;
@@ -90,11 +100,11 @@ inline void ema_compensated(T* __restrict teacher, T* __restrict compensation, c
 }
 
 template <class T, class S>
-inline void ema_stochastic(T* __restrict teacher, const S* __restrict student, int64_t begin, int64_t end, float weight,
-                           RoundingKey key) {
+inline void ema_stochastic(T* __restrict teacher, const S* __restrict student, int64_t begin, int64_t end,
+                           double decay, RoundingKey key) {
+  const Average<float> average(decay);
   for (int64_t i = begin; i < end; ++i) {
-    const float old = teacher[i].value();
-    const float value = old + weight * (static_cast<float>(read(student, i)) - old);
+    const float value = average(teacher[i].value(), static_cast<float>(read(student, i)));
     teacher[i] = T::nearest(float_of(T::stochastic(value, random_bits(key, static_cast<uint64_t>(i)))));
   }
 }
@@ -102,12 +112,11 @@ inline void ema_stochastic(T* __restrict teacher, const S* __restrict student, i
 template <class T, class S>
 inline void ema_narrow(const EmaTensor& tensor, const S* student, int64_t begin, int64_t end, double decay,
                        bool stochastically) {
-  const float weight = static_cast<float>(1.0 - decay);
   T* teacher = static_cast<T*>(tensor.teacher);
   if (stochastically) {
-    ema_stochastic(teacher, student, begin, end, weight, tensor.key);
+    ema_stochastic(teacher, student, begin, end, decay, tensor.key);
   } else {
-    ema_compensated(teacher, static_cast<T*>(tensor.compensation), student, begin, end, weight);
+    ema_compensated(teacher, static_cast<T*>(tensor.compensation), student, begin, end, decay);
   }
 }
 
@@ -116,9 +125,9 @@ inline void ema_from(const EmaTensor& tensor, const S* student, int64_t begin, i
                      bool stochastically) {
   switch (tensor.teacher_storage) {
     case Storage::kFloat32:
-      return ema_float(static_cast<float*>(tensor.teacher), student, begin, end, decay);
+      return ema_plain(static_cast<float*>(tensor.teacher), student, begin, end, decay);
     case Storage::kFloat64:
-      return ema_double(static_cast<double*>(tensor.teacher), student, begin, end, decay);
+      return ema_plain(static_cast<double*>(tensor.teacher), student, begin, end, decay);
     case Storage::kBFloat16:
       return ema_narrow<BFloat16>(tensor, student, begin, end, decay, stochastically);
     case Storage::kFloat16:

@@ -52,6 +52,7 @@ void ema_update(std::vector<Tensor> teacher, std::vector<Tensor> student, double
     for (int64_t begin = 0; begin < size; begin += kSpan)
       spans.push_back({i, begin, begin + kSpan < size ? begin + kSpan : size});
   }
+  if (decay == 1.0) return;
   for_each_piece(static_cast<int64_t>(spans.size()), [&](int64_t i) {
     const Span& span = spans[static_cast<size_t>(i)];
     kernels().ema(tensors[span.tensor], span.begin, span.end, decay, stochastic);

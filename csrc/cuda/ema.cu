@@ -1,4 +1,5 @@
-// ema_update_: teacher += (1 - decay) (student - teacher), many tensors per launch.
+// ema_update_: decay teacher + (1 - decay) student, many tensors per launch.
+#include "../ema_average.h"
 #include "../ema_rounding.h"
 #include "element.cuh"
 #include "launch.h"
@@ -22,26 +23,38 @@ __device__ __forceinline__ int tensor_of_block(const EmaTensors& tensors, int bl
   return low;
 }
 
-// value + rate (source - value), each operation rounded: never contracted to a fused one, so that the CPU's kernel
+// base + factor (other - base), each operation rounded: never contracted to a fused one, so that the CPU's kernel
 // (compiled with -ffp-contract=off) gets the same bits.
-__device__ __forceinline__ float average(float value, float source, float rate) {
-  return __fadd_rn(value, __fmul_rn(rate, source - value));
+__device__ __forceinline__ float towards(float base, float other, float factor) {
+  return __fadd_rn(base, __fmul_rn(factor, other - base));
 }
 
-__device__ __forceinline__ double average(double value, double source, double rate) {
-  return __dadd_rn(value, __dmul_rn(rate, source - value));
+__device__ __forceinline__ double towards(double base, double other, double factor) {
+  return __dadd_rn(base, __dmul_rn(factor, other - base));
 }
+
+// ema_average.h in the arithmetic of Math.
+template <typename Math>
+struct Average {
+  Math factor;
+  bool from_student, is_copy;
+
+  __device__ __forceinline__ Math operator()(Math teacher, Math student) const {
+    const Math value = towards(from_student ? student : teacher, from_student ? teacher : student, factor);
+    return is_copy ? student : value;
+  }
+};
 
 template <EmaRounding kRounding, typename Teacher, typename Student, typename Math>
 struct Update {
-  Math rate;
+  Average<Math> average;
   RoundingKey key;
 
   __device__ __forceinline__ void operator()(Teacher& teacher, Student student, Teacher& compensation,
                                              int64_t element) const {
     Math value = widen<Math>(teacher);
     if constexpr (kRounding == EmaRounding::kCompensated) value += widen<Math>(compensation);
-    value = average(value, widen<Math>(student), rate);
+    value = average(value, widen<Math>(student));
     if constexpr (kRounding == EmaRounding::kStochastic) {
       const uint32_t random = random_bits(key, static_cast<uint64_t>(element));
       const uint32_t bits = std::is_same_v<Teacher, __half> ? stochastic_float16(value, random)
@@ -56,9 +69,10 @@ struct Update {
   }
 };
 
+// Four blocks a multiprocessor leave 64 registers; left to itself the compiler keeps to 32 and spills.
 template <EmaRounding kRounding, typename Teacher, typename Student>
-__global__ void __launch_bounds__(kEmaThreads)
-    ema_kernel(const __grid_constant__ EmaTensors tensors, const double rate, const uint64_t seed) {
+__global__ void __launch_bounds__(kEmaThreads, 4)
+    ema_kernel(const __grid_constant__ EmaTensors tensors, const EmaAverage form, const uint64_t seed) {
   using Math = std::conditional_t<std::is_same_v<Teacher, double>, double, float>;
   constexpr bool kCompensated = kRounding == EmaRounding::kCompensated;
   constexpr int N = 16 / (sizeof(Teacher) < sizeof(Student) ? sizeof(Teacher) : sizeof(Student));
@@ -71,7 +85,8 @@ __global__ void __launch_bounds__(kEmaThreads)
   const Student* student = static_cast<const Student*>(tensors.student[i]) + start;
   Teacher* compensation = kCompensated ? static_cast<Teacher*>(tensors.compensation[i]) + start : nullptr;
   const Update<kRounding, Teacher, Student, Math> update{
-      static_cast<Math>(rate), rounding_key(seed, static_cast<uint32_t>(tensors.position[i]))};
+      {static_cast<Math>(form.factor), form.from_student, form.is_copy},
+      rounding_key(seed, static_cast<uint32_t>(tensors.position[i]))};
 
   const bool aligned = is_aligned(teacher) && is_aligned(student) && (!kCompensated || is_aligned(compensation));
   const int64_t packs = aligned ? length / N : 0;
@@ -94,9 +109,9 @@ __global__ void __launch_bounds__(kEmaThreads)
 
 template <EmaRounding kRounding, typename Teacher, typename Student>
 void launch(const EmaTensors& tensors, double decay, uint64_t seed, cudaStream_t stream) {
-  static_assert(sizeof(EmaTensors) + sizeof(double) + sizeof(uint64_t) <= 4096, "the arguments of a launch");
+  static_assert(sizeof(EmaTensors) + sizeof(EmaAverage) + sizeof(uint64_t) <= 4096, "the arguments of a launch");
   const auto blocks = static_cast<unsigned>(tensors.first_block[tensors.count]);
-  ema_kernel<kRounding, Teacher, Student><<<blocks, kEmaThreads, 0, stream>>>(tensors, 1.0 - decay, seed);
+  ema_kernel<kRounding, Teacher, Student><<<blocks, kEmaThreads, 0, stream>>>(tensors, ema_average(decay), seed);
 }
 
 }  // namespace

@@ -88,6 +88,7 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, doubl
     }
   }
 
+  if (decay == 1.0) return;
   const StreamScope scope(teacher[0]);
   std::map<std::pair<Element, Element>, Batch> batches;
   for (size_t i = 0; i < teacher.size(); ++i) {

@@ -21,7 +21,8 @@ def ema_update_(
     compensation: Sequence[torch.Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
-    """`theta_t = decay theta_t + (1 - decay) theta_s`, in place.
+    """`theta_t = decay theta_t + (1 - decay) theta_s`, in place. With decay 0 the teacher becomes the student,
+    rounded to its dtype; with decay 1 nothing is touched.
 
     A 16-bit teacher stalls under this formula once the increment is below half an ulp (bfloat16 keeps 8 bits, so with
     decay 0.98 a relative difference under 20% already moves nothing). The arithmetic here is float32 in every
@@ -40,7 +41,7 @@ def ema_update_(
 
     Args:
         teacher: parameters or buffers to update.
-        student: as many, of the same shapes; any floating dtype.
+        student: as many, of the same shapes. Both in float32, float64, bfloat16 or float16, not necessarily the same.
         decay: in [0, 1].
         rounding: None or "stochastic".
         compensation: as many tensors as the teacher, same shapes and dtypes, initially zero; updated in place.
@@ -75,8 +76,12 @@ def ema_update_(
             raise ValueError(
                 f"tensor {position}: teacher has shape {tuple(target.shape)} but student {tuple(source.shape)}"
             )
-        if not target.is_floating_point() or not source.is_floating_point():
-            raise TypeError(f"tensor {position}: only floating-point tensors are averaged, got {target.dtype}")
+        for name, tensor in (("teacher", target), ("student", source)):
+            if tensor.dtype not in _AVERAGED:
+                raise TypeError(
+                    f"tensor {position}: only float32, float64, bfloat16 and float16 tensors are averaged, got a "
+                    f"{name} in {tensor.dtype}; leave it out, or convert it"
+                )
         if target.dtype in (torch.bfloat16, torch.float16) and rounding is None and compensation is None:
             raise ValueError(
                 f"tensor {position}: a {target.dtype} teacher stalls (increments below half an ulp are lost). Keep it "
@@ -90,6 +95,8 @@ def ema_update_(
             if given != wanted:
                 raise ValueError(f"tensor {position}: compensation is {given}, the teacher {wanted}")
 
+    if decay == 1.0:
+        return
     beside = [None] * len(targets) if compensation is None else list(compensation)
     fused = [i for i, tensors in enumerate(zip(targets, sources, beside, strict=True)) if _can_be_fused(*tensors)]
     for device in {targets[i].device for i in fused}:
@@ -102,21 +109,30 @@ def ema_update_(
             rounding is not None,
             _seed(generator) if rounding is not None else 0,
         )
-    rest = sorted(set(range(len(targets))) - set(fused))
-    plain = [i for i in rest if targets[i].dtype in (torch.float32, torch.float64)]
-    if plain:
-        torch._foreach_lerp_([targets[i] for i in plain], [sources[i].to(targets[i]) for i in plain], 1.0 - decay)
-    for i in sorted(set(rest) - set(plain)):
-        target, source = targets[i], sources[i].to(device=targets[i].device, dtype=torch.float32)
-        value = target.float()
-        if compensation is not None:
-            value.add_(compensation[i].float())
-            value.lerp_(source, 1.0 - decay)
+    for i in sorted(set(range(len(targets))) - set(fused)):
+        target = targets[i]
+        source = sources[i].to(device=target.device, dtype=torch.promote_types(target.dtype, torch.float32))
+        if target.dtype in (torch.float32, torch.float64):
+            target.copy_(_average(target, source, decay))
+        elif compensation is not None:
+            value = _average(target.float().add_(compensation[i].float()), source, decay)
             target.copy_(value)
-            compensation[i].copy_(value.sub_(target.float()))
+            compensation[i].copy_(value - target.float())
         else:
-            value.lerp_(source, 1.0 - decay)
-            target.copy_(_round_stochastically(value, target.dtype, generator))
+            target.copy_(_round_stochastically(_average(target.float(), source, decay), target.dtype, generator))
+
+
+# Of teacher and student. float8 has no arithmetic, and its weights carry a scale elsewhere.
+_AVERAGED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _average(teacher: torch.Tensor, student: torch.Tensor, decay: float) -> torch.Tensor:
+    """`decay teacher + (1 - decay) student`, from the one that weighs more: csrc/ema_average.h says why."""
+    if decay == 0.0:
+        return student
+    # lerp forms 1 - weight in the tensors' own precision, where a tiny decay is lost; a weight below a half is used as
+    # it is.
+    return student.lerp(teacher, decay) if decay < 0.5 else teacher.lerp(student, 1.0 - decay)
 
 
 def _can_be_fused(target: torch.Tensor, source: torch.Tensor, compensation: torch.Tensor | None) -> bool:
