@@ -19,7 +19,7 @@ from torch import nn
 from trl.trainer.utils import pad
 
 from unisd.contexts import Prompt
-from unisd.modules import evaluating, is_peft
+from unisd.modules import evaluating, is_peft, model_head
 from unisd.teachers import gathered_head, head_is_trained
 from unisd_kernels import LMHead, linear_divergence, pack_rows
 
@@ -113,7 +113,7 @@ class DriftProbe:
         with base, evaluating(model):
             self._base_hidden = [hidden.cpu() for hidden in self._rows(model, device)]
             if trained:
-                head = LMHead.from_model(model)
+                head = model_head(model)
                 bias = None if head.bias is None else head.bias.detach().to("cpu", copy=True)
                 weight = head.weight.detach().to("cpu", copy=True)
                 self._base_head = LMHead(weight, bias, head.logit_scale, head.softcap, head.vocab_size)
@@ -138,7 +138,7 @@ class DriftProbe:
             batches = self._rows(model, device)
             for base_hidden, hidden in zip(self._base_hidden, batches, strict=True):
                 with gathered_head(model):
-                    head = LMHead.from_model(model).detach()
+                    head = model_head(model).detach()
                     base_head = head if self._base_head is None else _moved(self._base_head, head)
                     divergence = linear_divergence(
                         hidden, head, base_hidden.to(hidden), base_head, beta=0.0, temperature=1.0, **self._options

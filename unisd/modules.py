@@ -1,47 +1,53 @@
-"""What trainer, teachers and evaluation all ask of a model: is it PEFT, where is its backbone, eval mode."""
+"""What trainer, teachers and evaluation all ask of a model: is it PEFT, where is its backbone, its head, eval mode."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from unisd_kernels import LMHead
+from unisd_kernels.causal_model import backbone, causal_model, evaluating, head_module, head_tensors, is_peft
 
-def is_peft(model: Any) -> bool:
-    """Whether the model is a PEFT model (adapter around a base)."""
-    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+__all__ = ["backbone", "evaluating", "is_peft", "model_head", "remember_head"]
 
 
-def backbone(model: Any) -> Any:
-    """The decoder of a causal language model, without its head: what gives the last hidden state.
+@dataclass(frozen=True)
+class _Remembered:
+    """Scale, cap and vocabulary of a head that was verified. It holds no weight, and a deep copy of the model copies it
+    with the module it belongs to."""
+
+    module: nn.Module
+    logit_scale: float
+    softcap: float | None
+    vocab_size: int | None
+
+
+def model_head(model: Any) -> LMHead:
+    """The head of a model with its weights as they are now.
+
+    The first call verifies it (`LMHead.from_model`), and what it found stays with the model and with deep copies of it,
+    so that a head for every step costs nothing. A model whose head module has been replaced is verified anew.
 
     Raises:
-        ValueError: a model that cannot be run without its head, or a prompt-learning adapter (its virtual tokens would
-            be left out silently).
+        ValueError: as `LMHead.from_model`.
     """
-    causal = model
-    if is_peft(model):
-        if any(config.is_prompt_learning for config in model.peft_config.values()):
-            raise ValueError(
-                "prompt-learning adapters (prefix, prompt or p-tuning) are not supported, only LoRA-like ones."
-            )
-        causal = model.get_base_model()
-    decoder = getattr(causal, "base_model", causal)
-    if decoder is causal:
-        raise ValueError(f"{type(causal).__name__} has no backbone apart from its head (`base_model`).")
-    return decoder
+    found = getattr(causal_model(model), "_unisd_head", None)
+    if found is None or found.module is not _bare_head(model):
+        head = LMHead.from_model(model)
+        remember_head(model, head.logit_scale, head.softcap, head.vocab_size)
+        return head
+    weight, bias = head_tensors(model)
+    return LMHead(weight, bias, found.logit_scale, found.softcap, found.vocab_size)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every module; modules that were in training mode, and only those, go back to it."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def remember_head(model: Any, logit_scale: float, softcap: float | None, vocab_size: int | None) -> None:
+    """Let `model_head` use this scale, cap and vocabulary from now on."""
+    causal_model(model)._unisd_head = _Remembered(_bare_head(model), logit_scale, softcap, vocab_size)
+
+
+def _bare_head(model: Any) -> nn.Module:
+    """The head's module, the same before and after FSDP has wrapped it."""
+    head: Any = head_module(model)
+    return getattr(head, "_fsdp_wrapped_module", head)

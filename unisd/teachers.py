@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from unisd.modules import evaluating, is_peft
+from unisd.modules import evaluating, is_peft, model_head
 from unisd_kernels import LMHead, ema_update_
 
 STATE_FILE = "unisd_ema_teacher.safetensors"
@@ -104,9 +104,9 @@ class BaseTeacher(Teacher):
 
     def head(self, model: nn.Module) -> LMHead | None:
         if self._copy is not None:
-            return LMHead.from_model(self._copy).detach()
+            return model_head(self._copy).detach()
         # `modules_to_save` keeps a trained copy of the head beside the original one.
-        return LMHead.from_model(model).detach() if self._head_is_trained else None
+        return model_head(model).detach() if self._head_is_trained else None
 
 
 class EMATeacher(Teacher):
@@ -200,7 +200,7 @@ class FullEMATeacher(EMATeacher):
         yield self._copy
 
     def head(self, model: nn.Module) -> LMHead | None:
-        return LMHead.from_model(self._copy).detach()
+        return model_head(self._copy).detach()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self._averages
@@ -238,7 +238,7 @@ class AdapterEMATeacher(EMATeacher):
             yield model
 
     def head(self, model: nn.Module) -> LMHead | None:
-        return LMHead.from_model(model).detach() if head_is_trained(model) else None
+        return model_head(model).detach() if head_is_trained(model) else None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self._averages
@@ -286,7 +286,7 @@ class MergedEMATeacher(EMATeacher):
             yield model
 
     def head(self, model: nn.Module) -> LMHead | None:
-        return LMHead.from_model(model).detach() if head_is_trained(model) else None
+        return model_head(model).detach() if head_is_trained(model) else None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {**{f"{name}.delta": delta for name, delta in self._deltas.items()}, **self._others}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -28,7 +29,7 @@ from unisd.config import UniSDConfig
 from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, LengthLimit, Prompt, collect_views, tokenize_views
 from unisd.drift import DriftProbe, default_probe
 from unisd.metrics import PREFIX, MetricWindow, add_loss_statistics, peak_memory_gib
-from unisd.modules import backbone, is_peft
+from unisd.modules import backbone, is_peft, model_head, remember_head
 from unisd.sampling import EpochSampler
 from unisd.teachers import EMATeacher, Teacher, gathered_head, load_teacher, make_teacher, save_teacher
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, agreement_weights, linear_logprobs, pack_rows, unisd_loss
@@ -109,7 +110,7 @@ class UniSDTrainer(DistillationTrainer):
 
     Raises:
         ValueError: a missing column, a teacher that does not fit the model, another model as the teacher, a
-            PEFT adapter on the head, `nn.DataParallel`.
+            PEFT adapter on the head, a head that does not agree with the model's own logits, `nn.DataParallel`.
         TypeError: `args` of another class, or a processor of images instead of a tokenizer.
     """
 
@@ -189,6 +190,7 @@ class UniSDTrainer(DistillationTrainer):
             args.max_prompt_length, getattr(student.config.get_text_config(), "max_position_embeddings", None)
         )
         self._check_sharding()
+        self._check_head(student)
         self.teacher: Teacher = make_teacher(
             student, teacher=args.teacher, ema=str(args.ema), decay=float(args.ema_decay or 0.0)
         )
@@ -210,6 +212,38 @@ class UniSDTrainer(DistillationTrainer):
             )
         if self.args.teacher == "base" and not is_peft(self.model):
             raise ValueError("teacher='base' copies the model, which FSDP or ZeRO-3 shards; use LoRA, DDP or ZeRO-2")
+
+    def _check_head(self, student: nn.Module) -> None:
+        """Verify once, before any rollout, that the head is what the model's own forward makes its logits with; every
+        head of the run then has what was found here (`unisd.modules.model_head`)."""
+        if self._dist.is_zero3:
+            # The weights are in pieces already, and only the engine, which does not exist yet, can run the model.
+            with gathered_head(student):
+                head = LMHead.from_model(student, verify=False)
+            remember_head(student, head.logit_scale, head.softcap, head.vocab_size)
+            warnings.warn(
+                f"the head of {type(student).__name__} is read as logit_scale={head.logit_scale:.6g}, softcap="
+                f"{head.softcap} from its configuration and is not checked: ZeRO-3 shards the weights. Check it once "
+                "with LMHead.from_model(model) on the model loaded without DeepSpeed",
+                stacklevel=3,
+            )
+            return
+        with self.accelerator.autocast():
+            if not self._dist.is_fsdp:
+                model_head(student)
+                return
+            # Not sharded yet, but only the first process of a machine need have loaded the weights.
+            found: list[Any] = [None]
+            if self.accelerator.is_main_process:
+                try:
+                    head = model_head(student)
+                    found = [(head.logit_scale, head.softcap, head.vocab_size)]
+                except ValueError as error:
+                    found = [str(error)]  # every process is to raise it
+            (result,) = broadcast_object_list(found)
+            if isinstance(result, str):
+                raise ValueError(result)
+            remember_head(student, *result)
 
     @property
     def _is_sharded(self) -> bool:
@@ -370,7 +404,7 @@ class UniSDTrainer(DistillationTrainer):
 
         def score(hidden: torch.Tensor, ids: torch.Tensor, **options: Any) -> LinearLogProbs:
             with gathered_head(student):
-                head = _fitted(own_head or LMHead.from_model(student).detach(), hidden)
+                head = _fitted(own_head or model_head(student).detach(), hidden)
                 return linear_logprobs(
                     hidden, head, ids, impl=self.args.impl, workspace_bytes=self.args.workspace_bytes, **options
                 )
@@ -416,7 +450,7 @@ class UniSDTrainer(DistillationTrainer):
         scored: _Scored,
         num_items: torch.Tensor | None,
     ) -> UniSDLoss:
-        head = _fitted(LMHead.from_model(student), hidden)
+        head = _fitted(model_head(student), hidden)
         if not torch.is_grad_enabled():
             head = head.detach()  # else evaluation would pay for the head's gradient
         return unisd_loss(

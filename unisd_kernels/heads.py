@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,11 @@ class LMHead:
     def __post_init__(self) -> None:
         if not isinstance(self.weight, torch.Tensor):
             raise TypeError(f"LMHead.weight must be a torch.Tensor [V, H], got {type(self.weight).__name__}")
-        if not self.weight.is_floating_point():
+        if self.weight.dtype not in _DTYPES:
             raise TypeError(
-                f"LMHead.weight must be a floating-point tensor, got {self.weight.dtype}; dequantize a quantized head "
-                "first (it is the largest matrix product of the loss, so this usually pays)"
+                "LMHead.weight must be a floating-point tensor (float32, float64, bfloat16 or float16), got "
+                f"{self.weight.dtype}; dequantize a quantized head first (it is the largest matrix product of the "
+                "loss, so this usually pays)"
             )
         if self.weight.dim() != 2 or self.weight.shape[0] == 0 or self.weight.shape[1] == 0:
             raise ValueError(
@@ -60,16 +64,28 @@ class LMHead:
                     f"LMHead.bias is {self.bias.dtype} on {self.bias.device} but LMHead.weight is "
                     f"{self.weight.dtype} on {self.weight.device}; convert one of them"
                 )
-        scale = float(self.logit_scale)
+        # Python's own numbers from here on: a numpy scalar would make arrays of what it touches.
+        scale = _number("logit_scale", self.logit_scale)
         if not math.isfinite(scale) or scale == 0.0:
             raise ValueError(f"LMHead.logit_scale must be finite and not zero, got {self.logit_scale}")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
-            raise ValueError(f"LMHead.softcap must be a finite number > 0 or None, got {self.softcap}")
-        if self.vocab_size is not None and not 0 < self.vocab_size <= self.weight.shape[0]:
-            raise ValueError(
-                f"LMHead.vocab_size must be between 1 and the {self.weight.shape[0]} rows of the weight, "
-                f"got {self.vocab_size}"
-            )
+        object.__setattr__(self, "logit_scale", scale)
+        if self.softcap is not None:
+            cap = _number("softcap", self.softcap)
+            if not (math.isfinite(cap) and cap > 0):
+                raise ValueError(f"LMHead.softcap must be a finite number > 0 or None, got {self.softcap}")
+            object.__setattr__(self, "softcap", cap)
+        if self.vocab_size is not None:
+            if isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, numbers.Integral):
+                raise TypeError(
+                    f"LMHead.vocab_size must be an integer or None, got {type(self.vocab_size).__name__} "
+                    f"{_shown(self.vocab_size)}"
+                )
+            if not 0 < self.vocab_size <= self.weight.shape[0]:
+                raise ValueError(
+                    f"LMHead.vocab_size must be between 1 and the {self.weight.shape[0]} rows of the weight, "
+                    f"got {self.vocab_size}"
+                )
+            object.__setattr__(self, "vocab_size", int(self.vocab_size))
 
     @property
     def num_columns(self) -> int:
@@ -99,65 +115,48 @@ class LMHead:
         return LMHead(self.weight.detach(), bias, self.logit_scale, self.softcap, self.vocab_size)
 
     @classmethod
-    def from_model(cls, model: Any, *, vocab_size: int | None = None) -> LMHead:
+    def from_model(cls, model: Any, *, vocab_size: int | None = None, verify: bool = True) -> LMHead:
         """Read the head of a Hugging Face causal language model (or of a PEFT model around one).
 
-        The logit post-processing is taken from the model's text config: `final_logit_softcapping` (Gemma),
-        `logit_scale` (Cohere), `lm_head_multiplier` (Falcon-H1), `output_multiplier`, and `logits_scaling`, by which
-        Granite and MiniCPM divide and HyperCLOVA X multiplies.
+        Scale and cap come from the model's configuration (`final_logit_softcapping`, `logit_scale`, `logits_scaling`,
+        ...), but the names there are only hints. The model's own forward decides: it runs on eight token ids, and once
+        more with made-up hidden states in place of its backbone's, so large that every cap in use shows. Of the
+        readings of the configuration the one is taken whose log-probabilities agree with the model's own, within
+        what rounding in its dtype explains (`unisd_kernels.head_check`).
+
+        That costs three passes over eight tokens, on the model's device, in eval mode and without gradients; training
+        mode, random number generators and caches are left alone. In a loop, read the head once:
+        it refers to the live weight, which training changes in place.
 
         Args:
-            model: has `get_output_embeddings()` and `config`.
-            vocab_size: see `LMHead`.
+            model: has `get_output_embeddings()`, `config`, a backbone, and takes token ids alone.
+            vocab_size: see `LMHead`. None takes as many columns as the model's own forward gives.
+            verify: False runs nothing and believes the configuration's names, which is a guess (Gemma's caps and
+                Cohere's, Granite's and Falcon-H1's scales are read rightly). For a model that cannot be run as it is:
+                sharded, or in need of other inputs.
 
         Raises:
-            ValueError: no output embeddings; an adapter on the head (its weight alone would be the wrong head); a
-                head that is sharded or on the meta device.
+            ValueError: the head does not agree with the model's own logits (by how much, and which scale or cap would
+                explain it) or cannot be compared with them; no output embeddings, or not one linear layer; an adapter
+                on the head (its weight alone would be the wrong head); a head that is sharded or on the meta device.
             TypeError: a quantized head.
         """
-        get_output_embeddings = getattr(model, "get_output_embeddings", None)
-        head = get_output_embeddings() if callable(get_output_embeddings) else None
-        if head is None:
-            raise ValueError(
-                f"LMHead.from_model needs a model with output embeddings, got {type(model).__name__}; "
-                "build LMHead(weight, bias, ...) yourself"
-            )
-        if hasattr(head, "base_layer"):
-            raise ValueError(
-                "the model has a PEFT adapter on its output head: reading `lm_head.weight` would silently ignore the "
-                "adapter. Remove 'lm_head' from target_modules (or merge the adapter first)"
-            )
-        weight = head.weight
-        bias = getattr(head, "bias", None)
-        if type(weight).__name__ == "DTensor":
-            weight = weight.full_tensor()
-            bias = bias.full_tensor() if bias is not None else None
-        if weight.numel() == 0 and hasattr(weight, "ds_id"):
-            raise ValueError(
-                "the head is partitioned by DeepSpeed ZeRO-3: build the LMHead inside "
-                "`deepspeed.zero.GatheredParameters([lm_head.weight])`"
-            )
-        if weight.device.type == "meta":
-            raise ValueError("the head is on the meta device (offloaded or not loaded): load its weights first")
-        config = model.config
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        return cls(
-            weight=weight,
-            bias=bias,
-            logit_scale=_logit_scale(config),
-            softcap=getattr(config, "final_logit_softcapping", None),
-            vocab_size=vocab_size,
-        )
+        from unisd_kernels.causal_model import head_tensors
+        from unisd_kernels.head_check import form_of
+
+        weight, bias = head_tensors(model)
+        head = cls(weight, bias, vocab_size=vocab_size)  # what is no head is refused before anything runs
+        form = form_of(model, weight, bias, head.vocab_size, verify)
+        return cls(weight, bias, form.logit_scale, form.softcap, form.vocab_size)
 
 
-def _logit_scale(config: Any) -> float:
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return float(value)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    # The one name with two meanings: HyperCLOVA X multiplies by it, Granite and MiniCPM3 divide by it.
-    return float(scaling) if getattr(config, "model_type", "") == "hyperclovax" else 1.0 / float(scaling)
+def _number(name: str, value: Any) -> float:
+    """A real number as a Python float; numpy's scalars are real numbers too, True and tensors are not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        hint = "; take .item() of a tensor" if isinstance(value, torch.Tensor) else ""
+        raise TypeError(f"LMHead.{name} must be a number, got {type(value).__name__} {_shown(value)}{hint}")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    return "" if isinstance(value, torch.Tensor) else repr(value)[:40]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 import unisd_kernels
+from tests.heads import tiny_models
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[2]
 def test_the_example_runs_and_gives_gradients():
     text = (ROOT / "README.md").read_text()
     example = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "unisd_loss(" in block)
-    layer = torch.nn.Linear(8, 31, bias=False)
-    model = SimpleNamespace(get_output_embeddings=lambda: layer, config=SimpleNamespace())
-    hidden = [torch.randn(2, 5, 8) for _ in range(6)]
+    model = tiny_models.model("llama")
+    layer = model.lm_head
+    hidden = [torch.randn(2, 5, 32) for _ in range(6)]
     student_hidden = hidden[0].requires_grad_()
     names = {
         "model": model,
         "mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
-        "completion_ids": torch.randint(0, 31, (2, 5)),
+        "completion_ids": torch.randint(0, tiny_models.VOCAB_SIZE, (2, 5)),
         "student_hidden": student_hidden,
         "teacher_hidden": hidden[1],
         "negative_hidden": hidden[2],

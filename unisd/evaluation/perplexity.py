@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from unisd.evaluation.rows import Prompt, encode_pairs, hidden_rows, model_device, scoring_batches, scoring_mode
-from unisd_kernels import LMHead, linear_logprobs
+from unisd.modules import model_head
+from unisd_kernels import linear_logprobs
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def completion_scores(
     pairs = encode_pairs(tokenizer, prompts, completions, include_eos=include_eos)
     nll = [math.nan] * len(pairs)
     with scoring_mode(model):
-        head = LMHead.from_model(model)
+        head = model_head(model)
         for batch in scoring_batches(pairs, batch_size, model_device(model)):
             logprobs = linear_logprobs(hidden_rows(model, batch), head, batch.target_ids, impl=impl).logprobs
             for index, part in zip(batch.indices, logprobs.double().split(batch.lengths), strict=True):

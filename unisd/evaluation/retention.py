@@ -19,7 +19,7 @@ import torch
 
 from unisd.data.chat_probe import CHAT_PROBE
 from unisd.evaluation.rows import encode_pairs, hidden_rows, model_device, scoring_batches, scoring_mode
-from unisd.modules import is_peft
+from unisd.modules import is_peft, model_head
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs
 
 
@@ -97,10 +97,10 @@ def evaluate_retention(
     num_tokens = 0
     with scoring_mode(model), scoring_mode(base):
         for batch in scoring_batches(pairs, batch_size, model_device(model)):
-            trained_head, trained = LMHead.from_model(model), hidden_rows(model, batch)
+            trained_head, trained = model_head(model), hidden_rows(model, batch)
             without_adapter: AbstractContextManager[Any] = model.disable_adapter() if base is model else nullcontext()
             with without_adapter:
-                base_head, base_hidden = LMHead.from_model(base), hidden_rows(base, batch)
+                base_head, base_hidden = model_head(base), hidden_rows(base, batch)
             kl = linear_divergence(trained, trained_head, base_hidden, base_head, beta=0.0, impl=impl).double()
             for index, part in zip(batch.indices, kl.split(batch.lengths), strict=True):
                 kl_by_prompt[index] = part.mean().item()
