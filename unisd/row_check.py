@@ -154,7 +154,8 @@ class RowReport:
         measured: what is in its rows.
         limit: the longest they may be.
         views: names of the columns of `measured.lengths`.
-        numbers: of the rows in the table the dataset was loaded from, whatever was selected or shuffled since.
+        numbers: of the rows in the table the dataset was loaded from, see `file_rows`.
+        counted: how, for messages.
     """
 
     where: str
@@ -162,6 +163,7 @@ class RowReport:
     limit: LengthLimit
     views: list[str]
     numbers: Sequence[int]
+    counted: str = "as in the dataset"
 
     @property
     def faults(self) -> dict[int, str]:
@@ -216,7 +218,7 @@ class RowReport:
             limits = {i: f"too long, {text}; the longest has {longest}; {what}" for i, text in too_long.items()}
             lines += _lines(limits, self.numbers)
         head = f"{refused} of {total} rows cannot be used" if refused else f"all {total} rows are too long"
-        raise ValueError(f"{self.where}: {head} (rows are counted from 0, as in the file):\n  " + "\n  ".join(lines))
+        raise ValueError(f"{self.where}: {head} (rows are counted from 0, {self.counted}):\n  " + "\n  ".join(lines))
 
     def say(self) -> None:
         """Log what is dropped, else the longest view."""
@@ -226,20 +228,29 @@ class RowReport:
             return
         logger.warning(
             "%s: %d of %d rows are dropped, because a view is too long (overlong='error' refuses them instead; rows "
-            "are counted from 0, as in the file). The longest has %s.\n  %s",
+            "are counted from 0, %s). The longest has %s.\n  %s",
             self.where,
             len(too_long),
             total,
+            self.counted,
             self.longest(list(too_long)),
             "\n  ".join(_lines(too_long, self.numbers)),
         )
 
 
-def file_rows(dataset: Any) -> Sequence[int]:
-    """The number of each row in the table that the dataset was loaded from."""
+def file_rows(dataset: Any) -> tuple[Sequence[int], str]:
+    """The number of each row in the table that the dataset was loaded from, whatever was shuffled, filtered or picked
+    since, and how it is counted. A part cut out in one piece ("train[10:20]", `select(range(10, 20))`) is a
+    table of its own, which does not know where it began.
+    """
     # What `datasets` keeps of a selection, a filter or a shuffle.
     indices = getattr(dataset, "_indices", None)
-    return range(len(dataset)) if indices is None else indices.column(0).to_pylist()
+    numbers = range(len(dataset)) if indices is None else indices.column(0).to_pylist()
+    splits, split = getattr(getattr(dataset, "info", None), "splits", None), getattr(dataset, "split", None)
+    if not splits or split is None or str(split).split("[")[0] not in splits:
+        return numbers, "as in the dataset"
+    whole = splits[str(split).split("[")[0]].num_examples == dataset.data.num_rows
+    return numbers, "as in the file" if whole else "from the start of the selected part of the file"
 
 
 class StreamFilter:
@@ -256,7 +267,12 @@ class StreamFilter:
     def __call__(self, row: Mapping[str, Any], number: int) -> bool:
         """Whether to keep the row."""
         report = RowReport(
-            self._where, self._checker.measure([row]), self._limit, self._checker.views, range(number, number + 1)
+            self._where,
+            self._checker.measure([row]),
+            self._limit,
+            self._checker.views,
+            range(number, number + 1),
+            "as they are drawn",
         )
         if report.overlong and self._overlong == "drop":
             self.dropped += 1

@@ -77,7 +77,8 @@ class RowGate:
             return {name: self.admit(one, f"{where}[{name!r}]") for name, one in dataset.items()}
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             return self._admit_stream(dataset, where)
-        report = RowReport(where, self._measure(dataset, where), self._limit, self._checker.views, file_rows(dataset))
+        measured = self._measure(dataset, where)
+        report = RowReport(where, measured, self._limit, self._checker.views, *file_rows(dataset))
         self.reports[where] = report
         report.raise_if_unusable(self._overlong)
         if self._accelerator.is_main_process:

@@ -43,7 +43,7 @@ def test_one_report_tells_every_fault_with_the_rows_of_the_file(tmp_path):
     Dataset.from_list(items).to_json(file)
     dataset = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "hub"))
     # Row 0 is left out and the others come in another order; the numbers stay those of the file.
-    dataset = dataset.select(range(1, 12)).shuffle(seed=3)
+    dataset = dataset.filter(lambda row: row["prompt"] != "w5").shuffle(seed=3)
     with pytest.raises(ValueError, match="rows cannot be used") as caught:
         build(tmp_path, dataset, preset="agreement_token", num_auxiliary=2, max_prompt_length=50, overlong="error")
     head, *lines = str(caught.value).splitlines()
@@ -56,6 +56,20 @@ def test_one_report_tells_every_fault_with_the_rows_of_the_file(tmp_path):
     assert "(7): the auxiliary prompt 1 is empty" in text
     assert "(10): too long, more than max_prompt_length=50; the longest has" in text
     assert "tokens (teacher prompt of row 10)" in text
+
+
+def test_a_part_of_a_file_is_said_to_be_one(tmp_path):
+    items = plain_rows(12)
+    items[7]["teacher_prompt"] = ""
+    file = tmp_path / "rows.jsonl"
+    Dataset.from_list(items).to_json(file)
+    dataset = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "hub"))
+    with pytest.raises(ValueError, match=r"from 0, from the start of the selected part of the file\):\n  1 row \(5\)"):
+        build(tmp_path, dataset.select(range(2, 12)).shuffle(seed=3))
+    with pytest.raises(ValueError, match=r"from 0, as in the file\):\n  1 row \(7\)"):
+        build(tmp_path, dataset)
+    with pytest.raises(ValueError, match=r"from 0, as in the dataset\):\n  1 row \(7\)"):
+        build(tmp_path, Dataset.from_list(items))
 
 
 def test_wrong_types_are_found_at_construction(tmp_path):
