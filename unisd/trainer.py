@@ -90,7 +90,8 @@ class UniSDTrainer(DistillationTrainer):
     """Trains a model by UniSD self-distillation (arXiv 2605.06597).
 
     Datasets need the column `prompt`, `teacher_prompt` or `privileged_context`, and, where the preset uses them,
-    `auxiliary_prompts` and `negative_prompt` (see `unisd.contexts`). Evaluation datasets too.
+    `auxiliary_prompts` and `negative_prompt` (see `unisd.contexts`). Evaluation datasets too. Every row is checked at
+    construction, those of a stream as they are drawn; `rows.reports` holds what was found.
 
     Everything else (rollouts with transformers or vLLM, PEFT, checkpoints, logging) is TRL's. Text only.
     Gradient accumulation and data parallelism give the gradient of the whole batch, except that quantities which are
@@ -112,8 +113,9 @@ class UniSDTrainer(DistillationTrainer):
         teacher_model: refused; the teacher is the model itself.
 
     Raises:
-        ValueError: a missing column, a teacher that does not fit the model, another model as the teacher, a
-            PEFT adapter on the head, `nn.DataParallel`.
+        ValueError: a missing column, rows that cannot be used (all of them in one message, see `unisd.row_check`),
+            fewer rows than an optimizer step takes, nothing to train, a tokenizer without `eos_token`, a teacher that
+            does not fit the model, another model as the teacher, a PEFT adapter on the head, `nn.DataParallel`.
         TypeError: `args` of another class, or a processor of images instead of a tokenizer.
     """
 
@@ -168,6 +170,7 @@ class UniSDTrainer(DistillationTrainer):
             negative=args.uses_contrastive,
             preset=args.preset,
         )
+        self._empty_completions: list[bool] | None = None  # of the rollout at hand, once it has had its first turn
         _check_datasets(self._context_spec, train_dataset, eval_dataset)
         if processing_class is not None:
             check_end_token(processing_class)
@@ -308,7 +311,7 @@ class UniSDTrainer(DistillationTrainer):
             pad_to_multiple_of=self.pad_to_multiple_of,  # type: ignore[arg-type]
         )
         inputs = [{**row, "prompt": prompt} for row, prompt in zip(inputs, views.student, strict=True)]
-        self._empty_completions: list[bool] | None = None
+        self._empty_completions = None
         output = super()._generate_and_score_completions(inputs)
         device = self.accelerator.device
         output.update({name: tensor.to(device) for name, tensor in contexts.items()})

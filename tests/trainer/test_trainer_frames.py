@@ -111,7 +111,7 @@ def test_student_and_teacher_read_the_same_frame(tmp_path):
 
 def test_strings_are_templated_and_that_is_said(tmp_path, caplog):
     run = tiny_run.trainer(tmp_path, preset="unisd_star", prompt_frame="auto")
-    assert "train_dataset: prompts that are strings go into the user message" in caplog.text
+    assert "train_dataset: prompts and contexts that are strings go into the user message" in caplog.text
     items = tiny_run.rows()
     output = run._generate_and_score_completions(items)
     assert ids_of(output, "prompt") == [templated([user(row["prompt"])]) for row in items]
