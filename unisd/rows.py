@@ -85,8 +85,8 @@ class RowGate:
             report.say()
             if self._frame_is_automatic and self._checker.frame.name == "chat" and report.measured.plain.any():
                 logger.warning(
-                    "%s: prompts and contexts that are strings go into the user message of the tokenizer's chat "
-                    "template; prompt_frame='given' leaves them outside of it, prompt_frame='chat' does this without a word",
+                    "%s: prompts and contexts that are strings go into the user message of the tokenizer's "
+                    "chat template; prompt_frame='given' leaves them outside of it, 'chat' does so without a word",
                     where,
                 )
         if not report.overlong:
