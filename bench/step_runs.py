@@ -220,6 +220,7 @@ class Workbench:
             # No sequence ends early: every rollout is the same work.
             generation_kwargs={"min_new_tokens": self.new_tokens},
             drift_probe_every=0,
+            prompt_frame="given",  # see `rollout`, and the rows' own remark
             save_strategy="no",
             report_to="none",
             bf16=False,

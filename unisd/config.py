@@ -9,7 +9,9 @@ from typing import Any
 from transformers import SchedulerType
 from trl import DistillationConfig
 
+from unisd.frames import FRAMES
 from unisd.presets import Preset, get_preset
+from unisd.row_check import OVERLONG
 from unisd_kernels import available
 from unisd_kernels.spec import check_choice, check_number
 
@@ -64,8 +66,14 @@ class UniSDConfig(DistillationConfig):
         ema_decay: in [0, 1].
         sync_steps: optimizer steps between updates of the average.
         normalization: "sequence": mean over sequences of their token means; "token": mean over all tokens.
-        max_prompt_length: longest context (student's or any view's) in tokens; a longer one raises. Nothing is ever
-            truncated. None leaves only the model's own limit.
+        max_prompt_length: longest context (student's or any view's) in tokens. Nothing is ever truncated. None
+            leaves only the model's own limit, for context and `max_completion_length` together.
+        overlong: what becomes of rows with a longer context, before training starts: "drop" leaves them out and says
+            how many and which; "error" refuses them.
+        prompt_frame: where prompts and contexts that are strings are read. "chat": in the user message of the
+            tokenizer's chat template; a string beside a conversation takes the place of its last message, the user's.
+            "given": outside of it; a row that has strings and conversations is an error. "auto": "chat" where the
+            tokenizer has a template, else "given". Conversations are always read in the template.
         drift_probe_every: optimizer steps between measurements of the drift from the base model
             (`unisd/drift_kl`, see `unisd.drift`); 0 turns it off.
         impl: implementation of the kernels by name (`unisd_kernels.available()`); None chooses.
@@ -129,7 +137,18 @@ class UniSDConfig(DistillationConfig):
         default="sequence", metadata={"help": "Reduction: sequence (mean of token means) or token (one global mean)."}
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest context in tokens; a longer one raises. None: the model's limit."}
+        default=None, metadata={"help": "Longest context in tokens (see overlong). None: the model's limit."}
+    )
+    overlong: str = field(
+        default="drop",
+        metadata={"help": "Rows with a context that is too long: drop (before training, with a count) or error."},
+    )
+    prompt_frame: str = field(
+        default="auto",
+        metadata={
+            "help": "Prompts and contexts that are strings: chat (into the user message of the chat template), given "
+            "(outside of it), or auto (chat if the tokenizer has a template)."
+        },
     )
     drift_probe_every: int = field(
         default=50, metadata={"help": "Optimizer steps between measurements of the drift from the base; 0: never."}
@@ -216,6 +235,8 @@ class UniSDConfig(DistillationConfig):
         if self.impl is not None:
             check_choice("impl", self.impl, tuple(available("cpu")))
         check_choice("normalization", self.normalization, ("sequence", "token"))
+        check_choice("overlong", self.overlong, OVERLONG)
+        check_choice("prompt_frame", self.prompt_frame, FRAMES)
         for name in ("divergence_weight", "agreement_gamma", "contrastive_weight", "feature_weight", "clip_cap"):
             check_number(name, getattr(self, name), low=0.0)
         check_number("contrastive_margin", self.contrastive_margin)  # type: ignore[arg-type]

@@ -8,8 +8,9 @@ A row of the dataset holds
     auxiliary_prompts     K other contexts of the same question (only with agreement)
     negative_prompt       the question with a plausible wrong demonstration (only with the contrastive term)
 
-Every one of them is a prompt that ends where the completion begins. They are tokenized with TRL's own
-`_tokenize_prompts`, so chat template, tools and special tokens are those of the rollout.
+Every one of them is a prompt that ends where the completion begins, and all of a row stand in one frame
+(`unisd.frames`). They are tokenized with TRL's own `_tokenize_prompts`, so chat template, tools and special tokens are
+those of the rollout.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from trl.trainer.utils import pad
 
-Prompt = str | list[dict[str, Any]]
+from unisd.frames import Prompt, PromptFrame, is_conversation
 
 TEACHER_TEMPLATE = (
     "{prompt}\n\n"
@@ -66,30 +67,39 @@ class ContextSpec:
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """Longest admissible sequences, in tokens; None for no limit.
+    """Longest admissible contexts, in tokens; None for no limit.
 
     Attributes:
         prompt: of a context (`max_prompt_length`).
         total: of context and completion together (the model's `max_position_embeddings`).
+        completion: the most tokens a completion may have (`max_completion_length`).
+        rollout: of the student's prompt and completion together, if the sampler takes less than the model (vLLM).
     """
 
     prompt: int | None
     total: int | None
+    completion: int = 0
+    rollout: int | None = None
 
-    def check(self, view: str, lengths: Sequence[int], completion_lengths: Sequence[int]) -> None:
+    def excess(self, view: str, length: int) -> str | None:
+        """Why a context of this view and length is too long, or None if it is not."""
+        if self.prompt is not None and length > self.prompt:
+            return f"more than max_prompt_length={self.prompt}"
+        if self.total is not None and length + self.completion > self.total:
+            return f"with max_completion_length={self.completion} more than the model's {self.total} positions"
+        if self.rollout is not None and view == "prompt" and length + self.completion > self.rollout:
+            return f"with max_completion_length={self.completion} more than vllm_max_model_length={self.rollout}"
+        return None
+
+    def check(self, view: str, lengths: Sequence[int]) -> None:
         """Raise ValueError if a context of this view is too long. Nothing is truncated: a truncated context would
         be another question, and left truncation eats the system prompt and the demonstration first."""
-        for row, (length, completion) in enumerate(zip(lengths, completion_lengths, strict=True)):
-            if self.prompt is not None and length > self.prompt:
+        for row, length in enumerate(lengths):
+            excess = self.excess(view, length)
+            if excess is not None:
                 raise ValueError(
-                    f"the {view} of row {row} of the batch has {length} tokens, more than max_prompt_length="
-                    f"{self.prompt}; raise it, or drop such rows from the dataset (nothing is truncated)"
-                )
-            if self.total is not None and length + completion > self.total:
-                raise ValueError(
-                    f"the {view} of row {row} of the batch has {length} tokens and its completion {completion}, "
-                    f"together more than the model's {self.total} positions; drop such rows from the dataset or lower "
-                    "max_completion_length (nothing is truncated)"
+                    f"the {view} of row {row} of the batch has {length} tokens, {excess}; raise the limit, or drop "
+                    "such rows from the dataset (nothing is truncated)"
                 )
 
 
@@ -97,12 +107,13 @@ class LengthLimit:
 class RowViews:
     """The prompts of a batch of B rows by view."""
 
+    student: list[Prompt]
     teacher: list[Prompt]
     auxiliary: list[list[Prompt]]  # [K][B]
     negative: list[Prompt] | None
 
     def named(self) -> list[tuple[str, list[Prompt]]]:
-        """(name for messages, prompts) of every view, teacher first."""
+        """(name for messages, prompts) of every view besides the student's, teacher first."""
         views = [("teacher prompt", self.teacher)]
         views += [(f"auxiliary prompt {k}", prompts) for k, prompts in enumerate(self.auxiliary)]
         return views if self.negative is None else [*views, ("negative prompt", self.negative)]
@@ -117,9 +128,11 @@ def build_teacher_prompt(prompt: Prompt, privileged_context: str) -> Prompt:
     """
     if not isinstance(privileged_context, str):
         raise TypeError(f"privileged_context must be a string, got {type(privileged_context).__name__}")
+    if not privileged_context.strip():
+        raise ValueError("privileged_context is empty")
     if isinstance(prompt, str):
         return TEACHER_TEMPLATE.format(prompt=prompt, privileged_context=privileged_context)
-    if not isinstance(prompt, list) or not prompt:
+    if not is_conversation(prompt):
         raise TypeError(f"prompt must be a string or a non-empty list of messages, got {prompt!r}")
     *earlier, last = prompt
     if last.get("role") != "user" or not isinstance(last.get("content"), str):
@@ -132,50 +145,71 @@ def build_teacher_prompt(prompt: Prompt, privileged_context: str) -> Prompt:
     return [*earlier, {**last, "content": content}]
 
 
-def collect_views(rows: Sequence[Mapping[str, Any]], spec: ContextSpec) -> RowViews:
-    """The prompts of every view of a batch. A row's `teacher_prompt` goes before its `privileged_context`.
+def views_of_row(row: Mapping[str, Any], spec: ContextSpec, frame: PromptFrame) -> dict[str, Prompt]:
+    """Every view of a row by its name for messages, the student's "prompt" first, all in one frame. A row's
+    `teacher_prompt` goes before its `privileged_context`.
 
     Raises:
-        ValueError: a value that is missing in a row (naming the column), or another number of auxiliary prompts
-            than configured.
+        ValueError, TypeError: a value that is missing, empty or of the wrong type, another number of auxiliary prompts
+            than configured, a view in another frame. The message names column or view, not the row.
     """
-    teacher, negative = [], []
-    auxiliary: list[list[Prompt]] = [[] for _ in range(spec.num_auxiliary)]
+    # A column that is there, but empty in this row, is missing just the same.
+    spec.check_columns((name for name, value in row.items() if value is not None), "the row")
+    given = row.get("teacher_prompt")
+    teacher = build_teacher_prompt(row["prompt"], row["privileged_context"]) if given is None else given
+    views = {"prompt": row["prompt"], "teacher prompt": teacher}
+    if spec.num_auxiliary:
+        prompts = row["auxiliary_prompts"]
+        if not isinstance(prompts, (list, tuple)) or len(prompts) != spec.num_auxiliary:
+            got = len(prompts) if isinstance(prompts, (list, tuple)) else type(prompts).__name__
+            raise ValueError(
+                f"the row has {got} 'auxiliary_prompts' but num_auxiliary is {spec.num_auxiliary}; give every row that "
+                "many contexts, or set num_auxiliary"
+            )
+        views |= {f"auxiliary prompt {k}": prompt for k, prompt in enumerate(prompts)}
+    if spec.negative:
+        views["negative prompt"] = row["negative_prompt"]
+    return frame.apply(views)
+
+
+def collect_views(rows: Sequence[Mapping[str, Any]], spec: ContextSpec, frame: PromptFrame | None = None) -> RowViews:
+    """The prompts of every view of a batch, see `views_of_row`.
+
+    Raises:
+        ValueError, TypeError: as there, naming the row of the batch.
+    """
+    framed = []
     for position, row in enumerate(rows):
-        # A column that is there, but empty in this row, is missing just the same.
-        spec.check_columns((name for name, value in row.items() if value is not None), f"row {position} of the batch")
-        given = row.get("teacher_prompt")
-        teacher.append(build_teacher_prompt(row["prompt"], row["privileged_context"]) if given is None else given)
-        if spec.num_auxiliary:
-            prompts = row["auxiliary_prompts"]
-            if not isinstance(prompts, (list, tuple)) or len(prompts) != spec.num_auxiliary:
-                got = len(prompts) if isinstance(prompts, (list, tuple)) else type(prompts).__name__
-                raise ValueError(
-                    f"row {position} of the batch has {got} 'auxiliary_prompts' but num_auxiliary is "
-                    f"{spec.num_auxiliary}; give every row that many contexts, or set num_auxiliary"
-                )
-            for view, prompt in zip(auxiliary, prompts, strict=True):
-                view.append(prompt)
-        if spec.negative:
-            negative.append(row["negative_prompt"])
-    return RowViews(teacher, auxiliary, negative if spec.negative else None)
+        try:
+            framed.append(views_of_row(row, spec, frame or PromptFrame()))
+        except (ValueError, TypeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"row {position} of the batch: {error}") from None
+    student, teacher, *others = ([views[name] for views in framed] for name in view_names(spec))
+    negative = others.pop() if spec.negative else None
+    return RowViews(student, teacher, others, negative)
+
+
+def view_names(spec: ContextSpec) -> list[str]:
+    """Names of the views that `views_of_row` gives, in its order."""
+    names = ["prompt", "teacher prompt", *(f"auxiliary prompt {k}" for k in range(spec.num_auxiliary))]
+    return [*names, "negative prompt"] if spec.negative else names
 
 
 def tokenize_views(
     views: RowViews,
     tokenize: Callable[[list[Prompt]], list[list[int]]],
-    completion_lengths: Sequence[int],
     limit: LengthLimit,
     *,
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Left-padded ids and masks of every view, so that the completions appended to them align.
+    """Left-padded ids and masks of every view, so that the completions appended to them align. The student's own
+    prompt, which the rollout tokenizes, is checked alike.
 
     Args:
         views: of B rows.
         tokenize: prompts to lists of ids.
-        completion_lengths: [B] tokens of the completions, for the length check.
         limit: see `LengthLimit`.
         pad_token_id, pad_to_multiple_of: as in TRL.
 
@@ -188,15 +222,16 @@ def tokenize_views(
         ValueError: a context that is too long or empty, a view that mixes strings and conversations.
     """
     ids: list[list[list[int]]] = []
-    for name, prompts in views.named():
+    for name, prompts in [("prompt", views.student), *views.named()]:
         if len({isinstance(prompt, str) for prompt in prompts}) > 1:
             raise ValueError(f"the {name}s of one batch mix strings and conversations; use one form in a column")
         tokens = tokenize(prompts)
         lengths = [len(row) for row in tokens]
         if 0 in lengths:
             raise ValueError(f"the {name} of row {lengths.index(0)} of the batch is empty")
-        limit.check(name, lengths, completion_lengths)
+        limit.check(name, lengths)
         ids.append(tokens)
+    del ids[0]
 
     def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         tensors = [torch.tensor(row, dtype=torch.long) for row in rows]

@@ -28,8 +28,12 @@ from trl.trainer.utils import RepeatSampler, get_config_model_id
 from unisd.config import UniSDConfig
 from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, LengthLimit, Prompt, collect_views, tokenize_views
 from unisd.drift import DriftProbe, default_probe
+from unisd.frames import PromptFrame
+from unisd.guards import check_end_token, check_special_ids, check_steps, check_trainable
 from unisd.metrics import PREFIX, MetricWindow, add_loss_statistics, peak_memory_gib
 from unisd.modules import backbone, is_peft, model_head, remember_head
+from unisd.row_check import RowChecker
+from unisd.rows import RowGate
 from unisd.sampling import EpochSampler
 from unisd.teachers import EMATeacher, Teacher, gathered_head, load_teacher, make_teacher, save_teacher
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, agreement_weights, linear_logprobs, pack_rows, unisd_loss
@@ -87,7 +91,8 @@ class UniSDTrainer(DistillationTrainer):
     """Trains a model by UniSD self-distillation (arXiv 2605.06597).
 
     Datasets need the column `prompt`, `teacher_prompt` or `privileged_context`, and, where the preset uses them,
-    `auxiliary_prompts` and `negative_prompt` (see `unisd.contexts`). Evaluation datasets too.
+    `auxiliary_prompts` and `negative_prompt` (see `unisd.contexts`). Evaluation datasets too. Every row is checked at
+    construction, those of a stream as they are drawn; `rows.reports` holds what was found.
 
     Everything else (rollouts with transformers or vLLM, PEFT, checkpoints, logging) is TRL's. Text only.
     Gradient accumulation and data parallelism give the gradient of the whole batch, except that quantities which are
@@ -109,8 +114,10 @@ class UniSDTrainer(DistillationTrainer):
         teacher_model: refused; the teacher is the model itself.
 
     Raises:
-        ValueError: a missing column, a teacher that does not fit the model, another model as the teacher, a
-            PEFT adapter on the head, a head that does not agree with the model's own logits, `nn.DataParallel`.
+        ValueError: a missing column, rows that cannot be used (all of them in one message, see `unisd.row_check`),
+            fewer rows than an optimizer step takes, nothing to train, a tokenizer without `eos_token`, a teacher that
+            does not fit the model, another model as the teacher, a PEFT adapter on the head, a head that does not agree
+            with the model's own logits, `nn.DataParallel`.
         TypeError: `args` of another class, or a processor of images instead of a tokenizer.
     """
 
@@ -165,7 +172,10 @@ class UniSDTrainer(DistillationTrainer):
             negative=args.uses_contrastive,
             preset=args.preset,
         )
+        self._empty_completions: list[bool] | None = None  # of the rollout at hand, once it has had its first turn
         _check_datasets(self._context_spec, train_dataset, eval_dataset)
+        if processing_class is not None:
+            check_end_token(processing_class)
         super().__init__(
             model=model,
             teacher_model=None,
@@ -186,11 +196,10 @@ class UniSDTrainer(DistillationTrainer):
             )
         student = self.accelerator.unwrap_model(self.model)
         self._takes_position_ids = "position_ids" in inspect.signature(backbone(student).forward).parameters
-        self._length_limit = LengthLimit(
-            args.max_prompt_length, getattr(student.config.get_text_config(), "max_position_embeddings", None)
-        )
+        check_trainable(student)
         self._check_sharding()
         self._check_head(student)
+        self._admit_rows(student)
         self.teacher: Teacher = make_teacher(
             student, teacher=args.teacher, ema=str(args.ema), decay=float(args.ema_decay or 0.0)
         )
@@ -201,6 +210,44 @@ class UniSDTrainer(DistillationTrainer):
         self.add_callback(_AfterStep(self))
 
     # Construction
+
+    def _admit_rows(self, student: nn.Module) -> None:
+        """Check every row of the datasets, and that they are enough for an optimizer step."""
+        num_embeddings = getattr(student.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+        check_end_token(self._tokenizer)
+        check_special_ids(self._tokenizer, num_embeddings)
+        options: dict[str, Any] = dict(self.chat_template_kwargs)  # type: ignore[arg-type]
+        options["chat_template"] = self.chat_template
+        self._frame = PromptFrame.of(self.args.prompt_frame, self._tokenizer, options)
+        self._length_limit = LengthLimit(
+            self.args.max_prompt_length,
+            getattr(student.config.get_text_config(), "max_position_embeddings", None),  # type: ignore[union-attr,operator]
+            completion=int(self.args.max_completion_length or 0),
+            rollout=self.args.vllm_max_model_length if self.args.use_vllm else None,
+        )
+        self.rows = RowGate(
+            RowChecker(self._context_spec, self._frame, self._prompt_ids, num_embeddings),
+            self._length_limit,
+            overlong=self.args.overlong,
+            accelerator=self.accelerator,
+            tokenizer=self._tokenizer,
+            template_options=options,
+            tools=self.tools,
+            frame_is_automatic=self.args.prompt_frame == "auto",
+            progress=not self.args.disable_tqdm,
+        )
+        self.train_dataset = self.rows.admit(self.train_dataset, "train_dataset")
+        self.eval_dataset = self.rows.admit(self.eval_dataset, "eval_dataset")
+        report = self.rows.reports.get("train_dataset")
+        if report is not None:
+            processes, log = self.accelerator.num_processes, self.accelerator.is_main_process
+            check_steps(len(report.kept), len(report.overlong), self.args, processes, log=log)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As TRL's; the rows of a dataset given here are checked like those given at construction."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str) and eval_dataset is not self.eval_dataset:
+            eval_dataset = self.rows.admit(eval_dataset, "eval_dataset given to evaluate")
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _check_sharding(self) -> None:
         if not self._is_sharded:
@@ -290,23 +337,41 @@ class UniSDTrainer(DistillationTrainer):
         return self._tokenize_prompts(prompts)[0]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        views = collect_views(inputs, self._context_spec)  # before the rollout, so that a bad row costs nothing
-        output = super()._generate_and_score_completions(inputs)
-        device = self.accelerator.device
-        completion_lengths = output["completion_mask"].sum(1).tolist()
-        self._length_limit.check("prompt", output["prompt_mask"].sum(1).tolist(), completion_lengths)
+        # Before the rollout, so that a bad row costs nothing.
+        views = collect_views(inputs, self._context_spec, self._frame)
         contexts = tokenize_views(
             views,
             self._prompt_ids,
-            completion_lengths,
             self._length_limit,
             pad_token_id=self._tokenizer.pad_token_id,
             pad_to_multiple_of=self.pad_to_multiple_of,  # type: ignore[arg-type]
         )
+        inputs = [{**row, "prompt": prompt} for row, prompt in zip(inputs, views.student, strict=True)]
+        self._empty_completions = None
+        output = super()._generate_and_score_completions(inputs)
+        device = self.accelerator.device
         output.update({name: tensor.to(device) for name, tensor in contexts.items()})
-        num_sequences = torch.tensor(output["prompt_ids"].shape[0], device=device)
-        output["num_sequences_in_batch"] = self.accelerator.gather(num_sequences).sum()
+        empty = torch.tensor(self._empty_completions or [False] * len(inputs), device=device)
+        output["completion_mask"] = output["completion_mask"].masked_fill(empty.unsqueeze(1), 0)
+        counts = torch.stack([torch.tensor(len(inputs), device=device), empty.sum()])
+        num_sequences, num_empty = self.accelerator.gather(counts.unsqueeze(0)).sum(0)
+        output["num_sequences_in_batch"] = num_sequences
+        output["num_items_in_batch"] = output["num_items_in_batch"] - num_empty
         return output
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if self._empty_completions is not None:
+            return completion_ids  # a later turn of a conversation with tools
+        # TRL asks every completion for its last token. One token stands in for an empty one, and is masked after.
+        self._empty_completions = [len(ids) == 0 for ids in completion_ids]
+        if any(self._empty_completions):
+            warnings.warn(
+                f"the sampler returned {sum(self._empty_completions)} empty completions of {len(completion_ids)}; they "
+                "count as sequences with a loss of 0",
+                stacklevel=2,
+            )
+        return [list(ids) or [self._tokenizer.pad_token_id] for ids in completion_ids]
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         sampler = super()._get_train_sampler(dataset)

@@ -105,6 +105,8 @@ def test_parses_yaml_and_command_line(tmp_path):
         ({"impl": "fast"}, ValueError, "impl must be one of"),
         ({"teacher": "other"}, ValueError, "teacher must be one of"),
         ({"normalization": "batch"}, ValueError, "normalization must be one of"),
+        ({"overlong": "truncate"}, ValueError, "overlong must be one of 'drop', 'error'"),
+        ({"prompt_frame": "plain"}, ValueError, "prompt_frame must be one of 'auto', 'chat', 'given'"),
         ({"weight_normalization": "sum"}, ValueError, "weight_normalization must be one of"),
         ({"agreement_fraction": 0.0}, ValueError, "agreement_fraction must be in"),
         ({"agreement_fraction": 1.5}, ValueError, "agreement_fraction must be in"),

@@ -48,12 +48,12 @@ def test_evaluation_columns_are_checked_too(tmp_path, as_dict):
 
 
 @pytest.mark.parametrize("column", ["teacher_prompt", "auxiliary_prompts", "negative_prompt"])
-def test_empty_value_is_named_at_the_batch(tmp_path, column):
+def test_empty_value_is_named_at_the_batch(column):
     items = tiny_run.rows()
     items[2][column] = None
-    run = tiny_run.trainer(tmp_path, preset="unisd_star", items=items)
-    with pytest.raises(ValueError, match=f"column '{column}'.*row . of the batch"):
-        run.train()
+    spec = ContextSpec(num_auxiliary=3, negative=True, preset="unisd_star")
+    with pytest.raises(ValueError, match=f"row 2 of the batch: column '{column}' "):
+        collect_views(items, spec)
 
 
 def test_columns_of_unused_mechanisms_are_not_needed(tmp_path):
@@ -72,12 +72,11 @@ def test_columns_survive_remove_unused_columns(tmp_path):
 def test_number_of_auxiliary_prompts_must_match(tmp_path):
     items = tiny_run.rows()
     items[1]["auxiliary_prompts"] = items[1]["auxiliary_prompts"][:2]
-    run = tiny_run.trainer(tmp_path, preset="agreement_token", items=items)
-    with pytest.raises(ValueError, match="has 2 'auxiliary_prompts' but num_auxiliary is 3"):
-        run.train()
-    run = tiny_run.trainer(tmp_path, preset="agreement_token", items=tiny_run.rows(num_auxiliary=4))
-    with pytest.raises(ValueError, match="has 4 'auxiliary_prompts' but num_auxiliary is 3"):
-        run.train()
+    with pytest.raises(ValueError, match=r"1 row \(1\): the row has 2 'auxiliary_prompts' but num_auxiliary is 3"):
+        tiny_run.trainer(tmp_path, preset="agreement_token", items=items)
+    items = tiny_run.rows(num_auxiliary=4)
+    with pytest.raises(ValueError, match=r"4 rows \(0-3\): the row has 4 'auxiliary_prompts' but num_auxiliary is 3"):
+        tiny_run.trainer(tmp_path, preset="agreement_token", items=items)
 
 
 def test_privileged_context_is_put_into_the_template():
@@ -127,7 +126,6 @@ def test_views_are_left_padded_tensors_with_the_batch_first():
     out = tokenize_views(
         collect_views(rows, spec),
         lambda prompts: [tiny_run.tokenized(prompt) for prompt in prompts],
-        [3] * len(rows),
         LengthLimit(None, None),
         pad_token_id=tiny_run.PAD,
     )
@@ -145,24 +143,32 @@ def test_views_are_left_padded_tensors_with_the_batch_first():
             assert torch.all(ids[: -len(expected)] == tiny_run.PAD)
 
 
-def test_contexts_are_never_truncated(tmp_path):
-    run = tiny_run.trainer(tmp_path, preset="sdft", max_prompt_length=6)
-    with pytest.raises(ValueError, match=r"teacher prompt of row . of the batch has \d tokens.*max_prompt_length=6"):
-        run.train()
-    items = [{"prompt": tiny_run.words(i, 7), "teacher_prompt": "w5"} for i in range(4)]
-    run = tiny_run.trainer(tmp_path, preset="sdft", max_prompt_length=6, items=items)
-    with pytest.raises(ValueError, match=r"the prompt of row . of the batch has 7 tokens.*max_prompt_length=6"):
-        run.train()
-    run = tiny_run.trainer(tmp_path, tiny_run.llama(max_position_embeddings=10), preset="sdft")
-    with pytest.raises(ValueError, match="more than the model's 10 positions"):
-        run.train()
+def test_contexts_are_never_truncated():
+    """What the batch is held to, before its rollout: for streams the only check."""
+    views = collect_views(tiny_run.rows(), ContextSpec(num_auxiliary=0, negative=False, preset="sdft"))
+
+    def tokenized(limit):
+        return tokenize_views(
+            views, lambda prompts: [tiny_run.tokenized(prompt) for prompt in prompts], limit, pad_token_id=tiny_run.PAD
+        )
+
+    # Prompts have 2 to 5 tokens, teacher prompts 4, 7, 5 and 8.
+    with pytest.raises(ValueError, match=r"teacher prompt of row 1 of the batch has 7 tokens.*max_prompt_length=6"):
+        tokenized(LengthLimit(6, None))
+    with pytest.raises(ValueError, match=r"the prompt of row 2 of the batch has 4 tokens.*max_prompt_length=3"):
+        tokenized(LengthLimit(3, None))
+    with pytest.raises(ValueError, match="has 8 tokens, with max_completion_length=3 more than the model's 10 posit"):
+        tokenized(LengthLimit(None, 10, completion=3))
+    with pytest.raises(ValueError, match=r"the prompt of row 3.* has 5 tokens, .* more than vllm_max_model_length=7"):
+        tokenized(LengthLimit(None, 11, completion=3, rollout=7))
+    assert tokenized(LengthLimit(8, 11, completion=3, rollout=8))["teacher_prompt_ids"].shape == (4, 8)
 
 
-def test_mixed_forms_in_one_view_are_refused(tmp_path):
+def test_mixed_forms_in_one_view_are_refused():
     spec = ContextSpec(num_auxiliary=0, negative=False, preset="sdft")
     rows = [
         {"prompt": "w5", "teacher_prompt": "w5"},
-        {"prompt": "w5", "teacher_prompt": [{"role": "user", "content": "w5"}]},
+        {"prompt": [{"role": "user", "content": "w5"}], "teacher_prompt": [{"role": "user", "content": "w5"}]},
     ]
-    with pytest.raises(ValueError, match="teacher prompts of one batch mix strings and conversations"):
-        tokenize_views(collect_views(rows, spec), lambda p: [[1]] * 2, [1, 1], LengthLimit(None, None), pad_token_id=0)
+    with pytest.raises(ValueError, match="prompts of one batch mix strings and conversations"):
+        tokenize_views(collect_views(rows, spec), lambda p: [[1]] * 2, LengthLimit(None, None), pad_token_id=0)

@@ -146,6 +146,8 @@ def config(folder, **overrides) -> UniSDConfig:
         "warmup_steps": 0,
         "max_grad_norm": 0.0,
         "drift_probe_every": 0,
+        # The template of the tiny tokenizer would only make every expected prompt longer.
+        "prompt_frame": "given",
     }
     return UniSDConfig(str(folder), **{**settings, **overrides})
 
