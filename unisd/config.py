@@ -41,10 +41,12 @@ class UniSDConfig(DistillationConfig):
         agreement: "none", "token" or "sequence": weights from K auxiliary contexts (column `auxiliary_prompts`).
         agreement_gamma: >= 0.
         agreement_statistic: "variance" or "range" of the K log-probabilities.
-        num_auxiliary: K; every row's `auxiliary_prompts` must hold as many.
-        agreement_fraction: q in ]0, 1]. Only the ceil(q B) sequences of a micro-batch with the highest mean teacher
-            entropy are scored under the K contexts; the others get weight 1. 1 is the paper. Costs one head product
-            for the entropies, saves (1 - q) K forwards; the share spent is logged as `unisd/auxiliary_share`.
+        num_auxiliary: K >= 2; every row's `auxiliary_prompts` must hold as many.
+        agreement_fraction: q in ]0, 1]. Of the B sequences of an optimizer step (per process), only the q B with the
+            highest mean teacher entropy are scored under the K contexts; the others get weight 1. 1 is the paper.
+            Where q B is no integer it is rounded such that the share over all steps is q. Costs one head product
+            for the entropies and [B, T, H] hidden states kept for a step, saves (1 - q) K forwards; the share spent
+            is logged as `unisd/auxiliary_share`.
         weight_normalization: "auto", "weighted" (divide by max(sum w, 1)) or "count" (by the number of tokens). Auto
             is "count" for sequence-level agreement, where "weighted" would cancel the weights, else "weighted".
         contrastive_weight: >= 0; above 0 needs the column `negative_prompt`.
@@ -67,7 +69,8 @@ class UniSDConfig(DistillationConfig):
         max_prompt_length: longest context (student's or any view's) in tokens; a longer one raises. Nothing is ever
             truncated. None leaves only the model's own limit.
         drift_probe_every: optimizer steps between measurements of the drift from the base model
-            (`unisd/drift_kl`, see `unisd.drift`); 0 turns it off.
+            (`unisd/drift_kl`, see `unisd.drift`), which is measured before the first and after the last step too; 0
+            turns it off.
         impl: implementation of the kernels by name (`unisd_kernels.available()`); None chooses.
         workspace_bytes: bound on the logits held at a time; None for the kernels' default.
 
@@ -223,6 +226,11 @@ class UniSDConfig(DistillationConfig):
         check_number("temperature", self.temperature, low=0.0, open_low=True)
         for name, low in (("num_auxiliary", 1), ("sync_steps", 1), ("drift_probe_every", 0)):
             _check_integer(name, getattr(self, name), low)
+        if self.agreement != "none" and self.num_auxiliary == 1:
+            raise ValueError(
+                f"agreement={self.agreement!r} with num_auxiliary=1: one context has no {self.agreement_statistic}, so "
+                "every weight is 1; set num_auxiliary to 2 or more, or agreement='none'"
+            )
         for name in ("max_prompt_length", "workspace_bytes"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1)

@@ -19,53 +19,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler, get_config_model_id
 
+from unisd.agreement import (
+    SCORED,
+    TEACHER_HIDDEN,
+    SelectiveWeights,
+    most_uncertain,
+    scored_count,
+    selective_weights,
+    sequence_means,
+)
 from unisd.config import UniSDConfig
 from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, LengthLimit, Prompt, collect_views, tokenize_views
+from unisd.decoding import own_distribution
 from unisd.drift import DriftProbe, default_probe
 from unisd.metrics import PREFIX, MetricWindow, add_loss_statistics, peak_memory_gib
 from unisd.modules import backbone, is_peft
+from unisd.packing import CompletionRows
 from unisd.sampling import EpochSampler
 from unisd.teachers import EMATeacher, Teacher, gathered_head, load_teacher, make_teacher, save_teacher
-from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, agreement_weights, linear_logprobs, pack_rows, unisd_loss
+from unisd.turns import reply_end_ids
+from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, linear_logprobs, unisd_loss
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The N completion tokens of a micro-batch that count, and where they sit in its [B, T] positions.
-
-    Attributes:
-        positions: [N] indices into B * T.
-        ids: [N] the sampled tokens.
-        cu_seqlens: [B + 1].
-    """
-
-    positions: torch.Tensor
-    ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-
-    @classmethod
-    def of(cls, mask: torch.Tensor, completion_ids: torch.Tensor) -> _Rows:
-        positions = torch.arange(mask.numel(), device=mask.device).view_as(mask)
-        positions, ids, cu_seqlens = pack_rows(mask, positions, completion_ids)
-        return cls(positions, ids, cu_seqlens)
-
-    def to(self, device: torch.device) -> _Rows:
-        return _Rows(self.positions.to(device), self.ids.to(device), self.cu_seqlens.to(device))
-
-    def take(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, T, H] to [N, H], on the device of the rows: a model split over devices may end elsewhere."""
-        rows = hidden.flatten(0, 1).index_select(0, self.positions.to(hidden.device))
-        return rows.to(self.ids.device)
 
 
 @dataclass(frozen=True)
@@ -77,9 +60,7 @@ class _Scored:
     negative: torch.Tensor | None
     head: LMHead | None
     # Selective agreement only: the weights are scored in the teacher's turn and the views are dropped.
-    weights: torch.Tensor | None = None
-    disagreement: torch.Tensor | None = None
-    scored_sequences: int | None = None
+    selective: SelectiveWeights | None = None
 
 
 class UniSDTrainer(DistillationTrainer):
@@ -195,6 +176,7 @@ class UniSDTrainer(DistillationTrainer):
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
         self._warned_of_nonfinite_loss = False
         self.drift: DriftProbe | None = self._make_drift_probe(student, drift_probe)
+        self._drift_measured_at: int | None = None
         self.add_callback(_AfterStep(self))
 
     # Construction
@@ -233,7 +215,12 @@ class UniSDTrainer(DistillationTrainer):
             drift_probe,
             tokenize_prompts=self._prompt_ids,
             tokenize_completion=lambda text: self._tokenizer(text, add_special_tokens=False)["input_ids"],
-            eos_token_id=self._tokenizer.eos_token_id,
+            reply_end_ids=lambda prompt: reply_end_ids(
+                self._tokenizer,
+                prompt,
+                self.chat_template,
+                dict(self.chat_template_kwargs),  # type: ignore[arg-type]
+            ),
             pad_token_id=self._tokenizer.pad_token_id,
             hidden_states=self._get_last_hidden_state,
             batch_size=self.args.per_device_eval_batch_size,
@@ -271,12 +258,20 @@ class UniSDTrainer(DistillationTrainer):
         output.update({name: tensor.to(device) for name, tensor in contexts.items()})
         num_sequences = torch.tensor(output["prompt_ids"].shape[0], device=device)
         output["num_sequences_in_batch"] = self.accelerator.gather(num_sequences).sum()
+        if self._selects:
+            output.update(self._ranked(output))
         return output
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         sampler = super()._get_train_sampler(dataset)
         assert isinstance(sampler, RepeatSampler)
         return EpochSampler(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        # The loss scores samples of the model's own distribution (under the settings of the run), so nothing of its
+        # generation config may bend them.
+        with own_distribution(self.accelerator.unwrap_model(self.model)):
+            return super()._generate_single_turn(*args, **kwargs)
 
     # Loss
 
@@ -315,10 +310,8 @@ class UniSDTrainer(DistillationTrainer):
         """(loss, sum of the student's entropies, number of tokens) of a micro-batch, as TRL's `compute_loss` wants."""
         mode = self._mode
         inputs = self._crop(inputs)
-        mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
-        rows = _Rows.of(mask, inputs["completion_ids"]).to(_head_device(student))
+        mask = _counted(inputs)
+        rows = CompletionRows.of(mask, inputs["completion_ids"]).to(_head_device(student))
         scored = self._teacher_passes(student, inputs, rows, mask)
         hidden = rows.take(self._view(student, inputs, inputs["prompt_ids"], inputs["prompt_mask"]))
         with gathered_head(student):
@@ -328,75 +321,81 @@ class UniSDTrainer(DistillationTrainer):
         num_tokens = torch.tensor(rows.ids.numel(), device=result.loss.device)
         return result.loss, result.student_entropy.sum(), num_tokens
 
-    def _teacher_passes(self, student: Any, inputs: dict[str, Any], rows: _Rows, mask: torch.Tensor) -> _Scored:
+    def _teacher_passes(
+        self, student: Any, inputs: dict[str, Any], rows: CompletionRows, mask: torch.Tensor
+    ) -> _Scored:
         """Every view under the teacher's weights, one pass a view. Runs before the student's pass, see
         `unisd.teachers`."""
         with self.teacher.scoring(student) as scorer:
-
-            def view(name: str) -> torch.Tensor:
-                return rows.take(self._view(scorer, inputs, inputs[f"{name}_ids"], inputs[f"{name}_mask"]))
-
             head = self.teacher.head(student)
-            teacher = view("teacher_prompt")
-            negative = view("negative_prompt") if self._context_spec.negative else None
-            if self._context_spec.num_auxiliary and self.args.agreement_fraction < 1.0:
-                weights, disagreement, count = self._selective_agreement(
-                    student, scorer, head, inputs, rows, mask, teacher
+            if self._selects:
+                teacher = rows.take(inputs[TEACHER_HIDDEN])
+            else:
+                teacher = rows.take(self._named_view(scorer, inputs, "teacher_prompt"))
+            negative = None
+            if self._context_spec.negative:
+                negative = rows.take(self._named_view(scorer, inputs, "negative_prompt"))
+            if self._selects:
+                selective = selective_weights(
+                    inputs,
+                    rows,
+                    mask,
+                    lambda batch: self._auxiliary_views(scorer, batch),
+                    lambda hidden, ids: self._score(student, head, hidden, ids).logprobs,
+                    always_run=self._is_sharded,
+                    level=str(self.args.agreement),
+                    statistic=self.args.agreement_statistic,
+                    gamma=float(self.args.agreement_gamma or 0.0),
                 )
-                return _Scored(teacher, [], negative, head, weights, disagreement, count)
+                return _Scored(teacher, [], negative, head, selective)
             auxiliary = [rows.take(view) for view in self._auxiliary_views(scorer, inputs)]
             return _Scored(teacher, auxiliary, negative, head)
 
-    def _selective_agreement(
-        self,
-        student: Any,
-        scorer: Any,
-        own_head: LMHead | None,
-        inputs: dict[str, Any],
-        rows: _Rows,
-        mask: torch.Tensor,
-        teacher: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Agreement weights [N] where only the most uncertain sequences are scored under the auxiliary contexts.
+    @property
+    def _selects(self) -> bool:
+        return self._context_spec.num_auxiliary > 0 and self.args.agreement_fraction < 1.0
 
-        Uncertain: the mean over a sequence's tokens of the teacher's entropy, at the training temperature.
+    def _ranked(self, window: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Which sequences of a window are scored under the auxiliary contexts, and the teacher's hidden states, by
+        which that was decided; see `unisd.agreement`."""
+        student = self.accelerator.unwrap_model(self.model)
+        with self.accelerator.autocast():
+            if not self._is_sharded:
+                return self._rank(student, window)
+            return self._forward_redirection(self.model_wrapped, student, self._rank, student, window)
 
-        Returns:
-            weights (1 for the tokens of the other sequences), the disagreement of the scored ones, and their number.
-        """
+    def _rank(self, student: Any, window: dict[str, Any]) -> dict[str, torch.Tensor]:
+        size, length = window["completion_ids"].shape
+        chunk = self.args.per_device_train_batch_size if self._mode == "train" else size
+        hidden, entropies = [], []
+        with self.teacher.scoring(student) as scorer:
+            head = self.teacher.head(student)
+            for start in range(0, size, chunk):
+                batch = {name: value[start : start + chunk] for name, value in window.items() if _is_batched(value)}
+                batch = self._crop(batch)
+                mask = _counted(batch)
+                rows = CompletionRows.of(mask, batch["completion_ids"]).to(_head_device(student))
+                view = self._named_view(scorer, batch, "teacher_prompt")
+                entropy = self._score(
+                    student, head, rows.take(view), rows.ids, temperature=self.args.temperature, return_entropy=True
+                ).entropy
+                assert entropy is not None
+                entropies.append(sequence_means(entropy, rows, mask))
+                hidden.append(nn.functional.pad(view, (0, 0, 0, length - view.shape[1])))
+        # A window is an optimizer step. Of an evaluation batch the share is rounded up.
+        step = self.state.global_step if self._mode == "train" else 0
+        count = scored_count(self.args.agreement_fraction, size, step)
+        return {TEACHER_HIDDEN: torch.cat(hidden), SCORED: most_uncertain(torch.cat(entropies), count)}
 
-        def score(hidden: torch.Tensor, ids: torch.Tensor, **options: Any) -> LinearLogProbs:
-            with gathered_head(student):
-                head = _fitted(own_head or LMHead.from_model(student).detach(), hidden)
-                return linear_logprobs(
-                    hidden, head, ids, impl=self.args.impl, workspace_bytes=self.args.workspace_bytes, **options
-                )
-
-        entropy = score(teacher, rows.ids, temperature=self.args.temperature, return_entropy=True).entropy
-        assert entropy is not None
-        mask = mask.to(entropy.device)
-        per_position = entropy.new_zeros(mask.numel()).index_copy(0, rows.positions, entropy)
-        means = per_position.view_as(mask).sum(1) / mask.sum(1).clamp(min=1)
-        # A rounding error in q B must not add a sequence.
-        count = max(1, math.ceil(self.args.agreement_fraction * mask.shape[0] - 1e-9))
-        chosen = means.topk(count).indices.sort().values
-
-        batch = {name: tensor[chosen.to(tensor.device)] for name, tensor in inputs.items() if _is_batched(tensor)}
-        chosen_rows = _Rows.of(mask[chosen], batch["completion_ids"].to(mask.device))
-        hidden = [chosen_rows.take(view) for view in self._auxiliary_views(scorer, batch)]
-        # Agreement is scored at temperature 1, whatever the training temperature.
-        logprobs = torch.stack([score(view, chosen_rows.ids).logprobs for view in hidden])
-        agreement = agreement_weights(
-            logprobs,
-            chosen_rows.cu_seqlens,
-            level=str(self.args.agreement),
-            statistic=self.args.agreement_statistic,
-            gamma=float(self.args.agreement_gamma or 0.0),
-        )
-        weights = agreement.weights.new_ones(mask.shape)
-        of_chosen = weights[chosen].flatten().index_copy(0, chosen_rows.positions, agreement.weights)
-        weights[chosen] = of_chosen.view(count, -1)
-        return weights.flatten().index_select(0, rows.positions), agreement.disagreement, count
+    def _score(
+        self, student: Any, own_head: LMHead | None, hidden: torch.Tensor, ids: torch.Tensor, **options: Any
+    ) -> LinearLogProbs:
+        """Log-probabilities and entropies under the teacher's head; inside `Teacher.scoring`."""
+        with gathered_head(student):
+            head = _fitted(own_head or LMHead.from_model(student).detach(), hidden)
+            return linear_logprobs(
+                hidden, head, ids, impl=self.args.impl, workspace_bytes=self.args.workspace_bytes, **options
+            )
 
     def _auxiliary_views(self, scorer: Any, inputs: dict[str, Any]) -> Iterator[torch.Tensor]:
         """[B, T, H] hidden states of the completions under each of the K auxiliary contexts."""
@@ -409,7 +408,7 @@ class UniSDTrainer(DistillationTrainer):
         self,
         student: Any,
         hidden: torch.Tensor,
-        rows: _Rows,
+        rows: CompletionRows,
         scored: _Scored,
         num_items: torch.Tensor | None,
     ) -> UniSDLoss:
@@ -426,7 +425,7 @@ class UniSDTrainer(DistillationTrainer):
             rows.cu_seqlens,
             auxiliary_hidden=scored.auxiliary or None,
             negative_hidden=scored.negative,
-            token_weights=scored.weights,
+            token_weights=None if scored.selective is None else scored.selective.weights,
             num_items=None if num_items is None else num_items.to(hidden.device),
             **self.args.loss_settings(),
         )
@@ -440,6 +439,9 @@ class UniSDTrainer(DistillationTrainer):
         if num_items_in_batch is None or self.args.normalization == "token":
             return num_items_in_batch
         return inputs["num_sequences_in_batch"].clamp(min=1) / self.accelerator.num_processes
+
+    def _named_view(self, model: Any, inputs: dict[str, Any], name: str) -> torch.Tensor:
+        return self._view(model, inputs, inputs[f"{name}_ids"], inputs[f"{name}_mask"])
 
     def _view(self, model: Any, inputs: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[B, T, H] hidden states of the completions under one context."""
@@ -464,7 +466,7 @@ class UniSDTrainer(DistillationTrainer):
         for name, length in zip(left, kept, strict=True):
             ids = name.removesuffix("mask") + "ids"
             out[name], out[ids] = inputs[name][..., -max(length, 1) :], inputs[ids][..., -max(length, 1) :]
-        for name in ("completion_ids", "completion_mask", "tool_mask"):
+        for name in ("completion_ids", "completion_mask", "tool_mask", TEACHER_HIDDEN):
             if name in inputs:
                 out[name] = inputs[name][:, : max(completion, 1)]
         return out
@@ -476,7 +478,7 @@ class UniSDTrainer(DistillationTrainer):
         assert self.model is not None
         return "train" if self.model.training else "eval"
 
-    def _add_metrics(self, mode: str, result: UniSDLoss, scored: _Scored, rows: _Rows) -> None:
+    def _add_metrics(self, mode: str, result: UniSDLoss, scored: _Scored, rows: CompletionRows) -> None:
         window = self._windows[mode]
         agrees = self._context_spec.num_auxiliary > 0
         add_loss_statistics(
@@ -484,11 +486,11 @@ class UniSDTrainer(DistillationTrainer):
             result,
             clips=bool(self.args.clip_cap or self.args.clip_quantile),
             agreement_weights=result.weights if agrees else None,
-            disagreement=result.disagreement if scored.disagreement is None else scored.disagreement,
+            disagreement=result.disagreement if scored.selective is None else scored.selective.disagreement,
         )
         if agrees:
             num_sequences = rows.cu_seqlens.numel() - 1
-            spent = num_sequences if scored.scored_sequences is None else scored.scored_sequences
+            spent = num_sequences if scored.selective is None else scored.selective.num_scored
             window.add("auxiliary_share", torch.tensor(float(spent), device=result.loss.device), num_sequences)
 
     def _flush_metrics(self, mode: str) -> None:
@@ -525,10 +527,24 @@ class UniSDTrainer(DistillationTrainer):
         step = self.state.global_step
         if isinstance(self.teacher, EMATeacher) and step % self.args.sync_steps == 0:
             self.teacher.update(student)
-        if self.drift is not None and step % self.args.drift_probe_every == 0:
-            with self.accelerator.autocast():
-                drift = self._measure_drift(student)
-            self._metrics["train"][PREFIX + "drift_kl"].append(drift)
+        if self.drift is None:
+            return
+        is_last = step >= self.state.max_steps or self.control.should_training_stop
+        if step % self.args.drift_probe_every == 0 or is_last:
+            # The latest value of a log, not a mean over steps.
+            self._metrics["train"][PREFIX + "drift_kl"] = [self._current_drift(student)]
+
+    def _log_drift(self) -> None:
+        """The drift before the first step, or after the last if that was not seen to be the last; logged at once."""
+        if self.drift is None or self._drift_measured_at == self.state.global_step:
+            return
+        drift = self._current_drift(self.accelerator.unwrap_model(self.model))
+        Trainer.log(self, {PREFIX + "drift_kl": drift})
+
+    def _current_drift(self, student: nn.Module) -> float:
+        self._drift_measured_at = self.state.global_step
+        with self.accelerator.autocast():
+            return self._measure_drift(student)
 
     def _measure_drift(self, student: nn.Module) -> float:
         assert self.drift is not None
@@ -556,17 +572,30 @@ class UniSDTrainer(DistillationTrainer):
 
 
 class _AfterStep(TrainerCallback):
-    """Calls the trainer after each optimizer step, before it logs and saves."""
+    """Calls the trainer before the first optimizer step, after each one (before it logs and saves) and at the end."""
 
     def __init__(self, trainer: UniSDTrainer) -> None:
         self._trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._drift_measured_at = None if state.global_step == 0 else state.global_step
+        self._trainer._log_drift()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._after_optimizer_step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._log_drift()
 
 
 def _head_device(model: Any) -> torch.device:
     return model.get_output_embeddings().weight.device
+
+
+def _counted(inputs: dict[str, Any]) -> torch.Tensor:
+    """[B, T] mask of the completion tokens that are the model's own."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def _is_batched(value: Any) -> bool:
