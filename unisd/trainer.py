@@ -33,6 +33,7 @@ from unisd.agreement import (
     selective_weights,
     sequence_means,
 )
+from unisd.checkpoints import mark_complete, resumable, rotate, unmark
 from unisd.config import UniSDConfig
 from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, LengthLimit, Prompt, collect_views, tokenize_views
 from unisd.decoding import own_distribution
@@ -555,13 +556,37 @@ class UniSDTrainer(DistillationTrainer):
 
     # Checkpoints
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`, but resumes from complete checkpoints only (`unisd.checkpoints`).
+
+        Args:
+            resume_from_checkpoint: True for the newest complete checkpoint of `output_dir` (newer ones that a kill cut
+                off are named in a warning), or the folder of one.
+
+        Raises:
+            ValueError: no complete checkpoint, or a folder that is not one.
+        """
+        checkpoint = resumable(resume_from_checkpoint, str(self.args.output_dir))
+        return super().train(checkpoint, *args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # First of all files: a checkpoint that was cut off before this one has no trainer state either, so it
-        # cannot be resumed from with a teacher that starts anew.
-        if isinstance(self.teacher, EMATeacher) and self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_teacher(self.teacher, os.path.join(self._get_output_dir(trial), folder), self.state.global_step)
-        super()._save_checkpoint(model, trial)
+        run_folder = self._get_output_dir(trial)
+        folder = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            unmark(folder)
+            if isinstance(self.teacher, EMATeacher):
+                save_teacher(self.teacher, folder, self.state.global_step)
+        # Older checkpoints go only when this one is whole, which is after every process has written its part.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder, self.state.global_step)
+            best = self.state.best_model_checkpoint
+            rotate(run_folder, limit, {folder} | ({best} if best else set()))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # The one hook that every kind of resume passes (DeepSpeed and FSDP load their weights elsewhere), after the

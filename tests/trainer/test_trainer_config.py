@@ -159,4 +159,4 @@ def test_agreement_of_one_context_is_refused(tmp_path, preset, statistic):
     """Its spread is 0, so every weight would be 1 and the context's passes wasted."""
     with pytest.raises(ValueError, match=f"num_auxiliary=1: one context has no {statistic}"):
         UniSDConfig(str(tmp_path), preset=preset, num_auxiliary=1, agreement_statistic=statistic)
-    assert UniSDConfig(str(tmp_path), preset="sdft", num_auxiliary=1).num_auxiliary == 1
+    assert tiny_run.config(tmp_path, preset="sdft", num_auxiliary=1).num_auxiliary == 1
