@@ -71,6 +71,9 @@ class UniSDConfig(DistillationConfig):
         drift_probe_every: optimizer steps between measurements of the drift from the base model
             (`unisd/drift_kl`, see `unisd.drift`), which is measured before the first and after the last step too; 0
             turns it off.
+        on_nonfinite: what a NaN or infinite loss or gradient does. "stop" raises FloatingPointError before the
+            optimizer step; "skip" leaves that step out (`unisd/skipped_steps`), and stops only if a weight is not
+            finite itself. Either way the batch is saved in `output_dir/nonfinite` and the cause is named there.
         impl: implementation of the kernels by name (`unisd_kernels.available()`); None chooses.
         workspace_bytes: bound on the logits held at a time; None for the kernels' default.
 
@@ -136,6 +139,10 @@ class UniSDConfig(DistillationConfig):
     )
     drift_probe_every: int = field(
         default=50, metadata={"help": "Optimizer steps between measurements of the drift from the base; 0: never."}
+    )
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={"help": "A NaN or infinite loss or gradient: stop (before the optimizer step) or skip that step."},
     )
     impl: str | None = field(default=None, metadata={"help": "Implementation of the kernels by name; None chooses."})
     workspace_bytes: int | None = field(
@@ -214,6 +221,7 @@ class UniSDConfig(DistillationConfig):
         check_choice("weight_normalization", self.weight_normalization, ("auto", "weighted", "count"))
         check_choice("teacher", self.teacher, ("self", "base"))
         check_choice("ema", self.ema, _EMA_MODES)
+        check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         if self.impl is not None:
             check_choice("impl", self.impl, tuple(available("cpu")))
         check_choice("normalization", self.normalization, ("sequence", "token"))

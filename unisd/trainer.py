@@ -40,6 +40,7 @@ from unisd.decoding import own_distribution
 from unisd.drift import DriftProbe, default_probe
 from unisd.metrics import PREFIX, MetricWindow, add_loss_statistics, peak_memory_gib
 from unisd.modules import backbone, is_peft
+from unisd.nonfinite import NonFiniteGuard
 from unisd.packing import CompletionRows
 from unisd.sampling import EpochSampler
 from unisd.teachers import EMATeacher, Teacher, gathered_head, load_teacher, make_teacher, save_teacher
@@ -171,12 +172,22 @@ class UniSDTrainer(DistillationTrainer):
             args.max_prompt_length, getattr(student.config.get_text_config(), "max_position_embeddings", None)
         )
         self._check_sharding()
+        if self.is_deepspeed_enabled and args.on_nonfinite == "skip":
+            raise ValueError("on_nonfinite='skip' cannot leave out a step of DeepSpeed; use on_nonfinite='stop'")
         self.teacher: Teacher = make_teacher(
             student, teacher=args.teacher, ema=str(args.ema), decay=float(args.ema_decay or 0.0)
         )
         self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
         self._warned_of_nonfinite_loss = False
         self.drift: DriftProbe | None = self._make_drift_probe(student, drift_probe)
+        self._guard = NonFiniteGuard(
+            args.on_nonfinite,
+            str(args.output_dir),
+            self.accelerator.process_index,
+            self._any_process,
+            scales_loss=self.is_deepspeed_enabled or getattr(self.accelerator, "scaler", None) is not None,
+        )
+        self._step_loss: torch.Tensor | None = None
         self._drift_measured_at: int | None = None
         self.add_callback(_AfterStep(self))
 
@@ -318,6 +329,8 @@ class UniSDTrainer(DistillationTrainer):
         with gathered_head(student):
             result = self._loss_of_rows(student, hidden, rows, scored, self._num_items(inputs, num_items_in_batch))
         self._add_metrics(mode, result, scored, rows)
+        if mode == "train":
+            self._watch_loss(student, inputs, hidden, scored, result)
         assert result.student_entropy is not None
         num_tokens = torch.tensor(rows.ids.numel(), device=result.loss.device)
         return result.loss, result.student_entropy.sum(), num_tokens
@@ -472,6 +485,53 @@ class UniSDTrainer(DistillationTrainer):
                 out[name] = inputs[name][:, : max(completion, 1)]
         return out
 
+    # What is not finite
+
+    def _watch_loss(
+        self, student: Any, inputs: dict[str, Any], hidden: torch.Tensor, scored: _Scored, result: UniSDLoss
+    ) -> None:
+        views = {f"auxiliary context {k}": auxiliary for k, auxiliary in enumerate(scored.auxiliary)}
+        self._guard.loss(
+            result.loss,
+            {name: value for name, value in inputs.items() if name != TEACHER_HIDDEN},
+            {
+                "divergence": result.divergence,
+                "contrastive": result.contrastive,
+                "feature_distance": result.feature_distance,
+                "student_entropy": result.student_entropy,
+                "teacher_entropy": result.teacher_entropy,
+                "weights": result.weights,
+            },
+            {"the student": hidden, "the teacher": scored.teacher, **views, "the negative context": scored.negative},
+            student.named_parameters(),
+        )
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.is_deepspeed_enabled and self._mode == "train":
+            # Its engine makes the optimizer step in the backward pass, which is too late.
+            self._guard.step(list(self.accelerator.unwrap_model(model).named_parameters()), self.state.global_step)
+        return loss
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # A bad micro-batch's loss would poison the sum that is logged; what it was is in the error and the file.
+        loss = torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        if not self.accelerator.sync_gradients or self.is_deepspeed_enabled:
+            return loss
+        step_loss, self._step_loss = self._step_loss, None
+        student = self.accelerator.unwrap_model(self.model)
+        skip = self._guard.step(list(student.named_parameters()), self.state.global_step)
+        # A step that was not made adds nothing to the sum, see `log`.
+        return loss - step_loss if skip else loss
+
+    def _any_process(self, condition: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return condition
+        flag = torch.tensor([int(condition)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+
     # Metrics
 
     @property
@@ -519,6 +579,11 @@ class UniSDTrainer(DistillationTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._flush_metrics(self._mode)
+        if "loss" in logs:
+            steps, skipped = self._guard.take_counts()
+            if skipped:  # the mean is over the steps that were made
+                logs["loss"] = logs["loss"] * steps / (steps - skipped) if steps > skipped else math.nan
+                logs[PREFIX + "skipped_steps"] = skipped
         super().log(logs, start_time)
 
     # Teacher and drift, once an optimizer step
