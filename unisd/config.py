@@ -43,10 +43,12 @@ class UniSDConfig(DistillationConfig):
         agreement: "none", "token" or "sequence": weights from K auxiliary contexts (column `auxiliary_prompts`).
         agreement_gamma: >= 0.
         agreement_statistic: "variance" or "range" of the K log-probabilities.
-        num_auxiliary: K; every row's `auxiliary_prompts` must hold as many.
-        agreement_fraction: q in ]0, 1]. Only the ceil(q B) sequences of a micro-batch with the highest mean teacher
-            entropy are scored under the K contexts; the others get weight 1. 1 is the paper. Costs one head product
-            for the entropies, saves (1 - q) K forwards; the share spent is logged as `unisd/auxiliary_share`.
+        num_auxiliary: K >= 2; every row's `auxiliary_prompts` must hold as many.
+        agreement_fraction: q in ]0, 1]. Of the B sequences of an optimizer step (per process), only the q B with the
+            highest mean teacher entropy are scored under the K contexts; the others get weight 1. 1 is the paper.
+            Where q B is no integer it is rounded such that the share over all steps is q. Costs one head product
+            for the entropies and [B, T, H] hidden states kept for a step, saves (1 - q) K forwards; the share spent
+            is logged as `unisd/auxiliary_share`.
         weight_normalization: "auto", "weighted" (divide by max(sum w, 1)) or "count" (by the number of tokens). Auto
             is "count" for sequence-level agreement, where "weighted" would cancel the weights, else "weighted".
         contrastive_weight: >= 0; above 0 needs the column `negative_prompt`.
@@ -75,7 +77,11 @@ class UniSDConfig(DistillationConfig):
             "given": outside of it; a row that has strings and conversations is an error. "auto": "chat" where the
             tokenizer has a template, else "given". Conversations are always read in the template.
         drift_probe_every: optimizer steps between measurements of the drift from the base model
-            (`unisd/drift_kl`, see `unisd.drift`); 0 turns it off.
+            (`unisd/drift_kl`, see `unisd.drift`), which is measured before the first and after the last step too; 0
+            turns it off.
+        on_nonfinite: what a NaN or infinite loss or gradient does. "stop" raises FloatingPointError before the
+            optimizer step; "skip" leaves that step out (`unisd/skipped_steps`), and stops only if a weight is not
+            finite itself. Either way the batch is saved in `output_dir/nonfinite` and the cause is named there.
         impl: implementation of the kernels by name (`unisd_kernels.available()`); None chooses.
         workspace_bytes: bound on the logits held at a time; None for the kernels' default.
 
@@ -152,6 +158,10 @@ class UniSDConfig(DistillationConfig):
     )
     drift_probe_every: int = field(
         default=50, metadata={"help": "Optimizer steps between measurements of the drift from the base; 0: never."}
+    )
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={"help": "A NaN or infinite loss or gradient: stop (before the optimizer step) or skip that step."},
     )
     impl: str | None = field(default=None, metadata={"help": "Implementation of the kernels by name; None chooses."})
     workspace_bytes: int | None = field(
@@ -232,6 +242,7 @@ class UniSDConfig(DistillationConfig):
         check_choice("weight_normalization", self.weight_normalization, ("auto", "weighted", "count"))
         check_choice("teacher", self.teacher, ("self", "base"))
         check_choice("ema", self.ema, _EMA_MODES)
+        check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         if self.impl is not None:
             check_choice("impl", self.impl, tuple(available("cpu")))
         check_choice("normalization", self.normalization, ("sequence", "token"))
@@ -246,6 +257,11 @@ class UniSDConfig(DistillationConfig):
         check_number("temperature", self.temperature, low=0.0, open_low=True)
         for name, low in (("num_auxiliary", 1), ("sync_steps", 1), ("drift_probe_every", 0)):
             _check_integer(name, getattr(self, name), low)
+        if self.agreement != "none" and self.num_auxiliary == 1:
+            raise ValueError(
+                f"agreement={self.agreement!r} with num_auxiliary=1: one context has no {self.agreement_statistic}, so "
+                "every weight is 1; set num_auxiliary to 2 or more, or agreement='none'"
+            )
         for name in ("max_prompt_length", "workspace_bytes"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1)

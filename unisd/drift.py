@@ -48,7 +48,7 @@ class DriftProbe:
         probe: items `{"prompt": str or messages, "completion": str}`.
         tokenize_prompts: list of prompts to lists of ids (chat template included).
         tokenize_completion: one answer to ids, without special tokens.
-        eos_token_id: appended to every answer; None to append nothing.
+        reply_end_ids: the ids that end the reply to a prompt (`unisd.turns`), appended to its answer.
         pad_token_id: for padding.
         hidden_states: see `HiddenStates`.
         batch_size: items per forward pass.
@@ -64,7 +64,7 @@ class DriftProbe:
         *,
         tokenize_prompts: Callable[[list[Prompt]], list[list[int]]],
         tokenize_completion: Callable[[str], list[int]],
-        eos_token_id: int | None,
+        reply_end_ids: Callable[[Prompt], list[int]],
         pad_token_id: int,
         hidden_states: HiddenStates,
         batch_size: int = 8,
@@ -80,12 +80,11 @@ class DriftProbe:
         self._hidden_states = hidden_states
         self._options: dict[str, Any] = {"impl": impl, "workspace_bytes": workspace_bytes}
         self._batches: list[_Batch] = []
-        end = [] if eos_token_id is None else [eos_token_id]
         for start in range(0, len(probe), batch_size):
             items = probe[start : start + batch_size]
             # One call a prompt: a probe may mix strings and conversations, a batch for the tokenizer may not.
             prompts = [tokenize_prompts([item["prompt"]])[0] for item in items]
-            completions = [[*tokenize_completion(item["completion"]), *end] for item in items]
+            completions = [[*tokenize_completion(item["completion"]), *reply_end_ids(item["prompt"])] for item in items]
             self._batches.append(
                 _Batch(
                     *_padded(prompts, pad_token_id, "left"),

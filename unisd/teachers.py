@@ -56,6 +56,7 @@ class Teacher(ABC):
             model: the student, unwrapped.
         """
         with ExitStack() as stack:
+            self.follow(model)
             # Autocast caches 16-bit copies of the weights by parameter. A copy made here, from swapped weights
             # and without a graph, must not be served to the student's forward pass.
             stack.callback(torch.clear_autocast_cache)
@@ -63,6 +64,10 @@ class Teacher(ABC):
             scorer = stack.enter_context(self._weights(model))
             stack.enter_context(evaluating(scorer))
             yield scorer
+
+    def follow(self, model: nn.Module) -> None:  # noqa: B027 (nothing to do for a teacher without weights)
+        """Go where the student is: a model may be moved, or cast, after its teacher was made (DeepSpeed,
+        `bf16_full_eval`, `device_map`). Before each use; costs a comparison per tensor."""
 
     @contextmanager
     def _weights(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -94,6 +99,10 @@ class BaseTeacher(Teacher):
         # Asked now: while the adapter is off, nothing is trained.
         self._head_is_trained = head_is_trained(model)
 
+    def follow(self, model: nn.Module) -> None:
+        if self._copy is not None:
+            _match(self._copy, model)
+
     @contextmanager
     def _weights(self, model: nn.Module) -> Iterator[nn.Module]:
         if self._copy is not None:
@@ -123,6 +132,7 @@ class EMATeacher(Teacher):
 
     def update(self, model: nn.Module) -> None:
         """Move the average towards the student's weights, once."""
+        self.follow(model)
         self._update(model)
         self.updates += 1
 
@@ -195,6 +205,20 @@ class FullEMATeacher(EMATeacher):
             for name, parameter in self._parameters.items()
         }
 
+    @torch.no_grad()
+    def follow(self, model: nn.Module) -> None:
+        if not _match(self._copy, model):
+            return
+        parameters = _named_parameters(self._copy)
+        self._parameters = {name: parameters[name] for name in self._parameters}
+        for name, parameter in self._parameters.items():
+            average = self._averages[name].to(parameter.device)
+            # A weight as wide as its average holds it. After a cast from 16 bits that is the average, not its rounding.
+            if parameter.dtype == average.dtype:
+                parameter.data = average
+            self._averages[name] = average
+        self._after_load()
+
     @contextmanager
     def _weights(self, model: nn.Module) -> Iterator[nn.Module]:
         yield self._copy
@@ -231,6 +255,9 @@ class AdapterEMATeacher(EMATeacher):
         super().__init__(decay)
         _require_peft(model, self.mode)
         self._averages = {name: _wide(parameter) for name, parameter in trained_parameters(model).items()}
+
+    def follow(self, model: nn.Module) -> None:
+        _move(self._averages, _named_parameters(model))
 
     @contextmanager
     def _weights(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -269,6 +296,11 @@ class MergedEMATeacher(EMATeacher):
             for name, parameter in trained_parameters(model).items()
             if id(parameter) not in adapter
         }
+
+    def follow(self, model: nn.Module) -> None:
+        layers = _lora_layers(model)
+        _move(self._deltas, {name: layer.lora_B[_adapters(layer)[0]].weight for name, layer in layers.items()})
+        _move(self._others, _named_parameters(model))
 
     @contextmanager
     def _weights(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -392,6 +424,41 @@ def _wide(parameter: torch.Tensor) -> torch.Tensor:
     """A float32 (float64 for float64) copy."""
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     return parameter.detach().to(dtype, copy=True)
+
+
+def _move(averages: dict[str, torch.Tensor], like: dict[str, Any]) -> None:
+    """Each average to the device of the tensor of its name, in its own dtype."""
+    for name, average in averages.items():
+        if average.device != like[name].device:
+            averages[name] = average.to(like[name].device)
+
+
+@torch.no_grad()
+def _match(copied: nn.Module, model: nn.Module) -> bool:
+    """Bring the parameters and buffers of a copy to the devices and dtypes of the model's.
+
+    Returns:
+        Whether any was elsewhere.
+    """
+    model, copied = getattr(model, "_orig_mod", model), getattr(copied, "_orig_mod", copied)
+    sources = dict(model.named_modules())
+    moved: dict[int, nn.Parameter] = {}  # a tied weight is moved once, and stays tied
+    changed = False
+    for name, module in copied.named_modules():
+        source = sources[name]
+        for tensors, like in ((module._parameters, source._parameters), (module._buffers, source._buffers)):
+            for key, tensor in tensors.items():
+                other = like.get(key)
+                if tensor is None or other is None or (tensor.device, tensor.dtype) == (other.device, other.dtype):
+                    continue
+                changed = True
+                if isinstance(tensor, nn.Parameter):
+                    if id(tensor) not in moved:
+                        moved[id(tensor)] = nn.Parameter(tensor.detach().to(other), requires_grad=False)
+                    tensors[key] = moved[id(tensor)]
+                else:
+                    tensors[key] = tensor.to(other)
+    return changed
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:

@@ -20,57 +20,42 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler, get_config_model_id
 
+from unisd.agreement import (
+    SCORED,
+    TEACHER_HIDDEN,
+    SelectiveWeights,
+    most_uncertain,
+    scored_count,
+    selective_weights,
+    sequence_means,
+)
+from unisd.checkpoints import mark_complete, resumable, rotate, unmark
 from unisd.config import UniSDConfig
 from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, LengthLimit, Prompt, collect_views, tokenize_views
+from unisd.decoding import own_distribution
 from unisd.drift import DriftProbe, default_probe
 from unisd.frames import PromptFrame
 from unisd.guards import check_end_token, check_special_ids, check_steps, check_trainable
 from unisd.metrics import PREFIX, MetricWindow, add_loss_statistics, peak_memory_gib
 from unisd.modules import backbone, is_peft, model_head, remember_head
+from unisd.nonfinite import NonFiniteGuard
+from unisd.packing import CompletionRows
 from unisd.row_check import RowChecker
 from unisd.rows import RowGate
 from unisd.sampling import EpochSampler
 from unisd.teachers import EMATeacher, Teacher, gathered_head, load_teacher, make_teacher, save_teacher
-from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, agreement_weights, linear_logprobs, pack_rows, unisd_loss
+from unisd.turns import reply_end_ids
+from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, linear_logprobs, unisd_loss
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The N completion tokens of a micro-batch that count, and where they sit in its [B, T] positions.
-
-    Attributes:
-        positions: [N] indices into B * T.
-        ids: [N] the sampled tokens.
-        cu_seqlens: [B + 1].
-    """
-
-    positions: torch.Tensor
-    ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-
-    @classmethod
-    def of(cls, mask: torch.Tensor, completion_ids: torch.Tensor) -> _Rows:
-        positions = torch.arange(mask.numel(), device=mask.device).view_as(mask)
-        positions, ids, cu_seqlens = pack_rows(mask, positions, completion_ids)
-        return cls(positions, ids, cu_seqlens)
-
-    def to(self, device: torch.device) -> _Rows:
-        return _Rows(self.positions.to(device), self.ids.to(device), self.cu_seqlens.to(device))
-
-    def take(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, T, H] to [N, H], on the device of the rows: a model split over devices may end elsewhere."""
-        rows = hidden.flatten(0, 1).index_select(0, self.positions.to(hidden.device))
-        return rows.to(self.ids.device)
 
 
 @dataclass(frozen=True)
@@ -82,9 +67,7 @@ class _Scored:
     negative: torch.Tensor | None
     head: LMHead | None
     # Selective agreement only: the weights are scored in the teacher's turn and the views are dropped.
-    weights: torch.Tensor | None = None
-    disagreement: torch.Tensor | None = None
-    scored_sequences: int | None = None
+    selective: SelectiveWeights | None = None
 
 
 class UniSDTrainer(DistillationTrainer):
@@ -200,6 +183,8 @@ class UniSDTrainer(DistillationTrainer):
         self._check_sharding()
         self._check_head(student)
         self._admit_rows(student)
+        if self.is_deepspeed_enabled and args.on_nonfinite == "skip":
+            raise ValueError("on_nonfinite='skip' cannot leave out a step of DeepSpeed; use on_nonfinite='stop'")
         self.teacher: Teacher = make_teacher(
             student, teacher=args.teacher, ema=str(args.ema), decay=float(args.ema_decay or 0.0)
         )
@@ -207,6 +192,15 @@ class UniSDTrainer(DistillationTrainer):
         self._warned_of_nonfinite_loss = False
         self._has_entropy = True
         self.drift: DriftProbe | None = self._make_drift_probe(student, drift_probe)
+        self._guard = NonFiniteGuard(
+            args.on_nonfinite,
+            str(args.output_dir),
+            self.accelerator.process_index,
+            self._any_process,
+            scales_loss=self.is_deepspeed_enabled or getattr(self.accelerator, "scaler", None) is not None,
+        )
+        self._step_loss: torch.Tensor | None = None
+        self._drift_measured_at: int | None = None
         self.add_callback(_AfterStep(self))
 
     # Construction
@@ -315,7 +309,12 @@ class UniSDTrainer(DistillationTrainer):
             drift_probe,
             tokenize_prompts=self._prompt_ids,
             tokenize_completion=lambda text: self._tokenizer(text, add_special_tokens=False)["input_ids"],
-            eos_token_id=self._tokenizer.eos_token_id,
+            reply_end_ids=lambda prompt: reply_end_ids(
+                self._tokenizer,
+                prompt,
+                self.chat_template,
+                dict(self.chat_template_kwargs),  # type: ignore[arg-type]
+            ),
             pad_token_id=self._tokenizer.pad_token_id,
             hidden_states=self._get_last_hidden_state,
             batch_size=self.args.per_device_eval_batch_size,
@@ -357,10 +356,15 @@ class UniSDTrainer(DistillationTrainer):
         num_sequences, num_empty = self.accelerator.gather(counts.unsqueeze(0)).sum(0)
         output["num_sequences_in_batch"] = num_sequences
         output["num_items_in_batch"] = output["num_items_in_batch"] - num_empty
+        if self._selects:
+            output.update(self._ranked(output))
         return output
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
-        completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        # The loss scores samples of the model's own distribution (under the settings of the run), so nothing of its
+        # generation config may bend them.
+        with own_distribution(self.accelerator.unwrap_model(self.model)):
+            completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if self._empty_completions is not None:
             return completion_ids  # a later turn of a conversation with tools
         # TRL asks every completion for its last token. One token stands in for an empty one, and is masked after.
@@ -415,90 +419,96 @@ class UniSDTrainer(DistillationTrainer):
         """(loss, sum of the student's entropies, number of tokens) of a micro-batch, as TRL's `compute_loss` wants."""
         mode = self._mode
         inputs = self._crop(inputs)
-        mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
-        rows = _Rows.of(mask, inputs["completion_ids"]).to(_head_device(student))
+        mask = _counted(inputs)
+        rows = CompletionRows.of(mask, inputs["completion_ids"]).to(_head_device(student))
         scored = self._teacher_passes(student, inputs, rows, mask)
         hidden = rows.take(self._view(student, inputs, inputs["prompt_ids"], inputs["prompt_mask"]))
         with gathered_head(student):
             result = self._loss_of_rows(student, hidden, rows, scored, self._num_items(inputs, num_items_in_batch))
         self._add_metrics(mode, result, scored, rows)
+        if mode == "train":
+            self._watch_loss(student, inputs, hidden, scored, result)
         num_tokens = torch.tensor(rows.ids.numel(), device=result.loss.device)
         # Feature matching alone makes no logits; `_flush_metrics` then takes out what TRL logs of this zero.
         self._has_entropy = result.student_entropy is not None
         entropy = result.loss.new_zeros(()) if result.student_entropy is None else result.student_entropy.sum()
         return result.loss, entropy, num_tokens
 
-    def _teacher_passes(self, student: Any, inputs: dict[str, Any], rows: _Rows, mask: torch.Tensor) -> _Scored:
+    def _teacher_passes(
+        self, student: Any, inputs: dict[str, Any], rows: CompletionRows, mask: torch.Tensor
+    ) -> _Scored:
         """Every view under the teacher's weights, one pass a view. Runs before the student's pass, see
         `unisd.teachers`."""
         with self.teacher.scoring(student) as scorer:
-
-            def view(name: str) -> torch.Tensor:
-                return rows.take(self._view(scorer, inputs, inputs[f"{name}_ids"], inputs[f"{name}_mask"]))
-
             head = self.teacher.head(student)
-            teacher = view("teacher_prompt")
-            negative = view("negative_prompt") if self._context_spec.negative else None
-            if self._context_spec.num_auxiliary and self.args.agreement_fraction < 1.0:
-                weights, disagreement, count = self._selective_agreement(
-                    student, scorer, head, inputs, rows, mask, teacher
+            if self._selects:
+                teacher = rows.take(inputs[TEACHER_HIDDEN])
+            else:
+                teacher = rows.take(self._named_view(scorer, inputs, "teacher_prompt"))
+            negative = None
+            if self._context_spec.negative:
+                negative = rows.take(self._named_view(scorer, inputs, "negative_prompt"))
+            if self._selects:
+                selective = selective_weights(
+                    inputs,
+                    rows,
+                    mask,
+                    lambda batch: self._auxiliary_views(scorer, batch),
+                    lambda hidden, ids: self._score(student, head, hidden, ids).logprobs,
+                    always_run=self._is_sharded,
+                    level=str(self.args.agreement),
+                    statistic=self.args.agreement_statistic,
+                    gamma=float(self.args.agreement_gamma or 0.0),
                 )
-                return _Scored(teacher, [], negative, head, weights, disagreement, count)
+                return _Scored(teacher, [], negative, head, selective)
             auxiliary = [rows.take(view) for view in self._auxiliary_views(scorer, inputs)]
             return _Scored(teacher, auxiliary, negative, head)
 
-    def _selective_agreement(
-        self,
-        student: Any,
-        scorer: Any,
-        own_head: LMHead | None,
-        inputs: dict[str, Any],
-        rows: _Rows,
-        mask: torch.Tensor,
-        teacher: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Agreement weights [N] where only the most uncertain sequences are scored under the auxiliary contexts.
+    @property
+    def _selects(self) -> bool:
+        return self._context_spec.num_auxiliary > 0 and self.args.agreement_fraction < 1.0
 
-        Uncertain: the mean over a sequence's tokens of the teacher's entropy, at the training temperature.
+    def _ranked(self, window: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Which sequences of a window are scored under the auxiliary contexts, and the teacher's hidden states, by
+        which that was decided; see `unisd.agreement`."""
+        student = self.accelerator.unwrap_model(self.model)
+        with self.accelerator.autocast():
+            if not self._is_sharded:
+                return self._rank(student, window)
+            return self._forward_redirection(self.model_wrapped, student, self._rank, student, window)
 
-        Returns:
-            weights (1 for the tokens of the other sequences), the disagreement of the scored ones, and their number.
-        """
+    def _rank(self, student: Any, window: dict[str, Any]) -> dict[str, torch.Tensor]:
+        size, length = window["completion_ids"].shape
+        chunk = self.args.per_device_train_batch_size if self._mode == "train" else size
+        hidden, entropies = [], []
+        with self.teacher.scoring(student) as scorer:
+            head = self.teacher.head(student)
+            for start in range(0, size, chunk):
+                batch = {name: value[start : start + chunk] for name, value in window.items() if _is_batched(value)}
+                batch = self._crop(batch)
+                mask = _counted(batch)
+                rows = CompletionRows.of(mask, batch["completion_ids"]).to(_head_device(student))
+                view = self._named_view(scorer, batch, "teacher_prompt")
+                entropy = self._score(
+                    student, head, rows.take(view), rows.ids, temperature=self.args.temperature, return_entropy=True
+                ).entropy
+                assert entropy is not None
+                entropies.append(sequence_means(entropy, rows, mask))
+                hidden.append(nn.functional.pad(view, (0, 0, 0, length - view.shape[1])))
+        # A window is an optimizer step. Of an evaluation batch the share is rounded up.
+        step = self.state.global_step if self._mode == "train" else 0
+        count = scored_count(self.args.agreement_fraction, size, step)
+        return {TEACHER_HIDDEN: torch.cat(hidden), SCORED: most_uncertain(torch.cat(entropies), count)}
 
-        def score(hidden: torch.Tensor, ids: torch.Tensor, **options: Any) -> LinearLogProbs:
-            with gathered_head(student):
-                head = _fitted(own_head or model_head(student).detach(), hidden)
-                return linear_logprobs(
-                    hidden, head, ids, impl=self.args.impl, workspace_bytes=self.args.workspace_bytes, **options
-                )
-
-        entropy = score(teacher, rows.ids, temperature=self.args.temperature, return_entropy=True).entropy
-        assert entropy is not None
-        mask = mask.to(entropy.device)
-        per_position = entropy.new_zeros(mask.numel()).index_copy(0, rows.positions, entropy)
-        means = per_position.view_as(mask).sum(1) / mask.sum(1).clamp(min=1)
-        # A rounding error in q B must not add a sequence.
-        count = max(1, math.ceil(self.args.agreement_fraction * mask.shape[0] - 1e-9))
-        chosen = means.topk(count).indices.sort().values
-
-        batch = {name: tensor[chosen.to(tensor.device)] for name, tensor in inputs.items() if _is_batched(tensor)}
-        chosen_rows = _Rows.of(mask[chosen], batch["completion_ids"].to(mask.device))
-        hidden = [chosen_rows.take(view) for view in self._auxiliary_views(scorer, batch)]
-        # Agreement is scored at temperature 1, whatever the training temperature.
-        logprobs = torch.stack([score(view, chosen_rows.ids).logprobs for view in hidden])
-        agreement = agreement_weights(
-            logprobs,
-            chosen_rows.cu_seqlens,
-            level=str(self.args.agreement),
-            statistic=self.args.agreement_statistic,
-            gamma=float(self.args.agreement_gamma or 0.0),
-        )
-        weights = agreement.weights.new_ones(mask.shape)
-        of_chosen = weights[chosen].flatten().index_copy(0, chosen_rows.positions, agreement.weights)
-        weights[chosen] = of_chosen.view(count, -1)
-        return weights.flatten().index_select(0, rows.positions), agreement.disagreement, count
+    def _score(
+        self, student: Any, own_head: LMHead | None, hidden: torch.Tensor, ids: torch.Tensor, **options: Any
+    ) -> LinearLogProbs:
+        """Log-probabilities and entropies under the teacher's head; inside `Teacher.scoring`."""
+        with gathered_head(student):
+            head = _fitted(own_head or model_head(student).detach(), hidden)
+            return linear_logprobs(
+                hidden, head, ids, impl=self.args.impl, workspace_bytes=self.args.workspace_bytes, **options
+            )
 
     def _auxiliary_views(self, scorer: Any, inputs: dict[str, Any]) -> Iterator[torch.Tensor]:
         """[B, T, H] hidden states of the completions under each of the K auxiliary contexts."""
@@ -511,7 +521,7 @@ class UniSDTrainer(DistillationTrainer):
         self,
         student: Any,
         hidden: torch.Tensor,
-        rows: _Rows,
+        rows: CompletionRows,
         scored: _Scored,
         num_items: torch.Tensor | None,
     ) -> UniSDLoss:
@@ -528,7 +538,7 @@ class UniSDTrainer(DistillationTrainer):
             rows.cu_seqlens,
             auxiliary_hidden=scored.auxiliary or None,
             negative_hidden=scored.negative,
-            token_weights=scored.weights,
+            token_weights=None if scored.selective is None else scored.selective.weights,
             num_items=None if num_items is None else num_items.to(hidden.device),
             **self.args.loss_settings(),
         )
@@ -542,6 +552,9 @@ class UniSDTrainer(DistillationTrainer):
         if num_items_in_batch is None or self.args.normalization == "token":
             return num_items_in_batch
         return inputs["num_sequences_in_batch"].clamp(min=1) / self.accelerator.num_processes
+
+    def _named_view(self, model: Any, inputs: dict[str, Any], name: str) -> torch.Tensor:
+        return self._view(model, inputs, inputs[f"{name}_ids"], inputs[f"{name}_mask"])
 
     def _view(self, model: Any, inputs: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[B, T, H] hidden states of the completions under one context."""
@@ -566,10 +579,57 @@ class UniSDTrainer(DistillationTrainer):
         for name, length in zip(left, kept, strict=True):
             ids = name.removesuffix("mask") + "ids"
             out[name], out[ids] = inputs[name][..., -max(length, 1) :], inputs[ids][..., -max(length, 1) :]
-        for name in ("completion_ids", "completion_mask", "tool_mask"):
+        for name in ("completion_ids", "completion_mask", "tool_mask", TEACHER_HIDDEN):
             if name in inputs:
                 out[name] = inputs[name][:, : max(completion, 1)]
         return out
+
+    # What is not finite
+
+    def _watch_loss(
+        self, student: Any, inputs: dict[str, Any], hidden: torch.Tensor, scored: _Scored, result: UniSDLoss
+    ) -> None:
+        views = {f"auxiliary context {k}": auxiliary for k, auxiliary in enumerate(scored.auxiliary)}
+        self._guard.loss(
+            result.loss,
+            {name: value for name, value in inputs.items() if name != TEACHER_HIDDEN},
+            {
+                "divergence": result.divergence,
+                "contrastive": result.contrastive,
+                "feature_distance": result.feature_distance,
+                "student_entropy": result.student_entropy,
+                "teacher_entropy": result.teacher_entropy,
+                "weights": result.weights,
+            },
+            {"the student": hidden, "the teacher": scored.teacher, **views, "the negative context": scored.negative},
+            student.named_parameters(),
+        )
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.is_deepspeed_enabled and self._mode == "train":
+            # Its engine makes the optimizer step in the backward pass, which is too late.
+            self._guard.step(list(self.accelerator.unwrap_model(model).named_parameters()), self.state.global_step)
+        return loss
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # A bad micro-batch's loss would poison the sum that is logged; what it was is in the error and the file.
+        loss = torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        if not self.accelerator.sync_gradients or self.is_deepspeed_enabled:
+            return loss
+        step_loss, self._step_loss = self._step_loss, None
+        student = self.accelerator.unwrap_model(self.model)
+        skip = self._guard.step(list(student.named_parameters()), self.state.global_step)
+        # A step that was not made adds nothing to the sum, see `log`.
+        return loss - step_loss if skip else loss
+
+    def _any_process(self, condition: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return condition
+        flag = torch.tensor([int(condition)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item())
 
     # Metrics
 
@@ -578,7 +638,7 @@ class UniSDTrainer(DistillationTrainer):
         assert self.model is not None
         return "train" if self.model.training else "eval"
 
-    def _add_metrics(self, mode: str, result: UniSDLoss, scored: _Scored, rows: _Rows) -> None:
+    def _add_metrics(self, mode: str, result: UniSDLoss, scored: _Scored, rows: CompletionRows) -> None:
         window = self._windows[mode]
         agrees = self._context_spec.num_auxiliary > 0
         add_loss_statistics(
@@ -586,11 +646,11 @@ class UniSDTrainer(DistillationTrainer):
             result,
             clips=bool(self.args.clip_cap or self.args.clip_quantile),
             agreement_weights=result.weights if agrees else None,
-            disagreement=result.disagreement if scored.disagreement is None else scored.disagreement,
+            disagreement=result.disagreement if scored.selective is None else scored.selective.disagreement,
         )
         if agrees:
             num_sequences = rows.cu_seqlens.numel() - 1
-            spent = num_sequences if scored.scored_sequences is None else scored.scored_sequences
+            spent = num_sequences if scored.selective is None else scored.selective.num_scored
             window.add("auxiliary_share", torch.tensor(float(spent), device=result.loss.device), num_sequences)
 
     def _flush_metrics(self, mode: str) -> None:
@@ -623,6 +683,11 @@ class UniSDTrainer(DistillationTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._flush_metrics(self._mode)
+        if "loss" in logs:
+            steps, skipped = self._guard.take_counts()
+            if skipped:  # the mean is over the steps that were made
+                logs["loss"] = logs["loss"] * steps / (steps - skipped) if steps > skipped else math.nan
+                logs[PREFIX + "skipped_steps"] = skipped
         super().log(logs, start_time)
 
     # Teacher and drift, once an optimizer step
@@ -632,10 +697,24 @@ class UniSDTrainer(DistillationTrainer):
         step = self.state.global_step
         if isinstance(self.teacher, EMATeacher) and step % self.args.sync_steps == 0:
             self.teacher.update(student)
-        if self.drift is not None and step % self.args.drift_probe_every == 0:
-            with self.accelerator.autocast():
-                drift = self._measure_drift(student)
-            self._metrics["train"][PREFIX + "drift_kl"].append(drift)
+        if self.drift is None:
+            return
+        is_last = step >= self.state.max_steps or self.control.should_training_stop
+        if step % self.args.drift_probe_every == 0 or is_last:
+            # The latest value of a log, not a mean over steps.
+            self._metrics["train"][PREFIX + "drift_kl"] = [self._current_drift(student)]
+
+    def _log_drift(self) -> None:
+        """The drift before the first step, or after the last if that was not seen to be the last; logged at once."""
+        if self.drift is None or self._drift_measured_at == self.state.global_step:
+            return
+        drift = self._current_drift(self.accelerator.unwrap_model(self.model))
+        Trainer.log(self, {PREFIX + "drift_kl": drift})
+
+    def _current_drift(self, student: nn.Module) -> float:
+        self._drift_measured_at = self.state.global_step
+        with self.accelerator.autocast():
+            return self._measure_drift(student)
 
     def _measure_drift(self, student: nn.Module) -> float:
         assert self.drift is not None
@@ -646,13 +725,37 @@ class UniSDTrainer(DistillationTrainer):
 
     # Checkpoints
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`, but resumes from complete checkpoints only (`unisd.checkpoints`).
+
+        Args:
+            resume_from_checkpoint: True for the newest complete checkpoint of `output_dir` (newer ones that a kill cut
+                off are named in a warning), or the folder of one.
+
+        Raises:
+            ValueError: no complete checkpoint, or a folder that is not one.
+        """
+        checkpoint = resumable(resume_from_checkpoint, str(self.args.output_dir))
+        return super().train(checkpoint, *args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # First of all files: a checkpoint that was cut off before this one has no trainer state either, so it
-        # cannot be resumed from with a teacher that starts anew.
-        if isinstance(self.teacher, EMATeacher) and self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_teacher(self.teacher, os.path.join(self._get_output_dir(trial), folder), self.state.global_step)
-        super()._save_checkpoint(model, trial)
+        run_folder = self._get_output_dir(trial)
+        folder = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            unmark(folder)
+            if isinstance(self.teacher, EMATeacher):
+                save_teacher(self.teacher, folder, self.state.global_step)
+        # Older checkpoints go only when this one is whole, which is after every process has written its part.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder, self.state.global_step)
+            best = self.state.best_model_checkpoint
+            rotate(run_folder, limit, {folder} | ({best} if best else set()))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # The one hook that every kind of resume passes (DeepSpeed and FSDP load their weights elsewhere), after the
@@ -663,17 +766,30 @@ class UniSDTrainer(DistillationTrainer):
 
 
 class _AfterStep(TrainerCallback):
-    """Calls the trainer after each optimizer step, before it logs and saves."""
+    """Calls the trainer before the first optimizer step, after each one (before it logs and saves) and at the end."""
 
     def __init__(self, trainer: UniSDTrainer) -> None:
         self._trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._drift_measured_at = None if state.global_step == 0 else state.global_step
+        self._trainer._log_drift()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._after_optimizer_step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._log_drift()
 
 
 def _head_device(model: Any) -> torch.device:
     return model.get_output_embeddings().weight.device
+
+
+def _counted(inputs: dict[str, Any]) -> torch.Tensor:
+    """[B, T] mask of the completion tokens that are the model's own."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def _is_batched(value: Any) -> bool:

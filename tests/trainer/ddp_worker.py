@@ -36,5 +36,28 @@ def main(folder: str) -> None:
         torch.save(out, f"{folder}/{RESULT}")
 
 
+class BadOnTheLast(tiny_run.FixedRollouts):
+    """In the second step the teacher's first hidden state is NaN, on the last process alone."""
+
+    def _named_view(self, model, inputs, name):
+        hidden = super()._named_view(model, inputs, name)
+        bad = self.state.global_step == 1 and self.accelerator.process_index == self.accelerator.num_processes - 1
+        return hidden.index_fill(0, torch.tensor([0]), torch.nan) if bad else hidden
+
+
+def not_finite(folder: str) -> None:
+    """Skip the step, then stop at it; either way both processes do the same."""
+    settings = {"per_device_train_batch_size": 2, "max_steps": 3, "preset": "sdft"}
+    run = tiny_run.trainer(folder, cls=BadOnTheLast, on_nonfinite="skip", **settings)
+    run.train()
+    out = {"losses": tiny_run.losses(run), "weights": [p.detach() for p in run.model.parameters()]}
+    run = tiny_run.trainer(folder, cls=BadOnTheLast, **settings)
+    try:
+        run.train()
+    except FloatingPointError as error:
+        out["error"] = str(error)
+    torch.save(out, f"{folder}/rank{run.accelerator.process_index}.pt")
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    {"train": main, "not_finite": not_finite}[sys.argv[2] if len(sys.argv) > 2 else "train"](sys.argv[1])

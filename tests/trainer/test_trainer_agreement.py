@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.trainer import tiny_run
+from unisd.agreement import scored_count
 from unisd_kernels import agreement_weights, linear_logprobs, reference
 
 PRESETS = ["agreement_token", "agreement_sequence", "unisd_star"]
@@ -30,6 +31,40 @@ def test_all_sequences_equal_full_agreement(tmp_path, preset, normalization):
     assert selective_loss == pytest.approx(loss, rel=1e-5)
     tiny_run.assert_same_gradients(selective, gradients)
     assert tiny_run.logged(run, "unisd/auxiliary_share") == [1.0]
+
+
+@pytest.mark.parametrize(("preset", "micro_batch"), [("unisd_star", 1), ("agreement_token", 2)])
+def test_the_ranking_is_over_the_step_whatever_the_micro_batch(tmp_path, preset, micro_batch):
+    """The same sequences are scored, with the same gradient, however a step is cut into micro-batches."""
+    args = tiny_run.config(tmp_path, preset=preset, agreement_gamma=2.0)
+    expected_loss, expected, *_ = selective_reference(tiny_run.llama(), args, 1)
+    run, loss, gradients = step(
+        tmp_path,
+        0.25,
+        preset,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=tiny_run.NUM_ROWS // micro_batch,
+    )
+    assert tiny_run.logged(run, "unisd/auxiliary_share") == [0.25]
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    tiny_run.assert_same_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize(("fraction", "size"), [(0.25, 1), (0.25, 2), (0.3, 4), (0.9, 3), (1 / 3, 2), (0.01, 16)])
+def test_the_share_over_all_windows_is_what_was_asked_for(fraction, size):
+    total = 0
+    for window in range(200):
+        count = scored_count(fraction, size, window)
+        assert 0 <= count <= size
+        assert abs(count - fraction * size) < 1
+        total += count
+        assert abs(total - fraction * size * (window + 1)) < 1
+    assert scored_count(fraction, size, 0) >= 1
+
+
+def test_a_window_of_one_sequence_is_scored_in_its_share_of_the_steps(tmp_path):
+    run, *_ = step(tmp_path, 0.25, "unisd_star", per_device_train_batch_size=1, max_steps=8)
+    assert tiny_run.logged(run, "unisd/auxiliary_share") == [1, 0, 0, 0, 1, 0, 0, 0]
 
 
 def selective_reference(model, args, count):

@@ -1,14 +1,19 @@
 """Resuming: the same run as one that was never interrupted, the teacher included, or an error."""
 
+import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from tests.trainer import tiny_run
 from unisd import teachers
+from unisd.checkpoints import MANIFEST, fault_of, mark_complete, newest_complete, resumable, rotate
 from unisd.teachers import STATE_FILE, AdapterEMATeacher, save_teacher
 from unisd.trainer import UniSDTrainer
 
@@ -107,14 +112,129 @@ def test_restart_of_the_average_would_be_seen(tmp_path, interrupted, monkeypatch
     assert tiny_run.losses(resumed)[3:] != pytest.approx(tiny_run.losses(whole)[3:], rel=1e-2)
 
 
-def test_checkpoint_without_the_average_raises(tmp_path, interrupted):
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ([STATE_FILE], f"checkpoint is incomplete .{STATE_FILE} is missing"),
+        ([STATE_FILE, MANIFEST], f"{STATE_FILE} is missing: the checkpoint is incomplete or was written without"),
+        (["optimizer.pt"], "checkpoint is incomplete .optimizer.pt is missing"),
+        (["trainer_state.json", MANIFEST], "trainer_state.json is missing"),
+        (["model.safetensors", MANIFEST], "it holds no weights"),
+    ],
+)
+def test_a_path_to_an_incomplete_checkpoint_raises(tmp_path, interrupted, gone, message):
     _, checkpoint = interrupted("full")
     broken = shutil.copytree(checkpoint, tmp_path / "checkpoint-3")
-    (broken / STATE_FILE).unlink()
+    for name in gone:
+        (broken / name).unlink()
     resumed = start(tmp_path / "run", peft=False, ema="full")
-    with pytest.raises(ValueError, match=f"{STATE_FILE} is missing: the checkpoint is incomplete"):
+    with pytest.raises(ValueError, match=message):
         resumed.train(resume_from_checkpoint=str(broken))
-    assert tiny_run.losses(resumed) == tiny_run.losses(interrupted("full")[0])[:3]  # nothing was trained
+    assert resumed.teacher.updates == 0  # nothing was trained
+
+
+def test_resuming_takes_the_newest_complete_checkpoint(tmp_path, interrupted):
+    """Beside the whole checkpoint of step 3 lie newer ones as kills leave them: each cut off at another file."""
+    whole, checkpoint = interrupted("full")
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-3")
+    files = sorted(path.name for path in Path(checkpoint).iterdir() if path.suffix != ".md" and path.name != MANIFEST)
+    assert "trainer_state.json" in files
+    for number, name in enumerate(files):
+        folder = shutil.copytree(checkpoint, tmp_path / f"checkpoint-{10 + number}")
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+    started = tmp_path / "checkpoint-90"
+    started.mkdir()
+    shutil.copy(Path(checkpoint) / STATE_FILE, started)
+    assert str(get_last_checkpoint(str(tmp_path))) == str(started)  # what would be taken
+    resumed = start(tmp_path, peft=False, ema="full")
+    restored = Restored(resumed)
+    resumed.add_callback(restored)
+    with pytest.warns(UserWarning, match="incomplete and was skipped") as caught:
+        resumed.train(resume_from_checkpoint=True)
+    said = [str(entry.message) for entry in caught if "was skipped" in str(entry.message)]
+    assert len(said) == len(files) + 1
+    assert "checkpoint-90 is incomplete and was skipped: trainer_state.json is missing" in said[0]
+    assert restored.state["updates"] == 1
+    assert tiny_run.losses(resumed) == pytest.approx(tiny_run.losses(whole), rel=1e-4)
+
+
+def test_nothing_complete_to_resume_from_raises(tmp_path):
+    run = start(tmp_path, peft=False, ema="none", ema_decay=None)
+    with pytest.raises(ValueError, match="there is no complete checkpoint in"):
+        run.train(resume_from_checkpoint=True)
+    assert resumable(None, tmp_path) is None
+    assert resumable(False, tmp_path) is None
+
+
+def test_a_folder_of_the_plain_trainer_is_judged_by_its_files(tmp_path, interrupted):
+    """No manifest: a safetensors file that was cut off, and a shard that is not there, are found."""
+    _, checkpoint = interrupted("full")
+    plain = shutil.copytree(checkpoint, tmp_path / "checkpoint-3")
+    (plain / MANIFEST).unlink()
+    assert fault_of(plain) is None
+    weights = (plain / "model.safetensors").read_bytes()
+    (plain / "model.safetensors").write_bytes(weights[:-1])
+    assert fault_of(plain) == f"model.safetensors has {len(weights) - 1} bytes for {len(weights)}"
+    (plain / "model.safetensors").write_bytes(weights[:5])
+    assert fault_of(plain) == "model.safetensors was cut off"
+    (plain / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    (plain / "model.safetensors.index.json").write_text(json.dumps(index))
+    (plain / "model-1-of-2.safetensors").write_bytes(weights)
+    assert fault_of(plain) == "model-2-of-2.safetensors is missing"
+    (plain / "model-2-of-2.safetensors").write_bytes(weights)
+    assert fault_of(plain) is None
+    (plain / "trainer_state.json").write_text('{"epoch": 1')
+    assert fault_of(plain) == "trainer_state.json was cut off"
+
+
+def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path, monkeypatch):
+    """One checkpoint is kept. While the next is written, and until its last file is, the old one stays."""
+    run = start(tmp_path, peft=True, ema="adapter", save_steps=1, max_steps=2, save_total_limit=1)
+    marked = []
+
+    def dies_at_the_second(folder, step):
+        marked.append(newest_complete(tmp_path))
+        if step == 2:
+            raise KeyboardInterrupt
+        mark_complete(folder, step)
+
+    monkeypatch.setattr("unisd.trainer.mark_complete", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert (tmp_path / "checkpoint-1" / MANIFEST).is_file()
+    assert fault_of(tmp_path / "checkpoint-1") is None
+    assert run.args.save_total_limit == 1
+
+
+def test_deletion_spares_the_newest_and_the_best_and_takes_what_is_broken_first(tmp_path):
+    def folder(step, complete, age):
+        path = tmp_path / f"checkpoint-{step}"
+        path.mkdir()
+        (path / "optimizer.pt").write_bytes(b"x")
+        if complete:
+            mark_complete(path, step)
+        os.utime(path, (1e9 - 100 * age,) * 2)
+        return path
+
+    for step, complete, age in ((10, True, 5), (20, True, 4), (30, True, 3), (900, False, 2), (40, True, 0)):
+        folder(step, complete, age)
+    rotate(tmp_path, 4, {str(tmp_path / "checkpoint-40")})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (10, 20, 30, 40)]
+    rotate(tmp_path, 2, {str(tmp_path / "checkpoint-40"), str(tmp_path / "checkpoint-10")})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-40"]
+    rotate(tmp_path, None, set())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_deletion_that_is_cut_off_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, interrupted):
+    _, checkpoint = interrupted("full")
+    old = shutil.copytree(checkpoint, tmp_path / "checkpoint-3")
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-4")
+    monkeypatch.setattr("unisd.checkpoints.shutil.rmtree", lambda *args, **kwargs: None)  # killed here
+    rotate(tmp_path, 1, {str(tmp_path / "checkpoint-4")})
+    assert fault_of(old) == "trainer_state.json is missing"
 
 
 def test_average_of_another_step_or_mode_raises(tmp_path, interrupted):

@@ -153,3 +153,12 @@ def test_lazy_names_resolve():
     assert {name for name in unisd.__all__ if getattr(unisd, name, None) is None} == set()
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         unisd.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("preset", ["agreement_token", "agreement_sequence", "unisd_star"])
+@pytest.mark.parametrize("statistic", ["variance", "range"])
+def test_agreement_of_one_context_is_refused(tmp_path, preset, statistic):
+    """Its spread is 0, so every weight would be 1 and the context's passes wasted."""
+    with pytest.raises(ValueError, match=f"num_auxiliary=1: one context has no {statistic}"):
+        UniSDConfig(str(tmp_path), preset=preset, num_auxiliary=1, agreement_statistic=statistic)
+    assert tiny_run.config(tmp_path, preset="sdft", num_auxiliary=1).num_auxiliary == 1

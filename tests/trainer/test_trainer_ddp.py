@@ -1,5 +1,6 @@
 """Two processes give the weights and metrics that one process gives with the whole batch."""
 
+import math
 import os
 import subprocess
 import sys
@@ -13,22 +14,35 @@ from tests.trainer import ddp_worker
 ROOT = Path(__file__).parents[2]
 
 
-def two_processes(folder: Path) -> dict:
+def two_processes(folder: Path, task: str = "train") -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, "-m", "tests.trainer.ddp_worker", str(folder)]
+    command = [sys.executable, *launcher, "-m", "tests.trainer.ddp_worker", str(folder), task]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / ddp_worker.RESULT)
 
 
 def test_two_processes_equal_one(tmp_path):
     ddp_worker.main(str(tmp_path))
     one = torch.load(tmp_path / ddp_worker.RESULT)
-    two = two_processes(tmp_path)
+    two_processes(tmp_path)
+    two = torch.load(tmp_path / ddp_worker.RESULT)
     for name, expected in one.items():
         for weight, value in expected["weights"].items():
             assert torch.allclose(two[name]["weights"][weight], value, rtol=0, atol=2e-6), (name, weight)
         assert two[name]["divergence"] == pytest.approx(expected["divergence"], rel=1e-5)
-        assert two[name]["drift"] == pytest.approx(expected["drift"], rel=1e-4)
+        assert two[name]["drift"] == pytest.approx(expected["drift"], rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.slow
+def test_both_processes_skip_or_stop_when_one_meets_a_nan(tmp_path):
+    two_processes(tmp_path, "not_finite")
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert "another process met a value that is not finite" in first["error"]
+    assert "not finite are the hidden states of: the teacher" in second["error"]
+    assert [math.isnan(loss) for loss in first["losses"]] == [False, True, False]
+    assert all(torch.equal(one, other) for one, other in zip(first["weights"], second["weights"], strict=True))
+    assert all(weight.isfinite().all() for weight in first["weights"])
+    names = {path.name for path in (tmp_path / "nonfinite").iterdir()}
+    assert names == {"step-2-process-1.pt"}

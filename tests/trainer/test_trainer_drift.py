@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import TrainerCallback
 
 from tests.trainer import tiny_run
 from unisd.drift import DriftProbe
@@ -26,7 +27,7 @@ def probe(**overrides) -> DriftProbe:
     settings = {
         "tokenize_prompts": prompt_ids,
         "tokenize_completion": lambda text: tokenizer(text)["input_ids"],
-        "eos_token_id": tiny_run.EOS,
+        "reply_end_ids": lambda prompt: [tiny_run.EOS],
         "pad_token_id": tiny_run.PAD,
         "hidden_states": hidden_states,
         "batch_size": 2,
@@ -97,9 +98,43 @@ def test_trainer_logs_the_drift_every_so_many_optimizer_steps(tmp_path, peft):
         assert run.drift.measure(run.model) == pytest.approx(0.0, abs=1e-7)
     run.train()
     steps = {entry["step"]: entry["unisd/drift_kl"] for entry in run.state.log_history if "unisd/drift_kl" in entry}
-    assert set(steps) == {2, 4}
+    assert set(steps) == {0, 2, 4}
+    assert steps[0] == pytest.approx(0.0, abs=1e-7)
     assert 0 < steps[2] < steps[4]
     assert steps[4] == pytest.approx(dense_drift(tiny_run.llama(), run.model), rel=1e-3)
+
+
+class StopsAfter(TrainerCallback):
+    """Ends training where the trainer could not foresee it: added last, as a user's callback is."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("stop", [3, 2])
+def test_the_drift_is_measured_before_and_after_whatever_the_interval(tmp_path, stop):
+    run = tiny_run.trainer(
+        tmp_path, preset="sdft", drift_probe=tiny_run.PROBE, drift_probe_every=1000, max_steps=3, logging_steps=1000
+    )
+    run.add_callback(StopsAfter(stop))
+    run.train()
+    steps = [(entry["step"], entry["unisd/drift_kl"]) for entry in run.state.log_history if "unisd/drift_kl" in entry]
+    assert [step for step, _ in steps] == [0, stop]
+    assert steps[0][1] == pytest.approx(0.0, abs=1e-7)
+    assert steps[1][1] == pytest.approx(dense_drift(tiny_run.llama(), run.model), rel=1e-3)
+
+
+def test_a_log_over_several_measurements_holds_the_latest(tmp_path):
+    run = tiny_run.trainer(
+        tmp_path, preset="sdft", drift_probe=tiny_run.PROBE, drift_probe_every=1, max_steps=3, logging_steps=3
+    )
+    run.train()
+    assert tiny_run.logged(run, "unisd/drift_kl")[-1] == pytest.approx(
+        dense_drift(tiny_run.llama(), run.model), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("peft", [False, True])
@@ -137,7 +172,30 @@ def test_default_probe_is_the_packages_own(tmp_path, chat):
     )
     assert run.drift.num_tokens == sum(len(item["completion"].split()) + 1 for item in CHAT_PROBE)
     run.train()
-    assert tiny_run.logged(run, "unisd/drift_kl")[0] > 0
+    assert tiny_run.logged(run, "unisd/drift_kl")[-1] > 0
+
+
+def test_a_conversation_ends_with_the_templates_token_and_a_text_with_eos(tmp_path):
+    tokenizer = tiny_run.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} <end> w4 {% endfor %}"
+        "{% if add_generation_prompt %}w3{% endif %}"
+    )
+    run = tiny_run.FixedRollouts(
+        model=tiny_run.llama(vocab_size=tiny_run.VOCAB_SIZE + 1),
+        args=tiny_run.config(tmp_path, preset="sdft", drift_probe_every=1),
+        train_dataset=tiny_run.dataset(),
+        processing_class=tokenizer,
+        drift_probe=tiny_run.PROBE,
+    )
+    endings = [
+        ids[mask.bool()][-1].item()
+        for batch in run.drift._batches
+        for ids, mask in zip(batch.completion_ids, batch.completion_mask, strict=True)
+    ]
+    assert endings == [tiny_run.EOS, end, tiny_run.EOS]
 
 
 def test_drift_under_autocast_starts_at_zero(tmp_path):
@@ -145,7 +203,7 @@ def test_drift_under_autocast_starts_at_zero(tmp_path):
         tmp_path, preset="sdft", bf16=True, drift_probe=tiny_run.PROBE, drift_probe_every=1, learning_rate=0.0
     )
     run.train()
-    assert tiny_run.logged(run, "unisd/drift_kl") == [pytest.approx(0.0, abs=1e-7)]
+    assert tiny_run.logged(run, "unisd/drift_kl") == 2 * [pytest.approx(0.0, abs=1e-7)]
 
 
 def test_bad_probes_are_refused():
@@ -160,7 +218,7 @@ def test_bad_probes_are_refused():
                 items,
                 tokenize_prompts=lambda prompts: [[1]],
                 tokenize_completion=lambda text: [1],
-                eos_token_id=1,
+                reply_end_ids=lambda prompt: [1],
                 pad_token_id=0,
                 hidden_states=lambda *args: None,
             )

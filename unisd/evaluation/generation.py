@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from unisd.decoding import end_token_ids, own_distribution
 from unisd.evaluation.rows import Prompt, encode_prompt, model_device, scoring_mode
 
 
@@ -14,6 +15,10 @@ def greedy_replies(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int = 16
 ) -> list[str]:
     """The most probable continuation of each prompt, token by token, without special tokens.
+
+    Each token is the argmax of the model's logits: penalties, minimum lengths, forbidden or forced tokens, beams and
+    the like of `model.generation_config` are left out; of it, only the token ids count. The tokenizer's EOS ends a
+    reply too.
 
     Args:
         model: has `generate`; left in the mode it was in.
@@ -34,7 +39,8 @@ def greedy_replies(
     order = sorted(range(len(encoded)), key=lambda place: len(encoded[place]))
     replies = [""] * len(encoded)
     device = model_device(model)
-    with scoring_mode(model):
+    ending = end_token_ids(model, tokenizer)
+    with scoring_mode(model), own_distribution(model):
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             input_ids, attention_mask = _left_padded([encoded[place] for place in places], padding)
@@ -43,10 +49,7 @@ def greedy_replies(
                 attention_mask=attention_mask.to(device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                # Sampling settings of the model's generation config mean nothing here, and would be warned about.
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                eos_token_id=ending or None,
                 pad_token_id=padding,
             )
             texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)

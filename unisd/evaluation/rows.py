@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from unisd.modules import backbone, evaluating
+from unisd.turns import reply_end_ids
 from unisd_kernels import pack_rows
 
 Prompt = str | Sequence[dict[str, Any]]
@@ -59,21 +60,25 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
 def encode_pairs(
     tokenizer: Any, prompts: Sequence[Prompt], completions: Sequence[str], *, include_eos: bool = True
 ) -> list[EncodedPair]:
-    """Ids of each pair; the completion is tokenized by itself and ends with the EOS token if `include_eos`.
+    """Ids of each pair; the completion is tokenized by itself and ends as a reply does if `include_eos`: with the token
+    that closes the template's turn for a conversation, with EOS for a string (`unisd.turns`).
 
     Raises:
-        ValueError: not as many completions as prompts, a pair without a token in one of them, or no EOS token.
+        ValueError: not as many completions as prompts, a pair without a token in one of them, or no token to end with.
     """
     if len(prompts) != len(completions):
         raise ValueError(f"got {len(prompts)} prompts and {len(completions)} completions; they must pair up.")
-    if include_eos and tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token or pass include_eos=False.")
-    ending = [tokenizer.eos_token_id] if include_eos else []
+    endings: dict[bool, list[int]] = {}  # strings and conversations end differently; each is looked up once
     pairs = []
     for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        plain = isinstance(prompt, str)
+        if plain not in endings:
+            endings[plain] = reply_end_ids(tokenizer, prompt) if include_eos else []
+        if include_eos and not endings[plain]:
+            raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token or pass include_eos=False.")
         pair = EncodedPair(
             encode_prompt(tokenizer, prompt),
-            [*tokenizer(completion, add_special_tokens=False)["input_ids"], *ending],
+            [*tokenizer(completion, add_special_tokens=False)["input_ids"], *endings[plain]],
         )
         if not pair.prompt_ids or not pair.completion_ids:
             raise ValueError(

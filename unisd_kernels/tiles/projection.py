@@ -60,8 +60,8 @@ class Projection:
         return self.differs_by_rows(other) and not self._mixed_product
 
     def minus(self, other: Projection, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """What to project of some rows, for heads that satisfy `logits_differ_linearly`, and in which of them (bool) it is
-        `hidden - other.hidden`: where that is no longer than `hidden`, which it is in the others.
+        """What to project of some rows, for heads that satisfy `logits_differ_linearly`, and in which of them (bool) it
+        is `hidden - other.hidden`: where that is no longer than `hidden`, which it is in the others.
 
         A projection's rounding goes with the length of what is projected. From d = h - h_o the logits z - z_o have an
         error of |d| and z = z_o + (z - z_o) one of |h_o| + |d| <= |h| + 2 |d|; from h itself they are |h_o| + |h| <=

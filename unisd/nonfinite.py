@@ -1,0 +1,207 @@
+"""A NaN or an infinity is stopped before the optimizer step, with its batch saved and its cause named.
+
+The loss of every micro-batch is checked when it has been computed (TRL reads a value back there anyway, so no wait is
+added), the gradient once an optimizer step, when it is that of the whole batch over all processes. All processes learn
+of a fault together, at the end of the step's last backward pass, so none is left waiting for the others.
+
+With float16 and loss scaling an overflow of the scaled gradient is part of the method (the scaler skips the step and
+lowers the scale), so there only the loss, which is not scaled, is judged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+FOLDER = "nonfinite"
+"""Folder in the run's output in which the batches are saved."""
+MAX_FILES = 8
+"""Batches that are saved in a run, per process: with `on_nonfinite="skip"` there could be one each step."""
+
+
+@dataclass
+class MicroBatch:
+    """What is kept of a micro-batch until its optimizer step is over.
+
+    Attributes:
+        inputs: the tensors of the batch: ids and masks of all views.
+        statistics: per token, detached, and `loss`.
+        cause: why it is bad, or None.
+    """
+
+    inputs: dict[str, Any]
+    statistics: dict[str, torch.Tensor]
+    cause: str | None = None
+
+
+@dataclass
+class NonFiniteGuard:
+    """Watches one run.
+
+    Attributes:
+        mode: "stop" or "skip".
+        folder: where batches are saved.
+        process: number of this process.
+        any_process: whether a condition holds on any process (a collective).
+        scales_loss: whether a scaler (or DeepSpeed) judges the gradient.
+    """
+
+    mode: str
+    folder: str | os.PathLike[str]
+    process: int
+    any_process: Callable[[bool], bool]
+    scales_loss: bool
+    _steps: int = 0
+    _skipped: int = 0
+    _batches: list[MicroBatch] = field(default_factory=list)
+    _saved: int = 0
+
+    def loss(
+        self,
+        loss: torch.Tensor,
+        inputs: dict[str, Any],
+        statistics: dict[str, torch.Tensor | None],
+        terms: dict[str, torch.Tensor | None],
+        parameters: Iterable[tuple[str, nn.Parameter]],
+    ) -> None:
+        """Look at a micro-batch's loss.
+
+        Args:
+            statistics: per-token values, [N] each.
+            terms: hidden states [N, H] by the name of their view.
+            parameters: named, of the student.
+        """
+        kept = {name: value.detach() for name, value in statistics.items() if value is not None}
+        batch = MicroBatch(inputs, {"loss": loss.detach(), **kept})
+        if not bool(loss.detach().isfinite()):
+            batch.cause = _cause_of_loss(loss, terms, kept, parameters)
+        self._batches.append(batch)
+
+    def step(self, parameters: list[tuple[str, nn.Parameter]], global_step: int) -> bool:
+        """After the last backward pass of an optimizer step.
+
+        Returns:
+            Whether the step has to be skipped; the gradients are then gone.
+
+        Raises:
+            FloatingPointError: something is not finite, and `mode` is "stop" or a weight is not finite itself, which
+                no skipping mends.
+        """
+        batches, self._batches = self._batches, []
+        self._steps += 1
+        causes = [f"micro-batch {i} of {len(batches)}: {b.cause}" for i, b in enumerate(batches, 1) if b.cause]
+        bad = None if self.scales_loss or causes else _cause_of_gradient(parameters)
+        if bad is not None:
+            causes.append(bad)
+        if not self.any_process(bool(causes)):
+            return False
+        broken = _bad_parameters(parameters)
+        saved = self._save(batches, causes, global_step) if causes else None
+        if self.mode == "stop" or self.any_process(bool(broken)):
+            found = "; ".join(causes) if causes else "another process met a value that is not finite"
+            where = f" Its batch is in {saved}." if saved else ""
+            raise FloatingPointError(
+                f"optimizer step {global_step + 1} was not made: {found}.{where} The weights are those of step "
+                f"{global_step}. Lower the learning rate, or check the data and fp16 overflow"
+                + ("" if broken else "; on_nonfinite='skip' leaves such steps out and goes on")
+            )
+        self._skipped += 1
+        for _, parameter in parameters:
+            if not self.scales_loss:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                # The scaler has to see it: it then skips the step itself, and an optimizer without gradients is an
+                # error to it.
+                parameter.grad.fill_(torch.inf)
+        return True
+
+    def take_counts(self) -> tuple[int, int]:
+        """(optimizer steps, those of them that were skipped) since the last call."""
+        counts = self._steps, self._skipped
+        self._steps = self._skipped = 0
+        return counts
+
+    def _save(self, batches: list[MicroBatch], causes: list[str], global_step: int) -> Path | None:
+        """The micro-batches of a step (those with a bad loss, or all for a bad gradient), in one write."""
+        if self._saved >= MAX_FILES:
+            return None
+        self._saved += 1
+        bad = [batch for batch in batches if batch.cause] or batches
+        content = {
+            "step": global_step + 1,
+            "process": self.process,
+            "causes": causes,
+            "micro_batches": [
+                {"cause": batch.cause, "inputs": _on_cpu(batch.inputs), "statistics": _on_cpu(batch.statistics)}
+                for batch in bad
+            ],
+        }
+        path = Path(self.folder) / FOLDER / f"step-{global_step + 1}-process-{self.process}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            torch.save(content, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+
+def _cause_of_loss(
+    loss: torch.Tensor,
+    terms: dict[str, torch.Tensor | None],
+    statistics: dict[str, torch.Tensor],
+    parameters: Iterable[tuple[str, nn.Parameter]],
+) -> str:
+    """The earliest thing on the way to the loss that is not finite: a weight, a view, a term."""
+    found = f"the loss is {loss.detach().item()}"
+    if bad := _bad_parameters(parameters):
+        return f"{found}, and so is the weight {bad[0]}" + (f" ({len(bad)} weights)" if len(bad) > 1 else "")
+    views = []
+    for name, hidden in terms.items():
+        if hidden is None:
+            continue
+        rows = (~hidden.detach().isfinite()).any(-1).nonzero().flatten().tolist()
+        if rows:
+            views.append(f"{name} (token {rows[0]}, {len(rows)} of {hidden.shape[0]} tokens)")
+    if views:
+        return f"{found}; not finite are the hidden states of: {', '.join(views)}"
+    names = [name for name, values in statistics.items() if values.numel() and not bool(values.isfinite().all())]
+    of = f"; all hidden states are finite, but not {', '.join(names)}" if names else "; all its terms are finite"
+    return found + of
+
+
+def _cause_of_gradient(parameters: list[tuple[str, nn.Parameter]]) -> str | None:
+    named = [(name, _local(parameter.grad)) for name, parameter in parameters if parameter.grad is not None]
+    named = [(name, gradient) for name, gradient in named if gradient.numel()]
+    if not named:
+        return None
+    # The maximum, not the sum of squares: a large finite gradient is clipping's to judge. One wait for all.
+    device = named[0][1].device
+    largest = torch._foreach_norm([gradient for _, gradient in named], float("inf"))
+    finite = torch.stack([value.isfinite().to(device) for value in largest])
+    if bool(finite.all()):
+        return None
+    bad = [name for (name, _), good in zip(named, finite.tolist(), strict=True) if not good]
+    return f"the loss is finite, but not the gradient of {bad[0]}" + (
+        f" and {len(bad) - 1} other weights" if len(bad) > 1 else ""
+    )
+
+
+def _bad_parameters(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    return [name for name, parameter in parameters if not bool(_local(parameter.detach()).isfinite().all())]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that this process holds."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _on_cpu(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
