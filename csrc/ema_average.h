@@ -1,16 +1,17 @@
 // decay t + (1 - decay) s, in the one of two forms that loses nothing. The same on every device, bit for bit.
 //
-// Summed as it stands, equal numbers would drift: decay t + (1 - decay) t is not always t. Hence a form with a difference,
-// which leaves t = s as it is. Both are the formula:
+// Summed as it stands, equal numbers would drift: decay t + (1 - decay) t is not always t. Hence a form with a
+// difference, which leaves t = s as it is. Both are the formula:
 //
 //   from the teacher   t + (1 - decay) (s - t)
 //   from the student   s + decay (t - s)
 //
-// The rounding of the difference is up to half an ulp of the larger of |s| and |t|, and comes in with the factor before it.
-// What the average is made of is (1 - decay) s and decay t. With decay >= 1/2 the first form's error is of
+// The rounding of the difference is up to half an ulp of the larger of |s| and |t|, and comes in with the factor
+// before it. What the average is made of is (1 - decay) s and decay t. With decay >= 1/2 the first form's error is of
 // (1 - decay) |t| <= decay |t|, but for a small decay it is of |t| itself, of which the average holds next to nothing:
-// t = 1e8, s = 1, decay = 0 gives 1e8 + (1 - 1e8) = 0. There the second form's error is of decay |s| <= (1 - decay) |s|.
-// (The factor is rounded to the arithmetic's type after it is formed in double: 1 - decay of a tiny decay would be 1.)
+// t = 1e8, s = 1, decay = 0 gives 1e8 + (1 - 1e8) = 0. There the second form's error is of decay |s| <= (1 - decay)
+// |s|. (The factor is rounded to the arithmetic's type after it is formed in double: 1 - decay of a tiny decay would
+// be 1.)
 #pragma once
 
 namespace unisd {

@@ -23,19 +23,20 @@ STABLE_TORCH_LIBRARY(unisd, m) {
       "tile_logprob_gradient_(Tensor(a!) tile, float? tanh_scale, Tensor logsumexp, Tensor target_ids, "
       "Tensor? logprob_weight, Tensor? logsumexp_weight, Tensor? entropy, Tensor? entropy_weight) -> ()");
   // Statistics of complete rows into `statistics` [kDivergenceStatistics, rows] (statistics.h). With a soft cap the
-  // tiles are overwritten by their logits. With `teacher_is_delta` the second tile holds z_t - z_s.
+  // tiles are overwritten by their logits. `is_difference` (bool [rows]): these rows of the second tile hold z_t - z_s.
   m.def(
       "tile_divergence_(Tensor(a!) student, Tensor(b!) teacher, float? student_tanh_scale, float? teacher_tanh_scale, "
-      "bool teacher_is_delta, Tensor? target_ids, float beta, bool want_entropy, Tensor(c!) statistics) -> ()");
+      "Tensor? is_difference, Tensor? target_ids, float beta, bool want_entropy, Tensor(c!) statistics) -> ()");
   // After tile_divergence_: overwrite the student's tile with the gradient of
   // sum_n weight_n D_n + logprob_weight_n logp_n(y_n) with respect to a x / tau. No weight is a weight of one.
   m.def(
-      "tile_divergence_gradient_(Tensor(a!) student, Tensor teacher, float? student_tanh_scale, bool teacher_is_delta, "
-      "Tensor? target_ids, float beta, Tensor statistics, Tensor? weight, Tensor? logprob_weight) -> ()");
+      "tile_divergence_gradient_(Tensor(a!) student, Tensor teacher, float? student_tanh_scale, "
+      "Tensor? is_difference, Tensor? target_ids, float beta, Tensor statistics, Tensor? weight, "
+      "Tensor? logprob_weight) -> ()");
   // out[n] = scale[n] * rows[n] in float32, then rounded to out's dtype.
   m.def("scale_rows(Tensor rows, Tensor scale, Tensor(a!) out) -> ()");
-  // teacher = decay teacher + (1 - decay) student over all tensors (ema_average.h). 16-bit teachers: `compensation` (one
-  // tensor each) or `stochastic` rounding from `seed` (ema_rounding.h).
+  // teacher = decay teacher + (1 - decay) student over all tensors (ema_average.h). 16-bit teachers: `compensation`
+  // (one tensor each) or `stochastic` rounding from `seed` (ema_rounding.h).
   m.def(
       "ema_update_(Tensor(a!)[] teacher, Tensor[] student, float decay, Tensor(b!)[] compensation, bool stochastic, "
       "int seed) -> ()");

@@ -14,12 +14,15 @@ enum DivergenceStatistic {
   // small D.
   kStudentMax = 5,
   kStudentLogSum = 6,
-  // The same of the teacher. With teacher_is_delta: 0 and L = log sum_j p_s(j) e^delta(j), so that
-  // log p_t(j) - log p_s(j) = delta(j) - L.
+  // The same of the teacher. In a row that holds the difference delta of the logits, z_t(j) is z_s(j) + delta(j), on a
+  // CPU less kStudentMax.
   kTeacherMax = 7,
   kTeacherLogSum = 8,
   kStudentToMixture = 9,  // KL(p_s || m), for 0 < beta < 1, else 0
-  kDivergenceStatistics = 10,
+  // L = log sum_j p_s(j) e^delta(j) of a row whose log p_t(j) - log p_s(j) is to be taken as delta(j) - L; infinity in
+  // the others, where it is the difference of the two log-probabilities.
+  kLogRatio = 10,
+  kDivergenceStatistics = 11,
 };
 
 }  // namespace unisd

@@ -2,8 +2,8 @@
 //
 // With r = log p_t - log p_s, q = -|r| and `larger` the larger of the two probabilities, every term is `larger` times a
 // bounded function of q: nothing overflows, and nothing is NaN where both probabilities underflow. To each term is
-// added one that sums to zero over the vocabulary (a multiple of p_s - p_t), which makes all terms non-negative and of second
-// order in r: a small D keeps its digits, and the rounding of the two log-sum-exps cancels to first order.
+// added one that sums to zero over the vocabulary (a multiple of p_s - p_t), which makes all terms non-negative and of
+// second order in r: a small D keeps its digits, and the rounding of the two log-sum-exps cancels to first order.
 //
 //   E(q) = e^q - 1,   A(q) = E - q >= 0,   B(q) = q e^q - E >= 0
 //   p_t r - (p_t - p_s) = larger * (r > 0 ? A : B)                      summed: KL(p_t || p_s)
@@ -12,6 +12,27 @@
 //   X = c E - l,   Y = e^q (q - l) - (1 - c) E = (1 - c) E^2 + e^q (X - A)
 //   p_s log(p_s / m) - p_s + m = larger * (r > 0 ? Y : X)               summed: KL(p_s || m)
 //   p_t log(p_t / m) - p_t + m = larger * (r > 0 ? X : Y)               summed: KL(p_t || m)
+//
+// The logarithms come in one of three forms, chosen row by row. Always a(j) = log p_s(j) = (z_s(j) - max z_s) -
+// log_sum_s and b(j) = log p_t(j) = (z_t(j) - max z_t) - log_sum_t.
+//
+//   logits   The second tile holds z_t; r = b - a.
+//   near     It holds delta = z_t - z_s, from the projection of h_t - h_s, which keeps the digits of a small r:
+//            r = delta - L with L = log sum_j p_s(j) e^delta(j); and z_t = (z_s - max z_s) + delta.
+//   far      It holds delta, z_t is the same sum, and r = b - a.
+//
+// Why not b = a + r, and why `far`? Let u = 2^-24 and j a favourite of the teacher that the student finds impossible.
+// There a + r is a sum of two numbers of size |r|, and p_t = e^(a + r), which stands before every term of D and should
+// sum to one, is off by a factor 1 + u |r|: by 2e-4 at |r| = 5e3, and by any amount at low temperatures. b is relative
+// to its own maximum and its own sum, so that p_t sums to one whatever the sizes are. What is left is the rounding of
+// z_t, u |z_t - max z_s|, which is of the order of the products' own.
+//
+// L has the rounding of its largest term, u |M| with M = max z_t - max z_s. An error e of L, the probabilities left as
+// they are, changes KL(p_t || p_s) by e G, G = sum_{r > 0} (p_t - p_s) + sum_{r < 0} p_t r. With both of the sums S+-
+// = sum_{r > 0, r < 0} (p_t r - p_t + p_s) >= 0 and S+ + S- = D, G = D - S+ = S-: at most D, and at most 1. So D is
+// off by u |M| of itself, which |M| <= kNear keeps at a few u. Beyond, the favourites of the two differ by many nats
+// (or the teacher's logits are higher throughout, which their products' rounding pays for too): D has no digits to
+// lose by r = b - a, whose error u (|a| + |b|) is relative to r where it matters.
 #pragma once
 
 #include "rows.h"
@@ -21,17 +42,30 @@ namespace UNISD_ISA {
 
 enum class Kind { kForward, kReverse, kMixture };
 
+// A difference row is `near` up to this |M|.
+constexpr float kNear = 8.0f;
+
+inline bool is_difference(const DivergenceTile& tile, int64_t n) {
+  return tile.is_difference != nullptr && tile.is_difference[n];
+}
+
 // From the logits of one column to its log-probabilities.
 struct PairScale {
-  Vec student_max, student_log_sum, teacher_max, teacher_log_sum;
-  bool delta;
+  Vec student_max, student_log_sum, teacher_max, teacher_log_sum, log_ratio;
+  bool difference, near;
 
-  PairScale(const float* statistics, int64_t rows, int64_t n, bool teacher_is_delta)
-      : student_max(Vec::set(statistics[kStudentMax * rows + n])),
-        student_log_sum(Vec::set(statistics[kStudentLogSum * rows + n])),
-        teacher_max(Vec::set(statistics[kTeacherMax * rows + n])),
-        teacher_log_sum(Vec::set(statistics[kTeacherLogSum * rows + n])),
-        delta(teacher_is_delta) {}
+  PairScale(const DivergenceTile& tile, int64_t n)
+      : student_max(statistic(tile, kStudentMax, n)),
+        student_log_sum(statistic(tile, kStudentLogSum, n)),
+        teacher_max(statistic(tile, kTeacherMax, n)),
+        teacher_log_sum(statistic(tile, kTeacherLogSum, n)),
+        log_ratio(statistic(tile, kLogRatio, n)),
+        difference(is_difference(tile, n)),
+        near(tile.statistics[kLogRatio * tile.rows + n] < kInfinity) {}
+
+  static Vec statistic(const DivergenceTile& tile, DivergenceStatistic which, int64_t n) {
+    return Vec::set(tile.statistics[which * tile.rows + n]);
+  }
 };
 
 struct Pair {
@@ -45,15 +79,11 @@ struct Pair {
 inline Pair make_pair(Vec student, Vec teacher, const PairScale& scale) {
   const Vec zero = Vec::set(0.0f), bound = Vec::set(1e30f);
   Pair pair;
-  const Vec a = (student - scale.student_max) - scale.student_log_sum;
-  Vec b, r;
-  if (scale.delta) {
-    r = teacher - scale.teacher_log_sum;
-    b = a + r;
-  } else {
-    b = (teacher - scale.teacher_max) - scale.teacher_log_sum;
-    r = b - a;
-  }
+  const Vec shifted = student - scale.student_max;
+  const Vec a = shifted - scale.student_log_sum;
+  const Vec z_t = scale.difference ? shifted + teacher : teacher;
+  const Vec b = (z_t - scale.teacher_max) - scale.teacher_log_sum;
+  Vec r = scale.near ? teacher - scale.log_ratio : b - a;
   const Vec higher = max(a, b);
   pair.larger = exp(higher);
   // Where both are zero r does not matter and may be -inf - -inf.
@@ -125,7 +155,7 @@ inline DivergenceSums sum_divergence(const DivergenceTile& tile, const float* st
                                      const PairScale& scale) {
   const Vec zero = Vec::set(0.0f), lowest = Vec::set(-1e30f);
   const MixtureScale mixture_scale(tile.beta);
-  const float fill = tile.teacher_is_delta ? 0.0f : -kInfinity;
+  const float fill = scale.difference ? 0.0f : -kInfinity;
   DivergenceSums total;
   for (int64_t start = 0; start < tile.columns; start += kSumColumns) {
     const int64_t length = at_most(kSumColumns, tile.columns - start);
@@ -170,12 +200,25 @@ inline float largest_magnitude(const float* x, int64_t columns) {
   return max_of_lanes(largest);
 }
 
-// L = log sum_j p_s(j) e^delta(j). By expm1 where every delta is small, which keeps the digits of a small L; else by
-// the log-sum-exp of z_s + delta. (D is insensitive to L to first order, its gradient is not.)
-inline float log_mean_exp_delta(const float* student, const float* delta, int64_t columns, float max_logit,
-                                float log_sum) {
-  if (largest_magnitude(delta, columns) <= 1.0f) {
-    const Vec shift = Vec::set(max_logit), logs = Vec::set(log_sum);
+struct TeacherScale {
+  float max, log_sum, log_ratio;  // kTeacherMax, kTeacherLogSum and kLogRatio
+};
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// Of a row that holds logits.
+inline TeacherScale scale_of_logits(const float* teacher, int64_t columns) {
+  const OnlineSum total = online_sum(teacher, columns, false);
+  return {total.max, log_of_sum(total.sum), kInfinity};
+}
+
+// Of a row that holds differences. L comes by expm1 where every delta is small, which keeps the digits of a small L;
+// else by the log-sum-exp of z_t. (D is insensitive to L to first order, its gradient is not.)
+inline TeacherScale scale_of_difference(const float* student, const float* delta, int64_t columns, float max_logit,
+                                        float log_sum) {
+  const float largest = largest_magnitude(delta, columns);
+  const Vec shift = Vec::set(max_logit), logs = Vec::set(log_sum);
+  if (largest <= 1.0f) {
     double mean = 0.0;
     for (int64_t start = 0; start < columns; start += kSumColumns) {
       const float* s = student + start;
@@ -192,27 +235,32 @@ inline float log_mean_exp_delta(const float* student, const float* delta, int64_
           });
       mean += sum_of_lanes(sum);
     }
-    return static_cast<float>(std::log1p(mean));
+    const float log_ratio = static_cast<float>(std::log1p(mean));
+    return {0.0f, static_cast<float>(std::log1p(mean) + log_sum), log_ratio};
   }
+  if (largest == kInfinity) return {kNaN, kNaN, kNaN};
   OnlineSum total;
   for (int64_t start = 0; start < columns; start += kSumColumns) {
     const float* s = student + start;
     const float* d = delta + start;
     add_block(
         at_most(kSumColumns, columns - start), false,
-        [&](int64_t i) UNISD_INLINE { return Vec::load(s + i) + Vec::load(d + i); },
-        [&](int64_t i, int n) UNISD_INLINE {
-          return Vec::load_part(s + i, n, -kInfinity) + Vec::load_part(d + i, n, 0.0f);
+        [&](int64_t i) UNISD_INLINE { return (Vec::load(s + i) - shift) + Vec::load(d + i); },
+        [&](int64_t i, int n, float fill) UNISD_INLINE {
+          return (Vec::load_part(s + i, n, fill) - shift) + Vec::load_part(d + i, n, 0.0f);
         },
         &total);
   }
-  return static_cast<float>((static_cast<double>(total.max) - max_logit) + (std::log(total.sum) - log_sum));
+  const double log_ratio = static_cast<double>(total.max) + (std::log(total.sum) - log_sum);
+  const bool far = total.max > kNear || total.max < -kNear;
+  return {total.max, log_of_sum(total.sum), far ? kInfinity : static_cast<float>(log_ratio)};
 }
 
 inline void tile_divergence(const DivergenceTile& tile, int64_t n) {
   float* student = tile.student + n * tile.student_stride;
   float* teacher = tile.teacher + n * tile.teacher_stride;
   const int64_t rows = tile.rows;
+  const bool difference = is_difference(tile, n);
   const auto statistic = [&](DivergenceStatistic which) -> float& { return tile.statistics[which * rows + n]; };
   if (tile.student_tanh_scale != nullptr) cap_row(student, tile.columns, *tile.student_tanh_scale);
   if (tile.teacher_tanh_scale != nullptr) cap_row(teacher, tile.columns, *tile.teacher_tanh_scale);
@@ -220,17 +268,20 @@ inline void tile_divergence(const DivergenceTile& tile, int64_t n) {
   const OnlineSum student_sum = online_sum(student, tile.columns, false);
   statistic(kStudentMax) = student_sum.max;
   statistic(kStudentLogSum) = log_of_sum(student_sum.sum);
-  if (tile.teacher_is_delta) {
-    statistic(kTeacherMax) = 0.0f;
-    statistic(kTeacherLogSum) =
-        log_mean_exp_delta(student, teacher, tile.columns, statistic(kStudentMax), statistic(kStudentLogSum));
-  } else {
-    const OnlineSum teacher_sum = online_sum(teacher, tile.columns, false);
-    statistic(kTeacherMax) = teacher_sum.max;
-    statistic(kTeacherLogSum) = log_of_sum(teacher_sum.sum);
+  const TeacherScale teacher_scale =
+      difference ? scale_of_difference(student, teacher, tile.columns, student_sum.max, statistic(kStudentLogSum))
+                 : scale_of_logits(teacher, tile.columns);
+  statistic(kTeacherMax) = teacher_scale.max;
+  statistic(kTeacherLogSum) = teacher_scale.log_sum;
+  statistic(kLogRatio) = teacher_scale.log_ratio;
+  const float log_sums = statistic(kStudentLogSum) + teacher_scale.log_sum;
+  if (log_sums != log_sums) {
+    // A logit is not finite: nothing this row gives is a number, nor will be its gradient.
+    for (int which = 0; which < kDivergenceStatistics; ++which) tile.statistics[which * rows + n] = kNaN;
+    return;
   }
 
-  const PairScale scale(tile.statistics, rows, n, tile.teacher_is_delta);
+  const PairScale scale(tile, n);
   DivergenceSums sums;
   double divergence;
   if (tile.beta == 0.0) {
@@ -252,11 +303,12 @@ inline void tile_divergence(const DivergenceTile& tile, int64_t n) {
   statistic(kTeacherLogprob) = 0.0f;
   if (tile.target_ids != nullptr) {
     const int64_t y = tile.target_ids[n];
-    const float student_logprob = (student[y] - statistic(kStudentMax)) - statistic(kStudentLogSum);
+    const float shifted = student[y] - statistic(kStudentMax);
+    const float student_logprob = shifted - statistic(kStudentLogSum);
+    const float z_t = difference ? shifted + teacher[y] : teacher[y];
     statistic(kStudentLogprob) = student_logprob;
-    statistic(kTeacherLogprob) = tile.teacher_is_delta
-                                     ? student_logprob + (teacher[y] - statistic(kTeacherLogSum))
-                                     : (teacher[y] - statistic(kTeacherMax)) - statistic(kTeacherLogSum);
+    statistic(kTeacherLogprob) = scale.near ? student_logprob + (teacher[y] - statistic(kLogRatio))
+                                            : (z_t - statistic(kTeacherMax)) - statistic(kTeacherLogSum);
   }
 }
 
@@ -265,7 +317,7 @@ inline void write_gradient(const DivergenceTile& tile, int64_t n) {
   float* student = tile.student + n * tile.student_stride;
   const float* teacher = tile.teacher + n * tile.teacher_stride;
   const int64_t rows = tile.rows;
-  const PairScale scale(tile.statistics, rows, n, tile.teacher_is_delta);
+  const PairScale scale(tile, n);
   const MixtureScale mixture_scale(tile.beta);
   const Vec zero = Vec::set(0.0f), lowest = Vec::set(-1e30f);
   const Vec divergence = Vec::set(tile.statistics[kDivergence * rows + n]);
@@ -296,7 +348,7 @@ inline void write_gradient(const DivergenceTile& tile, int64_t n) {
     const Vec t = max(lowest, z_s) * inverse;
     return g * (Vec::set(1.0f) - t * t);
   };
-  const float fill = tile.teacher_is_delta ? 0.0f : -kInfinity;
+  const float fill = scale.difference ? 0.0f : -kInfinity;
   for_each_vector(
       tile.columns,
       [&](int64_t i) UNISD_INLINE { gradient(Vec::load(student + i), Vec::load(teacher + i)).store(student + i); },

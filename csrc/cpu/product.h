@@ -295,10 +295,11 @@ inline void score(PackedRows hidden, Matrix weight, const float* bias, float sca
       panel += height * hidden.width;
       for (int64_t lane = 0; lane < height; lane += Vec::width) {
         float* column = product.data() + lane;
-        Vec block_max = minus_infinity;
+        Vec block_max = minus_infinity, not_finite = zero;
         for (int64_t i = 0; i < columns; ++i) {
           const float b = bias == nullptr ? 0.0f : scale * bias[v + i];
           Vec z = fma(Vec::load(column + i * height), Vec::set(scale), Vec::set(b));
+          not_finite = fma(z, zero, not_finite);
           if (tanh_scale != nullptr) z = Vec::set(*tanh_scale) * tanh(z);
           z.store(column + i * height);
           block_max = max(z, block_max);
@@ -309,7 +310,7 @@ inline void score(PackedRows hidden, Matrix weight, const float* bias, float sca
         const Vec shift = where_equal(after, minus_infinity, zero, after);
         const Vec factor = exp(before - shift);
         Vec sum = Vec::load(sums + start + lane) * factor;
-        Vec fresh = zero;
+        Vec fresh = not_finite;  // 0, or NaN where a logit is not finite (rows.h)
         if (want_mean) {
           Vec dot = zero;
           for (int64_t i = 0; i < columns; ++i) {

@@ -12,13 +12,9 @@ namespace UNISD_ISA {
 // Columns whose float partial sums are added up before they go into a double.
 constexpr int64_t kSumColumns = Vec::width == 1 ? 128 : 1024;
 
-inline Vec capped(Vec x, const float* tanh_scale) {
-  return tanh_scale == nullptr ? x : Vec::set(*tanh_scale) * tanh(x);
-}
-
 // sum_j e^(z_j - max) and sum_j e^(z_j - max) z_j under a maximum that moves.
 struct OnlineSum {
-  float max = -kInfinity;
+  float max = -kInfinity, min = kInfinity;
   double sum = 0.0, dot = 0.0;
 
   // Merge sums taken under another maximum.
@@ -37,14 +33,22 @@ struct OnlineSum {
   }
 };
 
-// At most kSumColumns logits. `value(i)` and `value_part(i, n)` give the vectors; lanes beyond the end must be -inf.
+// At most kSumColumns logits. `value(i)` and `value_part(i, n, fill)` give the vectors, with `fill` beyond the end.
 template <class Value, class ValuePart>
 inline UNISD_INLINE void add_block(int64_t columns, bool want_dot, const Value& value, const ValuePart& value_part,
                                    OnlineSum* total) {
-  Vec highest = Vec::set(-kInfinity);
+  Vec highest = Vec::set(-kInfinity), least = Vec::set(kInfinity);
   for_each_vector(
-      columns, [&](int64_t i) UNISD_INLINE { highest = max(value(i), highest); },
-      [&](int64_t i, int n) UNISD_INLINE { highest = max(value_part(i, n), highest); });
+      columns,
+      [&](int64_t i) UNISD_INLINE {
+        const Vec z = value(i);
+        highest = max(z, highest);
+        least = min(z, least);
+      },
+      [&](int64_t i, int n) UNISD_INLINE {
+        highest = max(value_part(i, n, -kInfinity), highest);
+        least = min(value_part(i, n, kInfinity), least);
+      });
   // A NaN is lost here and comes back with the sum. All -inf: any shift will do.
   const float block_max = max_of_lanes(highest);
   const Vec shift = Vec::set(block_max == -kInfinity ? 0.0f : block_max);
@@ -57,8 +61,16 @@ inline UNISD_INLINE void add_block(int64_t columns, bool want_dot, const Value& 
   };
   for_each_vector(
       columns, [&](int64_t i) UNISD_INLINE { add(value(i)); },
-      [&](int64_t i, int n) UNISD_INLINE { add(value_part(i, n)); });
+      [&](int64_t i, int n) UNISD_INLINE { add(value_part(i, n, -kInfinity)); });
+  const float block_min = -max_of_lanes(Vec::set(0.0f) - least);
+  total->min = block_min < total->min ? block_min : total->min;
   total->merge(block_max, sum_of_lanes(sum), want_dot ? sum_of_lanes(dot) : 0.0);
+}
+
+// A logit that is not finite makes NaN of all that its row gives. NaN and infinity do so in the sum by themselves;
+// minus infinity would pass for a probability of zero.
+inline void refuse_minus_infinity(OnlineSum* total) {
+  if (total->min == -kInfinity) total->sum = total->dot = std::numeric_limits<double>::quiet_NaN();
 }
 
 // Over a row of finished logits.
@@ -68,8 +80,9 @@ inline OnlineSum online_sum(const float* row, int64_t columns, bool want_dot) {
     const float* block = row + start;
     add_block(
         at_most(kSumColumns, columns - start), want_dot, [&](int64_t i) UNISD_INLINE { return Vec::load(block + i); },
-        [&](int64_t i, int n) UNISD_INLINE { return Vec::load_part(block + i, n, -kInfinity); }, &total);
+        [&](int64_t i, int n, float fill) UNISD_INLINE { return Vec::load_part(block + i, n, fill); }, &total);
   }
+  refuse_minus_infinity(&total);
   return total;
 }
 
@@ -79,12 +92,14 @@ inline float logsumexp_of(const OnlineSum& total) {
   return static_cast<float>(static_cast<double>(total.max == -kInfinity ? 0.0f : total.max) + std::log(total.sum));
 }
 
-// row = tanh_scale * tanh(row)
+// row = tanh_scale * tanh(row). The tanh of an infinity is a number like any other: it becomes NaN, and so does then
+// all that the row gives.
 inline void cap_row(float* row, int64_t columns, float tanh_scale) {
-  const Vec scale = Vec::set(tanh_scale);
+  const Vec scale = Vec::set(tanh_scale), zero = Vec::set(0.0f);
+  const auto capped_or_nan = [&](Vec x) UNISD_INLINE { return fma(x, zero, scale * tanh(x)); };
   for_each_vector(
-      columns, [&](int64_t i) UNISD_INLINE { (scale * tanh(Vec::load(row + i))).store(row + i); },
-      [&](int64_t i, int n) UNISD_INLINE { (scale * tanh(Vec::load_part(row + i, n, 0.0f))).store_part(row + i, n); });
+      columns, [&](int64_t i) UNISD_INLINE { capped_or_nan(Vec::load(row + i)).store(row + i); },
+      [&](int64_t i, int n) UNISD_INLINE { capped_or_nan(Vec::load_part(row + i, n, 0.0f)).store_part(row + i, n); });
 }
 
 inline void tile_score(const float* row, int64_t columns, const float* tanh_scale, ScoreTarget target, int64_t n,
@@ -98,13 +113,14 @@ inline void tile_score(const float* row, int64_t columns, const float* tanh_scal
     if (tanh_scale != nullptr) cap_row(block, length, *tanh_scale);
     add_block(
         length, want_mean, [&](int64_t i) UNISD_INLINE { return Vec::load(block + i); },
-        [&](int64_t i, int lanes) UNISD_INLINE { return Vec::load_part(block + i, lanes, -kInfinity); }, &total);
+        [&](int64_t i, int lanes, float fill) UNISD_INLINE { return Vec::load_part(block + i, lanes, fill); }, &total);
     if (target.ids != nullptr && running.target_logits != nullptr) {
       const int64_t position = target.ids[n] - target.first_column - start;
       if (position >= 0 && position < length) running.target_logits[n] = block[position];
     }
   }
   if (columns == 0) return;
+  refuse_minus_infinity(&total);
   const float before = running.logsumexp[n];
   OnlineSum merged;
   if (before != -kInfinity) merged.merge(before, 1.0, want_mean ? running.mean_logit[n] : 0.0);

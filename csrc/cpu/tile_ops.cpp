@@ -55,7 +55,7 @@ void tile_logprob_gradient(Tensor tile, std::optional<double> tanh_scale, Tensor
 }
 
 DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, const OptionalFloat& student_cap,
-                               const OptionalFloat& teacher_cap, bool teacher_is_delta,
+                               const OptionalFloat& teacher_cap, const std::optional<Tensor>& is_difference,
                                const std::optional<Tensor>& target_ids, double beta, const Tensor& statistics) {
   DivergenceTile tile{};
   tile.student = tile_data(student, "student");
@@ -66,7 +66,7 @@ DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, con
                   "shape [", tile.rows, ", ", tile.columns, "], got [", teacher.size(0), ", ", teacher.size(1), "]");
   STD_TORCH_CHECK(tile.columns > 0, "a tile of complete rows needs at least one column");
   STD_TORCH_CHECK(beta >= 0.0 && beta <= 1.0, "beta must be in [0, 1], got ", beta);
-  STD_TORCH_CHECK(!teacher_is_delta || (student_cap.get() == nullptr && teacher_cap.get() == nullptr),
+  STD_TORCH_CHECK(!is_difference.has_value() || (student_cap.get() == nullptr && teacher_cap.get() == nullptr),
                   "the difference of logits is linear in the hidden states only without a soft cap");
   STD_TORCH_CHECK(statistics.dim() == 2 && statistics.size(0) == kDivergenceStatistics &&
                       statistics.size(1) == tile.rows && statistics.scalar_type() == ScalarType::Float &&
@@ -77,7 +77,9 @@ DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, con
   tile.teacher_stride = teacher.stride(0);
   tile.student_tanh_scale = student_cap.get();
   tile.teacher_tanh_scale = teacher_cap.get();
-  tile.teacher_is_delta = teacher_is_delta;
+  tile.is_difference = is_difference.has_value()
+                           ? vector_data<bool>(*is_difference, "is_difference", tile.rows, ScalarType::Bool)
+                           : nullptr;
   tile.target_ids = ids(target_ids, tile.rows, tile.columns);
   tile.beta = beta;
   tile.statistics = static_cast<float*>(statistics.mutable_data_ptr());
@@ -85,21 +87,21 @@ DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, con
 }
 
 void tile_divergence(Tensor student, Tensor teacher, std::optional<double> student_tanh_scale,
-                     std::optional<double> teacher_tanh_scale, bool teacher_is_delta, std::optional<Tensor> target_ids,
-                     double beta, bool want_entropy, Tensor statistics) {
+                     std::optional<double> teacher_tanh_scale, std::optional<Tensor> is_difference,
+                     std::optional<Tensor> target_ids, double beta, bool want_entropy, Tensor statistics) {
   const OptionalFloat student_cap(student_tanh_scale), teacher_cap(teacher_tanh_scale);
-  DivergenceTile tile = divergence_tile(student, teacher, student_cap, teacher_cap, teacher_is_delta, target_ids, beta,
+  DivergenceTile tile = divergence_tile(student, teacher, student_cap, teacher_cap, is_difference, target_ids, beta,
                                         statistics);
   tile.want_entropy = want_entropy;
   for_each_piece(tile.rows, [&](int64_t n) { kernels().tile_divergence(tile, n); });
 }
 
 void tile_divergence_gradient(Tensor student, Tensor teacher, std::optional<double> student_tanh_scale,
-                              bool teacher_is_delta, std::optional<Tensor> target_ids, double beta, Tensor statistics,
-                              std::optional<Tensor> weight, std::optional<Tensor> logprob_weight) {
+                              std::optional<Tensor> is_difference, std::optional<Tensor> target_ids, double beta,
+                              Tensor statistics, std::optional<Tensor> weight, std::optional<Tensor> logprob_weight) {
   const OptionalFloat student_cap(student_tanh_scale), teacher_cap(std::nullopt);
   STD_TORCH_CHECK(!logprob_weight.has_value() || target_ids.has_value(), "logprob_weight needs target_ids");
-  DivergenceTile tile = divergence_tile(student, teacher, student_cap, teacher_cap, teacher_is_delta, target_ids, beta,
+  DivergenceTile tile = divergence_tile(student, teacher, student_cap, teacher_cap, is_difference, target_ids, beta,
                                         statistics);
   tile.weight = floats(weight, "weight", tile.rows);
   tile.logprob_weight = floats(logprob_weight, "logprob_weight", tile.rows);

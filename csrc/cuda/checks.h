@@ -70,7 +70,10 @@ inline ConstTile const_tile_of(const Tensor& tensor, const char* name, const Ten
 inline void check_row_vector(const Tensor& tensor, const char* name, const Tensor& first, ScalarType type,
                              int64_t rows) {
   check_device(tensor, name, first);
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ", type == ScalarType::Long ? "int64" : "float32",
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must be ",
+                  type == ScalarType::Long   ? "int64"
+                  : type == ScalarType::Bool ? "bool"
+                                             : "float32",
                   ", got scalar type ", static_cast<int>(tensor.scalar_type()));
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == rows, name, " must hold one number for each of the ", rows,
                   " rows, got ", tensor.numel(), " in ", tensor.dim(), " dimensions");
@@ -102,6 +105,12 @@ inline const int64_t* ids_of(const std::optional<Tensor>& tensor, const char* na
   if (!tensor.has_value()) return nullptr;
   check_row_vector(*tensor, name, first, ScalarType::Long, rows);
   return static_cast<const int64_t*>(tensor->const_data_ptr());
+}
+
+inline const bool* bools_of(const std::optional<Tensor>& tensor, const char* name, const Tensor& first, int64_t rows) {
+  if (!tensor.has_value()) return nullptr;
+  check_row_vector(*tensor, name, first, ScalarType::Bool, rows);
+  return static_cast<const bool*>(tensor->const_data_ptr());
 }
 
 inline Cap cap_of(const std::optional<double>& tanh_scale) {

@@ -3,8 +3,6 @@
 // Every term is non-negative: to each KL a term is added that sums to zero over the vocabulary, sum_j (p - q), so that
 // neither the cancellation between columns nor the rounding of the two log-sum-exps enters at first order, and a small
 // D keeps its digits. Where r is small, the terms are of second order in r, and series give them without cancellation.
-//
-// Masked columns have both logits at -inf: then r is NaN, but both probabilities are exactly 0 and so is every term.
 #pragma once
 
 #include <type_traits>
@@ -26,15 +24,22 @@ struct Column {
 // How a row's statistics turn a pair of tile entries into a Column.
 struct RowNorm {
   float student_max, student_log_sum, teacher_max, teacher_log_sum;
+  float log_ratio;  // kLogRatio (statistics.h)
+  bool difference;  // does the teacher's row hold z_t - z_s?
 
   // p_t comes from its own logarithm, never as p_s e^r, which is 0 * inf where p_s underflows.
-  template <bool kDelta>
+  template <bool kDifference>
   __device__ __forceinline__ Column column(float student, float teacher) const {
     Column c;
     c.log_student = (student - student_max) - student_log_sum;
-    const float shifted = (teacher - teacher_max) - teacher_log_sum;
-    c.ratio = kDelta ? shifted : shifted - c.log_student;
-    c.log_teacher = kDelta ? c.log_student + shifted : shifted;
+    if (kDifference && log_ratio < INFINITY) {
+      c.ratio = teacher - log_ratio;
+      c.log_teacher = c.log_student + c.ratio;
+    } else {
+      const float logit = kDifference && difference ? student + teacher : teacher;
+      c.log_teacher = (logit - teacher_max) - teacher_log_sum;
+      c.ratio = c.log_teacher - c.log_student;
+    }
     c.student = expf(c.log_student);
     c.teacher = expf(c.log_teacher);
     return c;
@@ -117,11 +122,11 @@ __device__ __forceinline__ float divergence_gradient(const Column& c, float beta
   }
 }
 
-// Calls launch(kind, delta) with both as compile-time constants.
+// Calls launch(kind, difference) with both as compile-time constants.
 template <typename Launch>
-void dispatch_divergence(float beta, bool teacher_is_delta, const Launch& launch) {
+void dispatch_divergence(float beta, bool with_differences, const Launch& launch) {
   const auto with_kind = [&](auto kind) {
-    if (teacher_is_delta) {
+    if (with_differences) {
       launch(kind, std::true_type{});
     } else {
       launch(kind, std::false_type{});

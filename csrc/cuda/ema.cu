@@ -33,23 +33,28 @@ __device__ __forceinline__ double towards(double base, double other, double fact
   return __dadd_rn(base, __dmul_rn(factor, other - base));
 }
 
+// ema_average.h in the arithmetic of Math.
 template <typename Math>
-__device__ __forceinline__ Math average(Math teacher, Math student, const EmaAverage& form) {
-  const Math factor = static_cast<Math>(form.factor);
-  const Math value = towards(form.from_student ? student : teacher, form.from_student ? teacher : student, factor);
-  return form.is_copy ? student : value;
-}
+struct Average {
+  Math factor;
+  bool from_student, is_copy;
+
+  __device__ __forceinline__ Math operator()(Math teacher, Math student) const {
+    const Math value = towards(from_student ? student : teacher, from_student ? teacher : student, factor);
+    return is_copy ? student : value;
+  }
+};
 
 template <EmaRounding kRounding, typename Teacher, typename Student, typename Math>
 struct Update {
-  EmaAverage form;
+  Average<Math> average;
   RoundingKey key;
 
   __device__ __forceinline__ void operator()(Teacher& teacher, Student student, Teacher& compensation,
                                              int64_t element) const {
     Math value = widen<Math>(teacher);
     if constexpr (kRounding == EmaRounding::kCompensated) value += widen<Math>(compensation);
-    value = average(value, widen<Math>(student), form);
+    value = average(value, widen<Math>(student));
     if constexpr (kRounding == EmaRounding::kStochastic) {
       const uint32_t random = random_bits(key, static_cast<uint64_t>(element));
       const uint32_t bits = std::is_same_v<Teacher, __half> ? stochastic_float16(value, random)
@@ -64,8 +69,9 @@ struct Update {
   }
 };
 
+// Four blocks a multiprocessor leave 64 registers; left to itself the compiler keeps to 32 and spills.
 template <EmaRounding kRounding, typename Teacher, typename Student>
-__global__ void __launch_bounds__(kEmaThreads)
+__global__ void __launch_bounds__(kEmaThreads, 4)
     ema_kernel(const __grid_constant__ EmaTensors tensors, const EmaAverage form, const uint64_t seed) {
   using Math = std::conditional_t<std::is_same_v<Teacher, double>, double, float>;
   constexpr bool kCompensated = kRounding == EmaRounding::kCompensated;
@@ -79,7 +85,8 @@ __global__ void __launch_bounds__(kEmaThreads)
   const Student* student = static_cast<const Student*>(tensors.student[i]) + start;
   Teacher* compensation = kCompensated ? static_cast<Teacher*>(tensors.compensation[i]) + start : nullptr;
   const Update<kRounding, Teacher, Student, Math> update{
-      form, rounding_key(seed, static_cast<uint32_t>(tensors.position[i]))};
+      {static_cast<Math>(form.factor), form.from_student, form.is_copy},
+      rounding_key(seed, static_cast<uint32_t>(tensors.position[i]))};
 
   const bool aligned = is_aligned(teacher) && is_aligned(student) && (!kCompensated || is_aligned(compensation));
   const int64_t packs = aligned ? length / N : 0;

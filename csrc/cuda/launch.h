@@ -71,7 +71,7 @@ struct DivergenceArguments {
   Tile teacher;
   Cap student_cap;
   Cap teacher_cap;
-  bool teacher_is_delta;
+  const bool* is_difference;
   const int64_t* target_ids;
   float beta;
   bool want_entropy;
@@ -83,7 +83,7 @@ struct DivergenceGradientArguments {
   Tile student;
   ConstTile teacher;
   Cap student_cap;
-  bool teacher_is_delta;
+  const bool* is_difference;
   const int64_t* target_ids;
   float beta;
   const float* statistics;

@@ -68,9 +68,9 @@ void check_pair(const ConstTile& student, const ConstTile& teacher, double beta)
   STD_TORCH_CHECK(beta >= 0.0 && beta <= 1.0, "beta must be in [0, 1], got ", beta);
 }
 
-void check_delta(bool teacher_is_delta, const OptionalDouble& tanh_scale, const char* whose) {
-  STD_TORCH_CHECK(!teacher_is_delta || !tanh_scale.has_value(),
-                  "logits have a difference linear in the hidden states only without a soft cap, got a delta and the ",
+void check_no_cap(const OptionalTensor& is_difference, const OptionalDouble& tanh_scale, const char* whose) {
+  STD_TORCH_CHECK(!is_difference.has_value() || !tanh_scale.has_value(),
+                  "logits differ linearly in the hidden states only without a soft cap, got is_difference and the ",
                   whose, "'s tanh_scale ", tanh_scale.value_or(0.0));
 }
 
@@ -85,18 +85,18 @@ void check_statistics(const Tensor& statistics, const Tensor& first, int64_t row
 }
 
 void tile_divergence_(const Tensor& student, const Tensor& teacher, OptionalDouble student_tanh_scale,
-                      OptionalDouble teacher_tanh_scale, bool teacher_is_delta, OptionalTensor target_ids, double beta,
-                      bool want_entropy, const Tensor& statistics) {
+                      OptionalDouble teacher_tanh_scale, OptionalTensor is_difference, OptionalTensor target_ids,
+                      double beta, bool want_entropy, const Tensor& statistics) {
   DivergenceArguments a{};
   a.student = tile_of(student, "student", student);
   a.teacher = tile_of(teacher, "teacher", student);
   check_pair(a.student, a.teacher, beta);
   check_statistics(statistics, student, a.student.rows);
-  check_delta(teacher_is_delta, student_tanh_scale, "student");
-  check_delta(teacher_is_delta, teacher_tanh_scale, "teacher");
+  check_no_cap(is_difference, student_tanh_scale, "student");
+  check_no_cap(is_difference, teacher_tanh_scale, "teacher");
   a.student_cap = cap_of(student_tanh_scale);
   a.teacher_cap = cap_of(teacher_tanh_scale);
-  a.teacher_is_delta = teacher_is_delta;
+  a.is_difference = bools_of(is_difference, "is_difference", student, a.student.rows);
   a.target_ids = ids_of(target_ids, "target_ids", student, a.student.rows);
   a.beta = static_cast<float>(beta);
   a.want_entropy = want_entropy;
@@ -108,17 +108,17 @@ void tile_divergence_(const Tensor& student, const Tensor& teacher, OptionalDoub
 }
 
 void tile_divergence_gradient_(const Tensor& student, const Tensor& teacher, OptionalDouble student_tanh_scale,
-                               bool teacher_is_delta, OptionalTensor target_ids, double beta, const Tensor& statistics,
-                               OptionalTensor weight, OptionalTensor logprob_weight) {
+                               OptionalTensor is_difference, OptionalTensor target_ids, double beta,
+                               const Tensor& statistics, OptionalTensor weight, OptionalTensor logprob_weight) {
   DivergenceGradientArguments a{};
   a.student = tile_of(student, "student", student);
   a.teacher = const_tile_of(teacher, "teacher", student);
   check_pair(a.student, a.teacher, beta);
   const int64_t rows = a.student.rows;
   check_statistics(statistics, student, rows);
-  check_delta(teacher_is_delta, student_tanh_scale, "student");
+  check_no_cap(is_difference, student_tanh_scale, "student");
   a.student_cap = cap_of(student_tanh_scale);
-  a.teacher_is_delta = teacher_is_delta;
+  a.is_difference = bools_of(is_difference, "is_difference", student, a.student.rows);
   a.target_ids = ids_of(target_ids, "target_ids", student, rows);
   a.beta = static_cast<float>(beta);
   a.statistics = static_cast<const float*>(statistics.const_data_ptr());

@@ -105,7 +105,8 @@ __device__ __forceinline__ void block_max(float (&values)[N]) {
 }
 
 // The highest of the logits seen so far and sum e^(z - highest). It starts at the lowest finite number rather than at
-// -inf, so that a logit of -inf adds e^-inf = 0 and not NaN.
+// -inf, of which the difference with itself is NaN. A logit that is not finite makes NaN of the sum, and so of all that
+// its row gives: minus infinity would pass for a probability of zero.
 struct SoftmaxSum {
   float highest = -FLT_MAX;
   float total = 0.0f;
@@ -127,15 +128,16 @@ struct SoftmaxSum {
   __device__ __forceinline__ void add(const Pack<N>& z) {
     raise(z);
 #pragma unroll
-    for (int k = 0; k < N; ++k) total += expf(z.v[k] - highest);
+    for (int k = 0; k < N; ++k) total = fmaf(z.v[k], 0.0f, total + expf(z.v[k] - highest));
   }
 };
 
+// The tanh of an infinity is a number like any other: it becomes NaN.
 template <int N>
 __device__ __forceinline__ void apply_cap(const Cap& cap, Pack<N>& x) {
   if (!cap.on) return;
 #pragma unroll
-  for (int k = 0; k < N; ++k) x.v[k] = cap.scale * tanhf(x.v[k]);
+  for (int k = 0; k < N; ++k) x.v[k] = fmaf(x.v[k], 0.0f, cap.scale * tanhf(x.v[k]));
 }
 
 __device__ __forceinline__ float capped(const Cap& cap, float x) { return cap.on ? cap.scale * tanhf(x) : x; }

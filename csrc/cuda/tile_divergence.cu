@@ -34,13 +34,18 @@ __device__ __forceinline__ RowNorm norm_of_logits(const DivergenceArguments& a, 
   block_max(highest);
   float total[2] = {expf(s.highest - highest[0]) * s.total, expf(t.highest - highest[1]) * t.total};
   block_sum(total);
-  return {highest[0], logf(total[0]), highest[1], logf(total[1])};
+  return {highest[0], logf(total[0]), highest[1], logf(total[1]), INFINITY, false};
 }
+
+// Where every |delta| is at most this, log p_t - log p_s is delta - L, which keeps the digits of a small D, and p_t
+// sums to one to 2^-24 (|log p_s| + 2 kNear). Beyond, log p_t has to come from its own maximum and sum
+// (csrc/cpu/divergence.h says why, and chooses later because it knows the student's maximum earlier).
+constexpr float kNear = 8.0f;
 
 // With delta = z_t - z_s in the second tile: L = log sum_j p_s e^delta. As log1p(sum_j p_s (e^delta - 1)) it keeps the
 // digits of a small delta; where a delta is large, as the difference of two log-sum-exps. Both come out of one pass.
-__device__ __forceinline__ RowNorm norm_of_delta(const RowShape& shape, const float* student,
-                                                 const float* delta_row) {
+__device__ __forceinline__ RowNorm norm_of_difference(const RowShape& shape, const float* student,
+                                                      const float* delta_row) {
   SoftmaxSum s, t;
   float moved = 0.0f;  // sum e^(z_s - highest) (e^delta - 1); of use only where no |delta| exceeds 1
   float largest = 0.0f;
@@ -53,7 +58,7 @@ __device__ __forceinline__ RowNorm norm_of_delta(const RowShape& shape, const fl
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const float e = expf(zs.v[k] - s.highest);
-      s.total += e;
+      s.total = fmaf(zs.v[k], 0.0f, s.total + e);
       moved = fmaf(e, expm1_small(delta.v[k]), moved);
       largest = fmaxf(largest, fabsf(delta.v[k]));
       zt.v[k] = zs.v[k] + delta.v[k];
@@ -65,19 +70,29 @@ __device__ __forceinline__ RowNorm norm_of_delta(const RowShape& shape, const fl
   const float scale = expf(s.highest - highest[0]);
   float total[3] = {scale * s.total, expf(t.highest - highest[1]) * t.total, scale * moved};
   block_sum(total);
-  const float log_total = logf(total[0]);
-  const float shift =
-      highest[2] <= 1.0f ? log1pf(total[2] / total[0]) : (highest[1] - highest[0]) + (logf(total[1]) - log_total);
-  return {highest[0], log_total, 0.0f, shift};
+  const float log_total = logf(total[0]), log_teacher_total = logf(total[1]);
+  // An infinite delta makes NaN of log_teacher_total.
+  const float log_ratio = highest[2] <= 1.0f    ? log1pf(total[2] / total[0])
+                          : highest[2] <= kNear ? (highest[1] - highest[0]) + (log_teacher_total - log_total)
+                                                : INFINITY;
+  return {highest[0], log_total, highest[1], log_teacher_total, log_ratio, true};
 }
 
-template <Kind kKind, bool kDelta>
+// With a logit that is not finite nothing the row gives is a number.
+__device__ __forceinline__ RowNorm nan_unless_finite(const RowNorm& norm) {
+  if (!isnan(norm.student_log_sum + norm.teacher_log_sum)) return norm;
+  return {NAN, NAN, NAN, NAN, NAN, norm.difference};
+}
+
+template <Kind kKind, bool kDifference>
 __global__ void __launch_bounds__(kThreads, 2) divergence_kernel(const DivergenceArguments a) {
   const int64_t row = blockIdx.x;
   float* student = a.student.data + row * a.student.row_stride;
   float* teacher = a.teacher.data + row * a.teacher.row_stride;
   const RowShape shape = row_shape(student, teacher, a.student.columns);
-  const RowNorm norm = kDelta ? norm_of_delta(shape, student, teacher) : norm_of_logits(a, shape, student, teacher);
+  const RowNorm norm = nan_unless_finite(kDifference && a.is_difference[row]
+                                             ? norm_of_difference(shape, student, teacher)
+                                             : norm_of_logits(a, shape, student, teacher));
 
   float sums[4] = {};  // divergence (kMixture: KL(p_t || m)), KL(p_s || m), student's entropy, teacher's
   walk(shape, [&](auto width, int column) {
@@ -86,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_kernel(const Divergenc
     const Pack<N> zt = load<N>(teacher, column);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const Column c = norm.column<kDelta>(zs.v[k], zt.v[k]);
+      const Column c = norm.column<kDifference>(zs.v[k], zt.v[k]);
       add_divergence<kKind>(c, a.beta, sums[0], sums[1]);
       if (a.want_entropy) {
         sums[2] -= times(c.student, c.log_student);
@@ -108,6 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_kernel(const Divergenc
   write(kStudentLogSum, norm.student_log_sum);
   write(kTeacherMax, norm.teacher_max);
   write(kTeacherLogSum, norm.teacher_log_sum);
+  write(kLogRatio, norm.log_ratio);
   write(kStudentToMixture, kKind == Kind::kMixture ? sums[1] : 0.0f);
   // What was not asked for is 0.
   write(kStudentEntropy, sums[2]);
@@ -117,9 +133,9 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_kernel(const Divergenc
     const int64_t id = a.target_ids[row];
     log_student = log_teacher = NAN;  // of a column that is not there
     if (id >= 0 && id < a.student.columns) {
-      log_student = (student[id] - norm.student_max) - norm.student_log_sum;
-      log_teacher = (teacher[id] - norm.teacher_max) - norm.teacher_log_sum;
-      if (kDelta) log_teacher += log_student;
+      const Column target = norm.column<kDifference>(student[id], teacher[id]);
+      log_student = target.log_student;
+      log_teacher = target.log_teacher;
     }
   }
   write(kStudentLogprob, log_student);
@@ -130,8 +146,8 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_kernel(const Divergenc
 
 cudaError_t launch_divergence(const DivergenceArguments& arguments, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(arguments.student.rows);
-  dispatch_divergence(arguments.beta, arguments.teacher_is_delta, [&](auto kind, auto delta) {
-    divergence_kernel<decltype(kind)::value, decltype(delta)::value><<<blocks, kThreads, 0, stream>>>(arguments);
+  dispatch_divergence(arguments.beta, arguments.is_difference != nullptr, [&](auto kind, auto difference) {
+    divergence_kernel<decltype(kind)::value, decltype(difference)::value><<<blocks, kThreads, 0, stream>>>(arguments);
   });
   return cudaGetLastError();
 }

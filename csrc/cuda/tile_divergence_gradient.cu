@@ -8,7 +8,7 @@
 namespace unisd::cuda {
 namespace {
 
-template <Kind kKind, bool kDelta>
+template <Kind kKind, bool kDifference>
 __global__ void __launch_bounds__(kThreads, 2) divergence_gradient_kernel(const DivergenceGradientArguments a) {
   const int64_t row = blockIdx.x;
   float* student = a.student.data + row * a.student.row_stride;
@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_gradient_kernel(const 
   const auto read = [&](DivergenceStatistic statistic) {
     return a.statistics[statistic * a.statistics_stride + row];
   };
-  const RowNorm norm{read(kStudentMax), read(kStudentLogSum), read(kTeacherMax), read(kTeacherLogSum)};
+  const RowNorm norm{read(kStudentMax),    read(kStudentLogSum), read(kTeacherMax),
+                     read(kTeacherLogSum), read(kLogRatio),      kDifference && a.is_difference[row]};
   const float statistic = read(kKind == Kind::kMixture ? kStudentToMixture : kDivergence);
   const float weight = a.weight != nullptr ? a.weight[row] : 1.0f;
   float logprob_weight = 0.0f;
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_gradient_kernel(const 
     const Pack<N> zt = load<N>(teacher, column);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const Column c = norm.column<kDelta>(zs.v[k], zt.v[k]);
+      const Column c = norm.column<kDifference>(zs.v[k], zt.v[k]);
       float gradient = weight * divergence_gradient<kKind>(c, a.beta, statistic) - logprob_weight * c.student;
       if (column + k == target) gradient += logprob_weight;
       if (a.student_cap.on) {
@@ -53,8 +54,8 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_gradient_kernel(const 
 
 cudaError_t launch_divergence_gradient(const DivergenceGradientArguments& arguments, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(arguments.student.rows);
-  dispatch_divergence(arguments.beta, arguments.teacher_is_delta, [&](auto kind, auto delta) {
-    divergence_gradient_kernel<decltype(kind)::value, decltype(delta)::value>
+  dispatch_divergence(arguments.beta, arguments.is_difference != nullptr, [&](auto kind, auto difference) {
+    divergence_gradient_kernel<decltype(kind)::value, decltype(difference)::value>
         <<<blocks, kThreads, 0, stream>>>(arguments);
   });
   return cudaGetLastError();

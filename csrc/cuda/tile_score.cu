@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kThreads) score_kernel(const ScoreArguments a)
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         const float shifted = z.v[k] - sum.highest, e = expf(shifted);
-        sum.total += e;
-        weighted += e == 0.0f ? 0.0f : e * shifted;  // 0 * -inf
+        sum.total = fmaf(z.v[k], 0.0f, sum.total + e);
+        weighted += e == 0.0f ? 0.0f : e * shifted;
       }
     } else {
       sum.add(z);

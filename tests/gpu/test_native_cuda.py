@@ -17,8 +17,10 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 # The rows of `statistics` (csrc/statistics.h).
 D, STUDENT_LOGPROB, TEACHER_LOGPROB, STUDENT_ENTROPY, TEACHER_ENTROPY = range(5)
-TEACHER_LOG_SUM = 8
-NUM_STATISTICS = 10
+LOG_RATIO = 10
+NUM_STATISTICS = 11
+# A mask that is a number.
+MASKED = -3e38
 BETAS = [0.0, 0.3, 0.5, 1.0]
 # Not a multiple of the block or of four, fewer than four, fewer than the block's threads.
 COLUMNS = [1, 3, 509, 2048, 5003]
@@ -93,8 +95,8 @@ def test_score_over_tiles(columns, tanh_scale, want_mean):
 
 def test_score_of_masked_tiles():
     tile = random_tile(3, 700)
-    tile[:, 100:300] = -torch.inf
-    tile[1, 500:] = -torch.inf
+    tile[:, 100:300] = MASKED
+    tile[1, 500:] = MASKED
     logsumexp, mean = vector(3, -torch.inf), vector(3)
     for first, last in ((100, 300), (0, 100), (300, 500), (500, 700)):  # all masked, also as the first
         run("tile_score_", tile[:, first:last], None, None, first, logsumexp, None, mean)
@@ -119,7 +121,7 @@ def test_ids_out_of_range_are_nan_and_touch_nothing_else():
     assert weighted.isnan().all(-1).tolist() == [True, True, True, False]
     student, teacher = tile.clone(), random_tile(rows, columns)
     statistics = torch.empty(NUM_STATISTICS, rows, device=DEVICE)
-    run("tile_divergence_", student, teacher, None, None, False, ids, 0.5, False, statistics)
+    run("tile_divergence_", student, teacher, None, None, None, ids, 0.5, False, statistics)
     assert statistics[D].isfinite().all()
     for statistic in (STUDENT_LOGPROB, TEACHER_LOGPROB):
         assert statistics[statistic].isnan().tolist() == [True, True, True, False]
@@ -173,12 +175,13 @@ def divergence(student, teacher, student_tanh_scale=None, teacher_tanh_scale=Non
     """Statistics and the gradient, both tiles being consumed."""
     ids, weight, logprob_weight = (options.get(name) for name in ("ids", "weight", "logprob_weight"))
     statistics = torch.full((NUM_STATISTICS, student.shape[0]), torch.nan, device=DEVICE)
+    is_difference = torch.ones(student.shape[0], dtype=torch.bool, device=DEVICE) if delta else None
     run(
-        *("tile_divergence_", student, teacher, student_tanh_scale, teacher_tanh_scale, delta, ids, beta),
+        *("tile_divergence_", student, teacher, student_tanh_scale, teacher_tanh_scale, is_difference, ids, beta),
         *(options.get("want_entropy", False), statistics),
     )
     run(
-        *("tile_divergence_gradient_", student, teacher, student_tanh_scale, delta, ids, beta, statistics),
+        *("tile_divergence_gradient_", student, teacher, student_tanh_scale, is_difference, ids, beta, statistics),
         *(weight, logprob_weight),
     )
     return statistics, student
@@ -240,7 +243,7 @@ def test_small_divergences_keep_their_digits(beta, delta):
     assert relative < (1e-5 if delta else 1e-3)
     if delta:
         log_ratio = (zs + difference.double()).logsumexp(-1) - zs.logsumexp(-1)
-        torch.testing.assert_close(statistics[TEACHER_LOG_SUM].double(), log_ratio, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(statistics[LOG_RATIO].double(), log_ratio, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -255,47 +258,65 @@ def test_equal_rows_have_no_divergence(beta, delta):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_masked_columns(beta):
-    """Columns at -inf in both change nothing: no NaN, no gradient."""
+    """Columns masked in both change nothing: no NaN, no gradient."""
     student, teacher = random_tile(3, 1003), random_tile(3, 1003)
     kept = torch.rand(1003, device=DEVICE) < 0.5
     expected, expected_gradient = divergence(
         student[:, kept].contiguous(), teacher[:, kept].contiguous(), beta=beta, want_entropy=True
     )
-    student[:, ~kept] = teacher[:, ~kept] = -torch.inf
+    student[:, ~kept] = teacher[:, ~kept] = MASKED
     statistics, gradient = divergence(student, teacher, beta=beta, want_entropy=True)
     assert_near(statistics, expected.double())
     assert_near(gradient[:, kept], expected_gradient.double(), floor=0.1)
     assert float(gradient[:, ~kept].abs().max()) == 0.0
 
 
-def test_columns_masked_in_one_only():
-    student, teacher = random_tile(2, 300), random_tile(2, 300)
-    student[:, :10] = -torch.inf
-    teacher[:, 10:20] = -torch.inf
-    for beta, finite in ((0.0, False), (0.5, True), (1.0, False)):
-        statistics, gradient = divergence(student.clone(), teacher.clone(), beta=beta, want_entropy=True)
-        assert statistics[[STUDENT_ENTROPY, TEACHER_ENTROPY]].isfinite().all()
-        assert statistics[D].isinf().all() != finite
-        if finite:
-            # The reference has 0 * inf here; the mixture's logarithm is finite wherever one probability is not 0.
-            ps, pt = torch.softmax(student.double(), -1), torch.softmax(teacher.double(), -1)
-            m = (ps + pt) / 2
-            exact = (torch.special.xlogy(ps, ps / m) + torch.special.xlogy(pt, pt / m)).sum(-1) / 2
-            assert_near(statistics[D], exact)
-            assert gradient.isfinite().all()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("where", ["student", "teacher", "delta", "student capped", "teacher capped"])
+def test_extreme_logits_and_such_that_are_not_finite(beta, where, value):
+    student, teacher = random_tile(3, 600), random_tile(3, 600)
+    student[0, 3], student[0, 5], teacher[0, 5] = 1e4, -1e4, 1e4
+    (student if where.startswith("student") else teacher)[1, 8] = value
+    cap = 5.0 if where.endswith("capped") else None
+    statistics, gradient = divergence(student, teacher, cap, cap, where == "delta", beta, want_entropy=True)
+    for statistic in (D, STUDENT_ENTROPY, TEACHER_ENTROPY):
+        assert statistics[statistic].isnan().tolist() == [False, True, False]
+    if cap is None and where != "delta":
+        assert float(statistics[D][0]) > 0.3
+    assert gradient[[0, 2]].isfinite().all()
+    assert gradient[1].isnan().all()
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_extreme_and_nan_logits(beta):
-    student, teacher = random_tile(3, 600), random_tile(3, 600)
-    student[0, 3], student[0, 5], teacher[0, 5] = 1e4, -1e4, 1e4
-    student[1, 8] = torch.nan
-    statistics, gradient = divergence(student, teacher, beta=beta, want_entropy=True)
-    assert statistics[D].isnan().tolist() == [False, True, False]
-    assert statistics[D][0].isfinite()
-    assert float(statistics[D][0]) > 0.3
-    assert gradient[[0, 2]].isfinite().all()
-    assert gradient[1].isnan().any()
+def test_rows_of_differences_far_apart_and_near(beta):
+    """Every other row holds z_t itself; where z_t - z_s is large, p_t still sums to one."""
+    student, difference = random_tile(8, 3000, std=30.0), random_tile(8, 3000, std=30.0)
+    difference[:4] *= 0.03
+    is_difference = torch.arange(8, device=DEVICE) % 2 == 0
+    teacher = torch.where(is_difference[:, None], difference, student + difference)
+    zs = student.double()
+    log_student = torch.log_softmax(zs, -1)
+    log_teacher = torch.log_softmax(torch.where(is_difference[:, None], zs + teacher.double(), teacher.double()), -1)
+    exact = divergence_from_log_probs(log_student, log_teacher, beta)
+    statistics = torch.empty(NUM_STATISTICS, 8, device=DEVICE)
+    run("tile_divergence_", student, teacher, None, None, is_difference, None, beta, False, statistics)
+    # The teacher's logits go to 200, and are rounded to 1e-5.
+    torch.testing.assert_close(statistics[D].double(), exact, rtol=5e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("tanh_scale", [None, 5.0])
+def test_scores_of_logits_that_are_not_finite(tanh_scale, value):
+    tile, ids = random_tile(3, 700), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    tile[1, 350] = value
+    logsumexp, mean = vector(3, -torch.inf), vector(3)
+    for first, last in ((0, 300), (300, 700)):
+        run("tile_score_", tile[:, first:last], tanh_scale, None, first, logsumexp, None, mean)
+    softmax, sums = tile.clone(), vector(3)
+    run("tile_softmax_", softmax, tanh_scale, ids, sums, vector(3))
+    for values in (logsumexp, mean, sums, softmax.sum(-1)):
+        assert values.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
@@ -432,9 +453,9 @@ def test_sixteen_bits_are_those_of_the_cpu(dtype, student_dtype, stochastic):
     ours = [values.to(DEVICE, copy=True) for values in teacher]
     compensation = [] if stochastic else [torch.zeros_like(values) for values in teacher]
     our_compensation = [values.to(DEVICE, copy=True) for values in compensation]
-    for seed in (0, 2**40 + 7):
-        torch.ops.unisd.ema_update_(teacher, student, 0.7, compensation, stochastic, seed)
-        run("ema_update_", ours, [s.to(DEVICE) for s in student], 0.7, our_compensation, stochastic, seed)
+    for seed, decay in ((0, 0.7), (2**40 + 7, 0.2)):
+        torch.ops.unisd.ema_update_(teacher, student, decay, compensation, stochastic, seed)
+        run("ema_update_", ours, [s.to(DEVICE) for s in student], decay, our_compensation, stochastic, seed)
         for expected, got in zip([*teacher, *compensation], [*ours, *our_compensation], strict=True):
             assert torch.equal(expected.view(torch.int16), got.cpu().view(torch.int16))
 
@@ -466,6 +487,20 @@ def test_what_is_not_finite_stays():
         run("ema_update_", [teacher], [source], 0.5, [], True, 0)
         assert teacher[0].isnan()
         assert teacher[1:].tolist() == [torch.inf, -torch.inf, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ends_of_the_decay(dtype):
+    """Exactly the student, exactly the teacher, whatever the other is; and nothing lost beside a large teacher."""
+    student = torch.tensor([1.0, -0.3, torch.nan, torch.inf], device=DEVICE)
+    start = torch.tensor([1e8, torch.nan, 2.0, 3.0], dtype=dtype, device=DEVICE)
+    for decay, expected in ((0.0, student.to(dtype)), (1.0, start)):
+        teacher = start.clone()
+        run("ema_update_", [teacher], [student], decay, [], False, 0)
+        torch.testing.assert_close(teacher, expected, rtol=0, atol=0, equal_nan=True)
+    teacher = start[:1].clone()
+    run("ema_update_", [teacher], [student[:1]], 1e-9, [], False, 0)
+    assert float(teacher) == pytest.approx(1.1, rel=1e-6)
 
 
 def test_bad_averages():

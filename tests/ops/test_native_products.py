@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -214,10 +216,10 @@ def test_nan_stays_in_its_row_and_column(dtype):
 
 
 def test_columns_masked_by_the_bias():
-    """A bias of -inf takes a column out of every sum, also a whole block, a whole piece, and the first ones."""
+    """A bias of -3e38 takes a column out of every sum, also a whole block, a whole piece, and the first ones."""
     hidden, weight, bias = torch.randn(20, 8), torch.randn(5000, 8), torch.zeros(5000)
     keep = torch.cat([torch.arange(2050, 2100), torch.arange(4990, 4995)])
-    bias.fill_(-torch.inf)[keep] = 0.0
+    bias.fill_(-3e38)[keep] = 0.0
     ids = keep[torch.arange(20)]
     ours = [torch.empty(20) for _ in range(3)]
     _lib.operations().linear_score(hidden, weight, bias, 1.0, None, ids, *ours)
@@ -227,6 +229,21 @@ def test_columns_masked_by_the_bias():
     )
     for name, *tensors in zip(("logsumexp", "target logit", "mean logit"), ours, exact, native, strict=True):
         assert_accurate(name, *tensors)
+
+
+@pytest.mark.parametrize("tanh_scale", [None, 5.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["hidden", "weight", "bias"])
+def test_what_is_not_finite_makes_nan_of_the_rows_it_reaches(where, value, tanh_scale):
+    """Also minus infinity, which would pass for a probability of zero, and under a soft cap, which makes a number of
+    any infinity. A hidden state reaches its own row, a weight and a bias all rows."""
+    hidden, weight, bias = torch.randn(20, 8), torch.randn(5000, 8), torch.randn(5000)
+    {"hidden": hidden[7], "weight": weight[4099], "bias": bias[4099:]}[where][:1] = value
+    ours = [torch.zeros(20) for _ in range(3)]
+    _lib.operations().linear_score(hidden, weight, bias, 0.5, tanh_scale, torch.arange(20), *ours)
+    expected = torch.arange(20) == 7 if where == "hidden" else torch.ones(20, dtype=torch.bool)
+    assert torch.equal(ours[0].isnan(), expected)
+    assert torch.equal(ours[2].isnan(), expected)
 
 
 def test_large_logits():

@@ -22,6 +22,8 @@ from unisd_kernels.tiles.torch import TorchTiles
 pytestmark = pytest.mark.skipif(_lib.cpu_unavailable() is not None, reason=f"no CPU library: {_lib.cpu_unavailable()}")
 
 INF = math.inf
+# A mask that is a number: next to nothing in float32, and below 0 by more than any logit.
+MASKED = -3e38
 # Larger than any logit: a read beyond a row would show in the row's maximum.
 CANARY = 12345.0
 BETAS = [0.0, 1.0, 0.5, 0.05, 0.999]
@@ -127,12 +129,12 @@ def test_score_without_targets():
     torch.testing.assert_close(logsumexp, tile.logsumexp(-1))
 
 
-def test_score_of_columns_that_are_minus_infinity():
+def test_score_of_masked_columns():
     """Whole vectors, blocks and tiles of them: they add nothing, wherever they are."""
     tile = make_tile(4, 5000, 0)
     keep = torch.zeros(5000, dtype=torch.bool)
     keep[torch.tensor([1500, 1501, 4000, 4998])] = True
-    tile[:, ~keep] = -INF
+    tile[:, ~keep] = MASKED
     ids = torch.tensor([1500, 1501, 4000, 0])
     expected = tile[:, keep].double()
     for cuts in ((), (1000,), (1000, 2000, 4999)):
@@ -211,11 +213,11 @@ def test_logprob_gradient(rows, columns, cap, with_weights, seed):
     assert_accurate("gradient", ours, exact, native)
 
 
-def test_gradients_of_columns_that_are_minus_infinity():
+def test_gradients_of_masked_columns():
     tile, ids = make_tile(3, 2100, 0), torch.tensor([7, 8, 9])
     keep = torch.zeros(2100, dtype=torch.bool)
     keep[5:40] = True
-    tile[:, ~keep] = -INF
+    tile[:, ~keep] = MASKED
     weight = torch.randn(3)
     small, place = tile[:, keep], ids - 5
     exact, native = (
@@ -275,9 +277,10 @@ def run_divergence(
     tiles = inside(student, 1, *paddings, CANARY), inside(teacher, 1, *reversed(paddings), CANARY)
     statistics = torch.full((_NUM_STATISTICS, rows), torch.nan)
     ops = _lib.operations()
-    ops.tile_divergence_(*tiles, cap, teacher_cap, delta, ids, beta, want_entropy, statistics)
+    is_difference = torch.ones(rows, dtype=torch.bool) if delta else None
+    ops.tile_divergence_(*tiles, cap, teacher_cap, is_difference, ids, beta, want_entropy, statistics)
     before = tiles[1].clone(), statistics.clone()
-    ops.tile_divergence_gradient_(*tiles, cap, delta, ids, beta, statistics, weight, logprob_weight)
+    ops.tile_divergence_gradient_(*tiles, cap, is_difference, ids, beta, statistics, weight, logprob_weight)
     assert torch.equal(tiles[1].nan_to_num(), before[0].nan_to_num())
     assert torch.equal(statistics.nan_to_num(), before[1].nan_to_num())
     assert all(frame_is_untouched(tile, CANARY) for tile in tiles)
@@ -395,11 +398,11 @@ def test_large_logits(beta, columns):
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("delta", [False, True])
-def test_columns_that_are_minus_infinity_in_both(beta, delta):
+def test_columns_masked_in_both(beta, delta):
     student, difference = make_tile(4, 3000, 0), torch.randn(4, 3000)
     keep = torch.rand(3000) < 0.4
     keep[:1100], keep[2999], keep[1500] = False, False, True
-    student[:, ~keep] = -INF
+    student[:, ~keep] = MASKED
     difference[:, ~keep] = 0.0
     teacher = difference if delta else student + difference
     kept = torch.full((4,), int(keep[:1500].sum()))
@@ -415,23 +418,30 @@ def test_columns_that_are_minus_infinity_in_both(beta, delta):
     assert_accurate("gradient", gradient[:, keep], exact_gradient, native_gradient)
 
 
-@pytest.mark.parametrize("which", ["student", "teacher", "delta"])
-@pytest.mark.parametrize("column", [0, 16, 2000, 3000])
+NOT_FINITE = [math.nan, INF, -INF]
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("which", ["student", "teacher", "delta", "student of delta", "student cap", "teacher cap"])
+@pytest.mark.parametrize("column", [0, 3000])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.5])
-def test_nan_logit_gives_nan_in_its_row_only(beta, column, which):
-    student, teacher = make_tile(3, 3001, 0), make_tile(3, 3001, 1)
-    (student if which == "student" else teacher)[1, column] = torch.nan
-    ids = torch.full((3,), 5)
-    ours, gradient = run_divergence(student, teacher, None, None, which == "delta", ids, beta, None, None)
-    assert ours[0].isnan().tolist() == [False, True, False]
+def test_a_logit_that_is_not_finite_makes_nan_of_its_row_only(beta, column, which, value):
+    student, teacher = make_tile(3, 3001, 0) / 5, make_tile(3, 3001, 1) / 5
+    (student if which.startswith("student") else teacher)[1, column] = value
+    ids, cap = torch.full((3,), 5), 5.0 if which.endswith("cap") else None
+    weight = torch.ones(3)
+    ours, gradient = run_divergence(student, teacher, cap, cap, "delta" in which, ids, beta, weight, weight)
+    for values in ours:
+        assert values.isnan().tolist() == [False, True, False]
     assert gradient.isnan().all(-1).tolist() == [False, True, False]
-    assert not gradient[::2].isnan().any()
+    assert gradient[::2].isfinite().all()
 
 
+@pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("column", [0, 16, 2000, 3000])
-def test_nan_logit_in_scores_and_softmax(column):
+def test_a_logit_that_is_not_finite_in_scores_and_softmax(column, value):
     tile, ids = make_tile(3, 3001, 0), torch.full((3,), 5)
-    tile[1, column] = torch.nan
+    tile[1, column] = value
     for cap in (None, 3.0):
         logsumexp, _, mean = run_score(tile, cap, ids, (1000,))
         softmax, rows = tile.clone(), [torch.empty(3), torch.empty(3)]
@@ -482,15 +492,15 @@ def arguments():
     def new():
         return torch.zeros(rows)
 
-    statistics = torch.empty(_NUM_STATISTICS, rows)
-    _lib.operations().tile_divergence_(tile(), tile() + 1, 2.0, None, False, ids, 0.5, True, statistics)
+    statistics, marks = torch.empty(_NUM_STATISTICS, rows), torch.tensor([True, False, True])
+    _lib.operations().tile_divergence_(tile(), tile() + 1, 2.0, None, None, ids, 0.5, True, statistics)
     hidden, weight = torch.randn(rows, 5), torch.randn(columns, 5)
     return {
         "tile_score_": (tile(), 2.0, ids, 0, torch.full((rows,), -INF), new(), new()),
         "tile_softmax_": (tile(), None, ids, new(), new()),
         "tile_logprob_gradient_": (tile(), None, vector * 10, ids, vector, vector, vector, vector),
-        "tile_divergence_": (tile(), tile() + 1, None, 2.0, False, ids, 0.5, True, torch.empty(_NUM_STATISTICS, rows)),
-        "tile_divergence_gradient_": (tile(), tile() + 1, None, False, ids, 0.5, statistics, vector, vector),
+        "tile_divergence_": (tile(), tile() + 1, None, None, marks, ids, 0.5, True, torch.empty(_NUM_STATISTICS, rows)),
+        "tile_divergence_gradient_": (tile(), tile() + 1, None, marks, ids, 0.5, statistics, vector, vector),
         "scale_rows": (tile(), vector, torch.empty(rows, columns, dtype=torch.bfloat16)),
         "ema_update_": ([torch.randn(4), torch.randn(3)], [torch.randn(4), torch.randn(3)], 0.9, [], False, 1),
         "linear_score": (hidden, weight, torch.randn(columns), 1.0, None, ids, new(), new(), new()),
@@ -546,15 +556,17 @@ BAD = [
     ("tile_divergence_", {"_1": TILE[:2]}, r"teacher must have the student's shape \[3, 20\], got \[2, 20\]"),
     ("tile_divergence_", {"_1": torch.zeros(20, 3).T}, "teacher must have contiguous rows"),
     ("tile_divergence_", {"_0": TILE.half()}, "student must be float32"),
-    ("tile_divergence_", {"_4": True}, "only without a soft cap"),
+    ("tile_divergence_", {"_3": 2.0}, "only without a soft cap"),
     ("tile_divergence_", {"_5": IDS + 30}, r"target_ids must be in \[0, 20\), got 30"),
     ("tile_divergence_", {"_6": 1.5}, r"beta must be in \[0, 1\], got 1.5"),
     ("tile_divergence_", {"_6": math.nan}, r"beta must be in \[0, 1\]"),
-    ("tile_divergence_", {"_8": torch.empty(9, 3)}, r"statistics must be contiguous float32 \[10, 3\]"),
-    ("tile_divergence_", {"_8": torch.empty(3, 10).T}, r"statistics must be contiguous float32 \[10, 3\]"),
+    ("tile_divergence_", {"_8": torch.empty(10, 3)}, r"statistics must be contiguous float32 \[11, 3\]"),
+    ("tile_divergence_", {"_8": torch.empty(3, 11).T}, r"statistics must be contiguous float32 \[11, 3\]"),
     ("tile_divergence_", {"_0": TILE[:, :0], "_1": TILE[:, :0], "_5": None}, "at least one column"),
+    ("tile_divergence_", {"_4": torch.ones(3)}, "is_difference has the wrong dtype"),
+    ("tile_divergence_", {"_4": torch.ones(2, dtype=torch.bool)}, r"is_difference must have shape \[3\]"),
     ("tile_divergence_gradient_", {"_4": None}, "logprob_weight needs target_ids"),
-    ("tile_divergence_gradient_", {"_2": 2.0, "_3": True}, "only without a soft cap"),
+    ("tile_divergence_gradient_", {"_2": 2.0}, "only without a soft cap"),
     ("tile_divergence_gradient_", {"_7": torch.zeros(3, 1)}, r"weight must have shape \[3\]"),
     ("scale_rows", {"_1": torch.zeros(4)}, r"scale must have shape \[3\]"),
     ("scale_rows", {"_2": torch.zeros(3, 19)}, "out must have the shape of rows"),

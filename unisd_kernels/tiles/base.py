@@ -185,8 +185,8 @@ class Tiles(Protocol):
 class TileFilling(Tiles, Protocol):
     """A filling whose divergence works on logits that products have made (`pair_walk.TilePairWalk`)."""
 
-    # Does `divergence` take the difference z_t - z_s in place of z_t? With one head for both it is `(h_t - h_s) W^T`,
-    # which keeps the digits of a small divergence.
+    # Does `divergence` take the difference z_t - z_s in place of z_t, in rows that `is_difference` marks? With one head
+    # for both it is `(h_t - h_s) W^T`, which keeps the digits of a small divergence.
     takes_difference: bool
 
     def divergence(
@@ -198,10 +198,10 @@ class TileFilling(Tiles, Protocol):
         target_ids: torch.Tensor | None,
         beta: float,
         want_entropy: bool,
-        teacher_is_difference: bool = False,
+        is_difference: torch.Tensor | None = None,
     ) -> tuple[DivergenceRows, Any]:
         """Statistics of complete rows, and a state for `divergence_gradient`. Both tiles may be overwritten.
-        `teacher_is_difference`: the second tile holds z_t - z_s; only where `takes_difference`."""
+        `is_difference` (bool [rows]): these rows of the second tile hold z_t - z_s; only where `takes_difference`."""
 
     def divergence_gradient(
         self,

@@ -18,7 +18,7 @@ from unisd_kernels.tiles.projection import Projection
 
 # The rows of `statistics` (csrc/statistics.h).
 _DIVERGENCE, _STUDENT_LOGPROB, _TEACHER_LOGPROB, _STUDENT_ENTROPY, _TEACHER_ENTROPY = range(5)
-_NUM_STATISTICS = 10
+_NUM_STATISTICS = 11
 
 # Rows of hidden states go through the product in panels of 48 with AVX-512, the last one lower by multiples of 16, and
 # of 16 with AVX2.
@@ -31,7 +31,7 @@ class DivergenceState(NamedTuple):
     """What `divergence_gradient` needs besides the student's tile, which holds its logits."""
 
     teacher: torch.Tensor
-    teacher_is_difference: bool
+    is_difference: torch.Tensor | None
     tanh_scale: float | None
     beta: float
     statistics: torch.Tensor
@@ -141,7 +141,7 @@ class NativeTiles:
         target_ids: torch.Tensor | None,
         beta: float,
         want_entropy: bool,
-        teacher_is_difference: bool = False,
+        is_difference: torch.Tensor | None = None,
     ) -> tuple[DivergenceRows, DivergenceState]:
         statistics = student.new_empty(_NUM_STATISTICS, student.shape[0])
         _lib.operations().tile_divergence_(
@@ -149,7 +149,7 @@ class NativeTiles:
             teacher,
             student_transform.tanh_scale,
             teacher_transform.tanh_scale,
-            teacher_is_difference,
+            is_difference,
             contiguous(target_ids),
             beta,
             want_entropy,
@@ -163,7 +163,7 @@ class NativeTiles:
             statistics[_STUDENT_ENTROPY] if with_entropy else None,
             statistics[_TEACHER_ENTROPY] if with_entropy else None,
         )
-        return rows, DivergenceState(teacher, teacher_is_difference, student_transform.tanh_scale, beta, statistics)
+        return rows, DivergenceState(teacher, is_difference, student_transform.tanh_scale, beta, statistics)
 
     def divergence_gradient(
         self,
@@ -177,7 +177,7 @@ class NativeTiles:
             student,
             state.teacher,
             state.tanh_scale,
-            state.teacher_is_difference,
+            state.is_difference,
             contiguous(target_ids),
             state.beta,
             state.statistics,

@@ -3,6 +3,7 @@ then statistics and gradients of blocks of complete rows, in place."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class TilePairWalk:
         self.block_rows = tiles.block_rows(columns, device)
         self._buffer = row_buffer(2 * self.chunk_rows, columns, tiles.row_padding, student.dtype, device)
         self._as_difference = tiles.takes_difference and student.logits_differ_linearly(teacher)
+        self._is_difference: torch.Tensor | None = None
         self._state: Any = None
 
     def begin(self, rows: slice) -> None:
@@ -42,14 +44,19 @@ class TilePairWalk:
             tiles.logits(student, rows, self._student_tile)
             tiles.logits(teacher, rows, self._teacher_tile)
             return
-        difference = teacher.minus(student, rows)
+        hidden, self._is_difference = teacher.minus(student, rows)
         if student.bias is None:
             # One walk through the weight for both.
-            both = student.of_rows(torch.cat((student.hidden[rows].to(student.dtype), difference.hidden)))
+            both = student.of_rows(torch.cat((student.hidden[rows].to(student.dtype), hidden)))
             tiles.logits(both, slice(0, 2 * count), self._buffer[: 2 * count])
         else:
             tiles.logits(student, rows, self._student_tile)
-            tiles.logits(difference, slice(0, count), self._teacher_tile)
+            tiles.logits(replace(student.of_rows(hidden), bias=None), slice(0, count), self._teacher_tile)
+            # The bias cancels in a difference.
+            whole = self._is_difference.logical_not().nonzero().squeeze(-1)
+            bias = student.bias.to(student.dtype) * student.transform.product_scale
+            for row in whole.tolist():
+                self._teacher_tile[row].add_(bias)
 
     def statistics(
         self, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
@@ -62,7 +69,7 @@ class TilePairWalk:
             target_ids,
             self._beta,
             want_entropy,
-            self._as_difference,
+            None if self._is_difference is None else self._is_difference[local],
         )
         return statistics
 

@@ -59,10 +59,20 @@ class Projection:
         16-bit rows may have more digits than either)."""
         return self.differs_by_rows(other) and not self._mixed_product
 
-    def minus(self, other: Projection, rows: slice) -> Projection:
-        """The projection of the difference of some rows, for heads that satisfy `logits_differ_linearly`."""
-        difference = self.hidden[rows].to(self.dtype) - other.hidden[rows].to(self.dtype)
-        return Projection(difference, self.weight, None, self.transform)
+    def minus(self, other: Projection, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """What to project of some rows, for heads that satisfy `logits_differ_linearly`, and in which of them (bool) it
+        is `hidden - other.hidden`: where that is no longer than `hidden`, which it is in the others.
+
+        A projection's rounding goes with the length of what is projected. From d = h - h_o the logits z - z_o have an
+        error of |d| and z = z_o + (z - z_o) one of |h_o| + |d| <= |h| + 2 |d|; from h itself they are |h_o| + |h| <=
+        |d| + 2 |h| and |h|. So with |d| <= |h| neither of the two is ever worse than three times what the other choice
+        gives: no digit of a small difference is lost, nor of a teacher whose logits are small beside the student's.
+        """
+        hidden = self.hidden[rows].to(self.dtype)
+        difference = hidden - other.hidden[rows].to(self.dtype)
+        # In float64, where the squares neither overflow nor differ by the order of their sum.
+        is_difference = difference.double().square_().sum(-1) <= hidden.double().square_().sum(-1)
+        return torch.where(is_difference.unsqueeze(-1), difference, hidden), is_difference
 
     @property
     def num_columns(self) -> int:

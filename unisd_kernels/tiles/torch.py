@@ -177,9 +177,9 @@ class TorchTiles:
         target_ids: torch.Tensor | None,
         beta: float,
         want_entropy: bool,
-        teacher_is_difference: bool = False,
+        is_difference: torch.Tensor | None = None,
     ) -> tuple[DivergenceRows, DivergenceState]:
-        assert not teacher_is_difference
+        assert is_difference is None
         _finish_logits(student, student_transform)
         _finish_logits(teacher, teacher_transform)
         cap_gradient = _cap_gradient(student, student_transform)
