@@ -86,8 +86,8 @@ def test_a_shared_bias_cancels(operands):
 
 
 def both_ways(hidden, teacher, head, beta, temperature):
-    """D and the gradient with one head for both, with two that only look alike (each is then projected by itself), and in
-    float64."""
+    """D and the gradient with one head for both, with two that only look alike (each is then projected by itself), and
+    in float64."""
     results = []
     for student_head, teacher_head in ((head, head), (head, copy_of(head)), (wide(head), wide(head))):
         dtype = student_head.weight.dtype
