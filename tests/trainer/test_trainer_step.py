@@ -1,6 +1,7 @@
 """One optimizer step against a dense computation of unpadded rows; accumulation, masks, precision, evaluation."""
 
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -31,6 +32,22 @@ def test_first_step_of_every_preset_equals_the_dense_computation(tmp_path, prese
     tiny_run.assert_same_gradients(gradients, expected)
     assert all(value == value and value > 0 for value in tiny_run.losses(run))
     assert len(tiny_run.losses(run)) == 3
+
+
+def test_feature_matching_alone_makes_no_logits(tmp_path):
+    """Neither their products nor their metrics; TRL's entropy would be a zero that nobody measured."""
+    with (
+        mock.patch("unisd_kernels.tiles.driver.divergence", side_effect=AssertionError("logits were made")),
+        mock.patch("unisd_kernels.tiles.driver.score", side_effect=AssertionError("logits were made")),
+    ):
+        run, loss, _ = first_step(tmp_path, tiny_run.llama(), preset="match_repr")
+    logs = run.state.log_history[0]
+    assert loss > 0
+    assert logs["unisd/feature_distance"] > 0
+    assert logs["unisd/completion_tokens_per_second"] > 0
+    assert not {"entropy", "unisd/divergence", "unisd/student_entropy"} & logs.keys()
+    run, _, _ = first_step(tmp_path / "joint", tiny_run.llama(), preset="match_joint")
+    assert {"entropy", "unisd/divergence", "unisd/student_entropy"} <= run.state.log_history[0].keys()
 
 
 @pytest.mark.parametrize(

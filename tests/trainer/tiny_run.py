@@ -242,7 +242,8 @@ def reference_inputs(model, items: list[dict], num_auxiliary: int, negative: boo
 def reference_spec(args: UniSDConfig):
     from unisd_kernels.spec import LossSpec
 
-    settings = args.loss_settings()
+    # With all of its terms, a head that no term uses has a gradient of zeros, as in training.
+    settings = {**args.loss_settings(), "return_statistics": True}
     return LossSpec(**{name: value for name, value in settings.items() if name not in ("impl", "workspace_bytes")})
 
 
