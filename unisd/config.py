@@ -10,6 +10,7 @@ from transformers import SchedulerType
 from trl import DistillationConfig
 
 from unisd.presets import Preset, get_preset
+from unisd.ranges import check_ranges
 from unisd_kernels import available
 from unisd_kernels.spec import check_choice, check_number
 
@@ -221,6 +222,7 @@ class UniSDConfig(DistillationConfig):
         check_number("agreement_fraction", self.agreement_fraction, low=0.0, high=1.0, open_low=True)
         check_number("ema_decay", self.ema_decay, low=0.0, high=1.0)  # type: ignore[arg-type]
         check_number("temperature", self.temperature, low=0.0, open_low=True)
+        check_ranges(self)
         for name, low in (("num_auxiliary", 1), ("sync_steps", 1), ("drift_probe_every", 0)):
             _check_integer(name, getattr(self, name), low)
         for name in ("max_prompt_length", "workspace_bytes"):

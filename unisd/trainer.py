@@ -28,9 +28,13 @@ from unisd.config import UniSDConfig
 from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, LengthLimit, Prompt, collect_views, tokenize_views
 from unisd.drift import DriftProbe, default_probe
 from unisd.metrics import PREFIX, MetricWindow, add_loss_statistics, peak_memory_gib
+from unisd.model_card import model_card, write_model_card
 from unisd.modules import backbone, is_peft
+from unisd.run_config import resolved_settings
+from unisd.run_record import RunRecord
 from unisd.sampling import EpochSampler
 from unisd.teachers import EMATeacher, Teacher, gathered_head, load_teacher, make_teacher, save_teacher
+from unisd.text_tokenizer import tokenizer_for
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, agreement_weights, linear_logprobs, pack_rows, unisd_loss
 
 if TYPE_CHECKING:
@@ -101,7 +105,8 @@ class UniSDTrainer(DistillationTrainer):
         model: model id, path, `PreTrainedModel` or `PeftModel`.
         args: `UniSDConfig`; None for the default one.
         train_dataset, eval_dataset: see above.
-        processing_class: tokenizer; None loads the model's.
+        processing_class: tokenizer, or a processor that holds one (of which only the tokenizer is used); None loads the
+            model's.
         callbacks, optimizers, quantization_config, peft_config, tools: as in `trl.DistillationTrainer`.
         drift_probe: items `{"prompt": str or messages, "completion": str}` for `unisd.drift`; None takes the
             package's own list.
@@ -110,7 +115,7 @@ class UniSDTrainer(DistillationTrainer):
     Raises:
         ValueError: a missing column, a teacher that does not fit the model, another model as the teacher, a
             PEFT adapter on the head, `nn.DataParallel`.
-        TypeError: `args` of another class, or a processor of images instead of a tokenizer.
+        TypeError: `args` of another class, or a `processing_class` without a tokenizer.
     """
 
     _tag_names = ["trl", "distillation", "unisd"]  # noqa: RUF012
@@ -155,10 +160,9 @@ class UniSDTrainer(DistillationTrainer):
             args = UniSDConfig(f"{name.split('/')[-1]}-UniSD")
         if not isinstance(args, UniSDConfig):
             raise TypeError(f"args must be a UniSDConfig, got {type(args).__name__}")
-        if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise TypeError(
-                f"processing_class must be a tokenizer, got {type(processing_class).__name__}: contexts are text"
-            )
+        processing_class = tokenizer_for(model, processing_class, args)
+        # By name, for the run's folder and the model card; `unisd train` adds those of model and data.
+        self.recorded_settings = resolved_settings(args)
         self._context_spec = ContextSpec(
             num_auxiliary=args.num_auxiliary if args.uses_agreement else 0,
             negative=args.uses_contrastive,
@@ -178,11 +182,6 @@ class UniSDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
-        if self._is_vlm:
-            raise TypeError(
-                f"{type(self.processing_class).__name__} is a processor of images, but contexts are text only; "
-                "pass the tokenizer as processing_class"
-            )
         student = self.accelerator.unwrap_model(self.model)
         self._takes_position_ids = "position_ids" in inspect.signature(backbone(student).forward).parameters
         self._length_limit = LengthLimit(
@@ -196,6 +195,7 @@ class UniSDTrainer(DistillationTrainer):
         self._warned_of_nonfinite_loss = False
         self.drift: DriftProbe | None = self._make_drift_probe(student, drift_probe)
         self.add_callback(_AfterStep(self))
+        self.add_callback(RunRecord(self))
 
     # Construction
 
@@ -538,6 +538,13 @@ class UniSDTrainer(DistillationTrainer):
         return self._forward_redirection(self.model_wrapped, student, self.drift.measure, student)
 
     # Checkpoints
+
+    def create_model_card(  # type: ignore[override]  # TRL's signature, which is not transformers'
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write README.md into the output folder: base model, recipe, metrics, drift (see `unisd.model_card`)."""
+        if self.is_world_process_zero():
+            write_model_card(str(self.args.output_dir), model_card(self, model_name, dataset_name, tags))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # First of all files: a checkpoint that was cut off before this one has no trainer state either, so it
