@@ -130,7 +130,8 @@ def check_settings(instances: list[Any], given: Mapping[str, Any]) -> None:
             defaults[field.name] = (
                 field.default_factory() if callable(field.default_factory) else field.default  # type: ignore[misc]
             )
-    changed = [name for name, value in given.items() if value != defaults.get(name)]
+    # As given, and as resolved: no and False may be two spellings of a default.
+    changed = [name for name, value in given.items() if defaults[name] not in (value, settings[name])]
     for name in changed:
         if name in WITHOUT_EFFECT:
             raise CommandError(f"{name}={given[name]} has no effect in unisd train: {WITHOUT_EFFECT[name]}")
