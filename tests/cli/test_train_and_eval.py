@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -197,3 +200,30 @@ def test_the_documented_file_is_valid():
     assert settings.data.procedural_steps == [1, 2, 3]
     assert (config.preset, config.agreement_fraction, config.contrastive_weight) == ("unisd_star", 0.5, 0.01)
     assert (settings.model.lora_r, settings.model.use_peft) == (16, True)
+
+
+@pytest.mark.exhaustive
+def test_accelerate_launches_two_processes(run_flags: list[str], tmp_path: Path):
+    """`accelerate launch -m unisd train` on two CPU processes: both take their share, one writes."""
+    launcher = [
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "unisd", "train", *run_flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("saved to ") == 1
+    run = tmp_path / "run"
+    assert (run / "adapter_model.safetensors").is_file()
+    assert "1 optimizer steps" in (run / "README.md").read_text()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode != 0
+    assert "is not empty" in again.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import re
 import types
@@ -138,7 +139,8 @@ def _with_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "bitsandbytes" or found(name, *rest))
 
 
-def settings_of(flags: list[str]) -> dict[str, Any]:
+@functools.cache
+def settings_of(*flags: str) -> dict[str, Any]:
     parsed = parse(flags)
     return {
         field.name: getattr(instance, field.name)
@@ -169,8 +171,8 @@ def test_a_flag_acts_or_is_refused(name: str, tmp_path: Path):
             (CommandError, ValueError), match=f"{name}(=.* has no effect without | can only be set when)"
         ):
             parse(words)
-    before = settings_of(_BEFORE.get(name, []))[name]
-    after = settings_of([*words, *WITH.get(name, [])])[name]
+    before = settings_of(*_BEFORE.get(name, []))[name]
+    after = settings_of(*words, *WITH.get(name, []))[name]
     assert after != before, f"--{name} {words[1:]} changed nothing"
 
 
