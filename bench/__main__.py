@@ -25,10 +25,12 @@ from bench.measure import measure
 from bench.peers import PEERS, names
 from bench.tables import left_out, table
 from bench.verdict import slow, wrong
+from unisd.cli.errors import CommandError, run, wants_traceback
+from unisd.cli.parser import CommandParser
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = CommandParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "--case",
         nargs="+",
@@ -61,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output:
             results_file.check_suffix(options.output)
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+        raise CommandError(str(error)) from None
     if options.one_step_of:
         PEERS[options.one_step_of].build(cases[0], cases[0].beta[0], device)(make_inputs(cases[0], device))
         return 0
@@ -86,4 +87,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    traceback, rest = wants_traceback(sys.argv[1:])
+    sys.exit(run("python -m bench", lambda: main(rest), traceback=traceback))

@@ -11,6 +11,7 @@ from trl import DistillationConfig
 
 from unisd.frames import FRAMES
 from unisd.presets import Preset, get_preset
+from unisd.ranges import check_ranges
 from unisd.row_check import OVERLONG
 from unisd_kernels import available
 from unisd_kernels.spec import check_choice, check_number
@@ -255,6 +256,7 @@ class UniSDConfig(DistillationConfig):
         check_number("agreement_fraction", self.agreement_fraction, low=0.0, high=1.0, open_low=True)
         check_number("ema_decay", self.ema_decay, low=0.0, high=1.0)  # type: ignore[arg-type]
         check_number("temperature", self.temperature, low=0.0, open_low=True)
+        check_ranges(self)
         for name, low in (("num_auxiliary", 1), ("sync_steps", 1), ("drift_probe_every", 0)):
             _check_integer(name, getattr(self, name), low)
         if self.agreement != "none" and self.num_auxiliary == 1:

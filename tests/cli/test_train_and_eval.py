@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from tests.evaluation.conftest import make_model, tokenizer  # noqa: F401
 from unisd.cli import main
-
-
-@pytest.fixture
-def base(tmp_path: Path, tokenizer) -> Path:  # noqa: F811
-    make_model(0).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+from unisd.cli.train import build, parse
 
 
 def write_config(path: Path, base: Path) -> Path:
@@ -69,24 +66,164 @@ def test_train_then_eval(tmp_path: Path, base: Path, capsys):
     assert "KL(base || trained)" in capsys.readouterr().out
 
 
-def test_settings_that_do_not_exist_are_refused(tmp_path: Path, base: Path):
-    config = write_config(tmp_path, base)
-    config.write_text(config.read_text() + "agreement_gama: 0.1\n")
-    with pytest.raises(ValueError, match="agreement_gama"):
-        main(["train", "--config", str(config)])
-    with pytest.raises(ValueError, match="preset must be one of"):
-        main(["train", "--config", str(write_config(tmp_path, base)), "--preset", "unisd"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_output_folder_is_written_over_only_if_asked(tmp_path: Path, base: Path, capsys):
+    config = str(write_config(tmp_path, base))
+    run = tmp_path / "run"
+    assert main(["train", "--config", config, "--resume"]) == 2
+    assert "there is no checkpoint in output_dir" in capsys.readouterr().err
+    assert main(["train", "--config", config, "--max_steps", "1"]) == 0
+    adapter = (run / "adapter_model.safetensors").read_bytes()
+
+    capsys.readouterr()
+    assert main(["train", "--config", config]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "is not empty (it holds 1 checkpoints): give --resume" in said
+    assert main(["train", "--config", config, "--resume", "--overwrite_output_dir"]) == 2
+    assert (run / "adapter_model.safetensors").read_bytes() == adapter
+
+    assert main(["train", "--config", config, "--resume"]) == 0
+    history = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2]
+
+    # The second checkpoint of the earlier run would be the newest one at the next --resume.
+    assert main(["train", "--config", config, "--overwrite_output_dir", "--max_steps", "1"]) == 0
+    assert not (run / "checkpoint-2").exists()
+    assert (run / "checkpoint-1").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "extra", [[], ["--preset", "clip", "--ema", "none", "--lora_target_modules", "q_proj", "v_proj"]]
+)
+def test_the_settings_in_the_run_folder_are_those_of_the_run(run_flags: list[str], extra: list[str], tmp_path: Path):
+    """`unisd train --config RUN/unisd_config.yaml` resolves to the same run."""
+    extra = [*extra, "--lr_scheduler_kwargs", '{"num_cycles": 0.5}', "--hub_token", "secret", "--push_to_hub"]
+    first = parse([*run_flags, *extra])
+    first.config.push_to_hub = False  # this machine reaches no hub
+    trainer = build(first)
+    trainer.train()
+    file = tmp_path / "run" / "unisd_config.yaml"
+    assert "secret" not in file.read_text()
+
+    second = parse(["--config", str(file)])
+    for part in ("data", "model", "run"):
+        assert getattr(second, part) == getattr(parse([*run_flags, *extra]), part)
+    again, asked = vars(second.config), vars(parse([*run_flags, *extra, "--no_push_to_hub"][:-1]).config)
+    left_out = {"hub_token", "push_to_hub", "distributed_state", "_n_gpu", "deepspeed_plugin", "accelerator_config"}
+    for name in asked.keys() - left_out:
+        assert again[name] == asked[name], name
+    assert again["accelerator_config"].to_dict() == asked["accelerator_config"].to_dict()
+
+
+ROWS = [{"prompt": f"what is {i}", "teacher_prompt": f"what is {i}? it is {i}"} for i in range(4)]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    written = {}
+    for name, start in (("train", 0), ("other", 2)):
+        written[name] = tmp_path / f"{name}.jsonl"
+        written[name].write_text("".join(json.dumps(row) + "\n" for row in ROWS[start : start + 2]))
+    return written
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_evaluation_is_on_the_file_that_was_named(run_flags: list[str], files: dict[str, Path], capsys):
+    rows = ["--dataset", str(files["train"])]
+    flags = [word for word in run_flags if not word.startswith("--procedural")]
+    del flags[flags.index("4") : flags.index("4") + 1], flags[flags.index("1") : flags.index("1") + 1]
+    settings = parse([*flags, *rows, "--eval_file", str(files["other"])])
+    trainer = build(settings)
+    assert trainer.train_dataset["prompt"] == [row["prompt"] for row in ROWS[:2]]
+    assert trainer.eval_dataset["prompt"] == [row["prompt"] for row in ROWS[2:]]
+
+    assert main(["train", *flags, *rows, "--eval_split", "validation"]) == 2
+    assert "has no splits; give the rows to evaluate on as --eval_file FILE" in capsys.readouterr().err
+    assert main(["train", *flags, *rows, "--train_split", "validation"]) == 2
+    assert "a file has no splits" in capsys.readouterr().err
+    assert main(["train", *flags, *rows, "--eval_strategy", "steps"]) == 2
+    assert "needs rows to evaluate on" in capsys.readouterr().err
+    # Without a strategy the rows are evaluated on once, after training.
+    assert main(["train", *flags, *rows, "--eval_file", str(files["other"])]) == 0
+    assert "eval_loss" in capsys.readouterr().out
+
+
+def test_a_split_of_the_hub_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch):
+    from unisd.cli import data
+
+    asked = []
+    monkeypatch.setattr(data, "load_dataset", lambda *names, split: asked.append((*names, split)))
+    flags = ["--dataset", "someone/rows", "--dataset_config", "small", "--train_split", "a", "--eval_split", "b"]
+    settings = parse(flags)
+    data.training_rows(settings.data, settings.config)
+    data.evaluation_rows(settings.data, settings.config)
+    assert asked == [("someone/rows", "small", "a"), ("someone/rows", "small", "b")]
+
+
+def test_eval_loads_as_asked(base: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    from unisd.cli import evaluate
+
+    seen = []
+
+    def look(model, tokenizer, rows, **options):
+        seen.append((model.dtype, model.device, model.config._attn_implementation))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate_procedural", look)
+    command = ["eval", "procedural", "--model", str(base)]
+    assert main([*command, "--dtype", "bfloat16", "--attn_implementation", "eager", "--device", "cpu"]) == 130
+    assert seen.pop() == (torch.bfloat16, torch.device("cpu"), "eager")
+    if not torch.cuda.is_available():
+        assert main(command) == 130
+        assert seen.pop() == (torch.float32, torch.device("cpu"), "sdpa")
+        assert main([*command, "--device", "cuda"]) == 2
+        assert "there is no such device here" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_eval_in_bfloat16_gives_scores(base: Path, tmp_path: Path):
+    output = tmp_path / "scores.json"
+    command = ["eval", "procedural", "--model", str(base), "--count", "2", "--steps", "1", "--no-accuracy"]
+    perplexities = []
+    for dtype in ("float32", "bfloat16"):
+        assert main([*command, "--dtype", dtype, "--output", str(output)]) == 0
+        perplexities.append(json.loads(output.read_text())["overall"]["perplexity"])
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=0.05)
 
 
 def test_the_documented_file_is_valid():
-    from trl import TrlParser
-
-    from unisd.cli.train import DataArguments, ModelArguments
-    from unisd.config import UniSDConfig
-
     path = Path(__file__).parents[2] / "docs" / "run.yaml"
-    parser = TrlParser((DataArguments, UniSDConfig, ModelArguments))
-    data, config, model = parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true"])
-    assert data.procedural_steps == [1, 2, 3]
+    settings = parse(["--config", str(path), "--use_cpu", "true"])
+    config = settings.config
+    assert settings.data.procedural_steps == [1, 2, 3]
     assert (config.preset, config.agreement_fraction, config.contrastive_weight) == ("unisd_star", 0.5, 0.01)
-    assert (model.lora_r, model.use_peft) == (16, True)
+    assert (settings.model.lora_r, settings.model.use_peft) == (16, True)
+
+
+@pytest.mark.exhaustive
+def test_accelerate_launches_two_processes(run_flags: list[str], tmp_path: Path):
+    """`accelerate launch -m unisd train` on two CPU processes: both take their share, one writes."""
+    launcher = [
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "unisd", "train", *run_flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("saved to ") == 1
+    run = tmp_path / "run"
+    assert (run / "adapter_model.safetensors").is_file()
+    assert "1 optimizer steps" in (run / "README.md").read_text()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode != 0
+    assert "is not empty" in again.stderr

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
+
+from unisd.cli.errors import CommandError, run, wants_traceback
+from unisd.cli.parser import nearest
 
 COMMANDS = {
     "train": ("unisd.cli.train", "train a model; settings from a YAML file and the command line"),
@@ -14,21 +18,41 @@ COMMANDS = {
 }
 
 
+# What `pip install unisd-kernels` alone leaves out.
+_EXTRA_TRAIN = ("accelerate", "datasets", "matplotlib", "peft", "transformers", "trl", "yaml")
+
+
 def usage() -> str:
     lines = ["usage: unisd COMMAND [options]", ""]
     lines += [f"  {name:<8} {description}" for name, (_, description) in COMMANDS.items()]
-    return "\n".join([*lines, "", "unisd COMMAND --help says more."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "unisd COMMAND --help says more. --traceback (or UNISD_TRACEBACK=1) shows where an error comes from.",
+        ]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit status is its return value."""
+    """Run a command; the exit status is its return value: 2 for a mistake in what was given, with a line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"unisd: no command {name!r}\n\n{usage()}", file=sys.stderr)
+        print(f"unisd: there is no command {name!r}{nearest(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
+    traceback, rest = wants_traceback(rest)
+    return run(f"unisd {name}", lambda: _module(name).main(rest), traceback=traceback)
+
+
+def _module(name: str) -> Any:
     # Imported here, so that `unisd doctor` starts in a second and works where the trainer's packages are missing.
-    return importlib.import_module(COMMANDS[name][0]).main(rest)
+    try:
+        return importlib.import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA_TRAIN:
+            raise
+        raise CommandError(f"{error.name} is not installed: pip install 'unisd-kernels[train]'") from error

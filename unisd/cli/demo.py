@@ -18,34 +18,39 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
+from unisd.cli.errors import setting_up
+from unisd.cli.parser import CommandParser, natural, positive, positive_number
 from unisd.data.procedural import procedural_dataset, procedural_rows
 from unisd.evaluation import evaluate_procedural, evaluate_retention
 from unisd.evaluation.report import environment, write_report
 from unisd.models import SMOLLM2, load_model
+from unisd.presets import PRESETS
 
 STEPS_OF_TASKS = (1, 2)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="unisd demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="unisd demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for report and adapter")
-    parser.add_argument("--preset", default="unisd_star")
-    parser.add_argument("--optimizer-steps", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--eval-tasks", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--preset", choices=list(PRESETS), default="unisd_star")
+    parser.add_argument("--optimizer-steps", type=positive, default=30)
+    parser.add_argument("--batch-size", type=positive, default=4)
+    parser.add_argument("--learning-rate", type=positive_number, default=1e-3)
+    parser.add_argument("--eval-tasks", type=positive, default=24)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument(
-        "--minutes", type=float, default=8.5, help="stop training after so long, counted from the start of the command"
+        "--minutes",
+        type=positive_number,
+        default=8.5,
+        help="stop training after so long, counted from the start of the command",
     )
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     # Deprecations between the libraries underneath; nothing a reader of the demo could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
-    model, tokenizer = load_model(SMOLLM2)
+    with setting_up():
+        model, tokenizer = load_model(SMOLLM2)
     held_out = procedural_rows(
         options.eval_tasks, seed=options.seed, split="test", num_steps=STEPS_OF_TASKS, num_auxiliary=0
     )

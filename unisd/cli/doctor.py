@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 import time
 from importlib import metadata
@@ -10,6 +9,8 @@ from importlib import metadata
 import torch
 
 import unisd_kernels
+from unisd.cli.device import choose_device
+from unisd.cli.parser import CommandParser
 from unisd_kernels import LMHead, _lib, available, explain, unisd_loss
 from unisd_kernels.tiles import driver
 
@@ -29,10 +30,10 @@ _TOLERANCE = 1e-4
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="unisd doctor", description=__doc__)
-    parser.add_argument("--device", default=None, help="device to check (default: CUDA if there is one, else the CPU)")
+    parser = CommandParser(prog="unisd doctor", description=__doc__)
+    parser.add_argument("--device", default="auto", help="device to check; auto: CUDA if there is one, else the CPU")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(options.device)
 
     print(f"python {platform.python_version()} on {platform.platform()}")
     for name in _PACKAGES:

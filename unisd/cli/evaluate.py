@@ -8,32 +8,60 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from unisd.cli.device import choose_device
+from unisd.cli.errors import CommandError, setting_up
+from unisd.cli.parser import CommandParser, natural, positive
 from unisd.data.procedural import SPLITS, procedural_rows
 from unisd.evaluation import evaluate_procedural, evaluate_retention
 from unisd.models import SMOLLM2, load_model
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["procedural", "retention"])
     parser.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
     parser.add_argument("--adapter", help="folder of a PEFT adapter to put on --model")
     parser.add_argument("--base", help="retention: model to compare with (default: the model without its adapter)")
-    parser.add_argument("--count", type=int, default=30, help="procedural: number of tasks")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3], help="procedural: numbers of steps, in turn")
-    parser.add_argument("--look-back", type=int, default=1, help="procedural: how far back operands may lie")
-    parser.add_argument("--split", choices=SPLITS, default="test")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto (CUDA if it is there, else the CPU), cpu, cuda, cuda:1")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="of the weights; auto: bfloat16 on CUDA where it can, else float32",
+    )
+    parser.add_argument("--attn_implementation", "--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
+    parser.add_argument("--count", type=positive, default=30, help="procedural: number of tasks")
+    parser.add_argument(
+        "--steps", type=positive, nargs="+", default=[1, 2, 3], help="procedural: numbers of steps, in turn"
+    )
+    parser.add_argument("--look-back", type=positive, default=1, help="procedural: how far back operands may lie")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="procedural: tasks to take")
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--no-accuracy", action="store_true", help="procedural: perplexity only (no generation)")
     parser.add_argument("--output", type=Path, help="JSON file for the scores")
     options = parser.parse_args(arguments)
+    _refuse_idle(parser, options)
+    # Deprecations between the libraries underneath; nothing a reader of the scores could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
-    model, tokenizer = load_model(options.model, adapter=options.adapter)
+    with setting_up():
+        device = choose_device(options.device)
+        loading = {
+            "dtype": choose_dtype(options.dtype, device),
+            "device": device,
+            "attn_implementation": options.attn_implementation,
+        }
+        model, tokenizer = load_model(options.model, adapter=options.adapter, **loading)
+        base = None if options.base is None else load_model(options.base, **loading)[0]
+    print(f"{options.model} on {device}, {str(loading['dtype']).removeprefix('torch.')}", flush=True)
     scores: Any
     if options.what == "procedural":
         rows = procedural_rows(
@@ -46,10 +74,26 @@ def main(arguments: list[str]) -> int:
         )
         scores = evaluate_procedural(model, tokenizer, rows, accuracy=not options.no_accuracy)
     else:
-        base = None if options.base is None else load_model(options.base)[0]
         scores = evaluate_retention(model, tokenizer, base_model=base)
     print(scores.table())
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(scores.as_dict(), indent=1) + "\n")
     return 0
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is bfloat16 on a CUDA device that computes in it, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _refuse_idle(parser: CommandParser, options: argparse.Namespace) -> None:
+    """Raise CommandError for an option of the other evaluation."""
+    idle = ["base"] if options.what == "procedural" else ["count", "steps", "look_back", "split", "seed", "no_accuracy"]
+    for name in idle:
+        if getattr(options, name) != parser.get_default(name):
+            raise CommandError(f"--{name.replace('_', '-')} has no effect with {options.what}")

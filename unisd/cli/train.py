@@ -3,92 +3,134 @@
     unisd train --config run.yaml --learning_rate 1e-4
     unisd train --model_name_or_path smollm2-135m-instruct --dataset procedural --preset unisd_star --output_dir runs/a
 
-Settings are those of `UniSDConfig` (and so of `trl.DistillationConfig`), of `trl.ModelConfig` and of `DataArguments`.
+Settings are those of `UniSDConfig` (and so of `trl.DistillationConfig`), of `trl.ModelConfig`, of `DataArguments` and
+of `RunArguments`. The run folder gets them all as `unisd_config.yaml`.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, load_dataset
-from trl import ModelConfig, TrlParser, get_peft_config
+import torch
 
+from unisd.cli.checks import check_settings, claim_output_dir, is_checkpoint
+from unisd.cli.data import DataArguments, check_data, evaluation_rows, has_evaluation, training_rows
+from unisd.cli.errors import CommandError, setting_up
+from unisd.cli.model import ModelArguments, model_to_train
+from unisd.cli.settings import SettingsParser
 from unisd.config import UniSDConfig
-from unisd.data.procedural import procedural_dataset
-from unisd.models import SMOLLM2, load_model
+from unisd.run_config import resolved_settings
 from unisd.trainer import UniSDTrainer
 
-_FILE_FORMATS = {"json": "json", "jsonl": "json", "parquet": "parquet", "csv": "csv"}
-
 
 @dataclass
-class DataArguments:
-    """Where the rows come from. Their columns are described in `unisd.contexts`."""
+class RunArguments:
+    """What becomes of an output folder that is not empty."""
 
-    dataset: str = field(
-        default="procedural",
-        metadata={"help": "'procedural' (generated), a .json/.jsonl/.parquet/.csv file, or a dataset id of the hub."},
+    resume: bool = field(
+        default=False,
+        metadata={"help": "Go on from the newest checkpoint in output_dir (resume_from_checkpoint=true)."},
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; None for no evaluation."})
-    procedural_rows: int = field(default=512, metadata={"help": "Rows to generate for 'procedural'."})
-    procedural_steps: list[int] = field(
-        default_factory=lambda: [1, 2, 3], metadata={"help": "Numbers of steps, which rows take in turn."}
-    )
-    procedural_look_back: int = field(default=1, metadata={"help": "How many steps back an operand may lie."})
-
-
-@dataclass
-class ModelArguments(ModelConfig):
-    """TRL's model settings with the recipe's defaults: LoRA on all linear layers."""
-
-    model_name_or_path: str | None = field(
-        default=SMOLLM2, metadata={"help": "Model id, local folder, or 'smollm2-135m-instruct' (fetched once)."}
-    )
-    use_peft: bool = field(default=True, metadata={"help": "Train LoRA adapters; --no_use_peft trains all weights."})
-    lora_target_modules: list[str] | None = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "LoRA target modules; 'all-linear' for every one."}
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write over the run in output_dir; its checkpoints are deleted."}
     )
 
 
-def load_rows(data: DataArguments, split: str, config: UniSDConfig) -> Dataset:
-    """The rows of a split."""
-    if data.dataset == "procedural":
-        return procedural_dataset(
-            data.procedural_rows,
-            seed=config.seed,
-            split=split,
-            num_steps=data.procedural_steps,
-            look_back=data.procedural_look_back,
-            num_auxiliary=config.num_auxiliary,
-        )
-    suffix = data.dataset.rsplit(".", 1)[-1].lower()
-    if suffix in _FILE_FORMATS:
-        return load_dataset(_FILE_FORMATS[suffix], data_files={split: data.dataset}, split=split)
-    return load_dataset(data.dataset, data.dataset_config, split=split)
+@dataclass(frozen=True)
+class Settings:
+    """A run as it was asked for, checked."""
+
+    data: DataArguments
+    config: UniSDConfig
+    model: ModelArguments
+    run: RunArguments
+    # Settings that follow from this machine.
+    derived: tuple[str, ...] = ()
+
+    @property
+    def resume(self) -> str | bool | None:
+        """What to give to `Trainer.train(resume_from_checkpoint=)`."""
+        asked = self.config.resume_from_checkpoint
+        return True if self.run.resume or asked in ("true", "True", "last") else asked
+
+
+def parse(arguments: Sequence[str]) -> Settings:
+    """The settings of file and command line.
+
+    Raises:
+        CommandError: an unknown or impossible setting, or one that would have no effect.
+        ValueError, TypeError: a value that `UniSDConfig` refuses.
+    """
+    parser = SettingsParser(
+        (DataArguments, UniSDConfig, ModelArguments, RunArguments), prog="unisd train", description=__doc__
+    )
+    # Without it transformers refuses the default precision, bfloat16, on a machine without an accelerator.
+    derived: dict[str, Any] = {} if torch.accelerator.is_available() else {"use_cpu": True}
+    instances, given = parser.parse(arguments, derived)
+    check_settings(instances, given)
+    data, config, model, run = instances
+    settings = Settings(data, config, model, run, derived=tuple(derived.keys() - given.keys()))
+    check_data(settings.data, settings.config)
+    asked = settings.config.resume_from_checkpoint
+    if isinstance(settings.resume, str) and not Path(settings.resume).is_dir():
+        raise CommandError(f"resume_from_checkpoint={asked}: there is no such folder")
+    if settings.run.resume and isinstance(asked, str) and asked not in ("true", "True", "last"):
+        raise CommandError(f"--resume takes the newest checkpoint of output_dir, but resume_from_checkpoint is {asked}")
+    return settings
+
+
+def build(settings: Settings) -> UniSDTrainer:
+    """Load model and rows."""
+    recorded = resolved_settings(settings.data, settings.config, settings.model)  # before loading fills in more
+    for name in settings.derived:
+        del recorded[name]  # so that the file serves on another machine too
+    model = model_to_train(settings.model, settings.config)
+    trainer = UniSDTrainer(
+        model=model.source,
+        args=settings.config,
+        train_dataset=training_rows(settings.data, settings.config),
+        eval_dataset=evaluation_rows(settings.data, settings.config),
+        processing_class=model.tokenizer,
+        quantization_config=model.quantization_config,
+        peft_config=model.peft_config,
+    )
+    trainer.recorded_settings = recorded
+    return trainer
 
 
 def main(arguments: list[str]) -> int:
-    dataclasses = (DataArguments, UniSDConfig, ModelArguments)
-    parser = TrlParser(dataclasses, prog="unisd train", description=__doc__)  # type: ignore[arg-type]
-    data, config, model_arguments = parser.parse_args_and_config(arguments)
-    if model_arguments.model_name_or_path == SMOLLM2:
-        model, tokenizer = load_model(SMOLLM2)
-    else:
-        # TRL loads models by name itself, with `model_init_kwargs` and quantization.
-        model, tokenizer = model_arguments.model_name_or_path, None
-    trainer = UniSDTrainer(
-        model=model,
-        args=config,
-        train_dataset=load_rows(data, data.train_split, config),
-        eval_dataset=load_rows(data, data.eval_split, config) if data.eval_split else None,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_arguments),
-    )
-    resume = config.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("true", "True", "last") else resume)
-    trainer.save_model(config.output_dir)
-    print(f"saved to {config.output_dir}", file=sys.stderr)
+    with setting_up():
+        settings = parse(arguments)
+        _prepare_output_dir(settings)
+        trainer = build(settings)
+    trainer.train(resume_from_checkpoint=settings.resume)
+    if has_evaluation(settings.data) and settings.config.eval_strategy == "no":
+        scores = trainer.evaluate()
+        if settings.config.process_index == 0:
+            print(", ".join(f"{name} {value:.4g}" for name, value in sorted(scores.items())))
+    trainer.save_model(settings.config.output_dir)
+    trainer.create_model_card()
+    if settings.config.process_index == 0:
+        print(f"saved to {settings.config.output_dir}", file=sys.stderr)
     return 0
+
+
+def _prepare_output_dir(settings: Settings) -> None:
+    if settings.config.process_index != 0:
+        return  # the first process may be writing into it by now
+    folder = Path(str(settings.config.output_dir))
+    resume: Any = settings.resume
+    claim_output_dir(folder, resume=bool(resume), overwrite=settings.run.overwrite_output_dir)
+    checkpoints = [entry for entry in folder.iterdir() if is_checkpoint(entry)] if folder.is_dir() else []
+    if resume is True and not checkpoints:
+        raise CommandError(f"there is no checkpoint in output_dir {folder} to resume from")
+    if settings.run.overwrite_output_dir:
+        for checkpoint in checkpoints:
+            print(f"deleting {checkpoint}, of the run that is overwritten", file=sys.stderr)
+            shutil.rmtree(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
