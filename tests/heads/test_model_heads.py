@@ -197,6 +197,8 @@ def test_padded_columns_of_any_value_are_not_compared():
 def test_nothing_of_the_model_is_changed():
     model = tiny_models.model("llama", attention_dropout=0.5).train()
     model.model.layers[0].eval()
+    while_run = []
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: while_run.append(module.training))
     modes = [module.training for module in model.modules()]
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -206,6 +208,7 @@ def test_nothing_of_the_model_is_changed():
     LMHead.from_model(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == python_state
+    assert while_run == [False] * 3  # without dropout
     assert [module.training for module in model.modules()] == modes
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())

@@ -53,17 +53,34 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+# What single classes need besides.
+NEEDED: dict[str, dict[str, Any]] = {
+    "dots1": {"n_shared_experts": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8},
+    "reformer": {"axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 3},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
 
 def config(model_type: str, **overrides: Any) -> Any:
     """A tiny configuration; `overrides` of nested parts as dictionaries."""
-    return config_class(model_type)(**_settings(config_class(model_type), overrides))
+    kind = config_class(model_type)
+    return kind(**_settings(kind, {**NEEDED.get(model_type, {}), **overrides}))
 
 
 def model(model_type: str, model_class: Any = None, dtype: torch.dtype | None = None, **overrides: Any) -> Any:
     """A tiny model with random weights large enough that its logits differ, in eval mode."""
     torch.manual_seed(0)
     settings = config(model_type, **overrides)
-    built = (model_class or MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)])(settings)
+    model_class = model_class or MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+    if not isinstance(settings, model_class.config_class):
+        settings = settings.get_text_config()  # the language model of an image model
+    built = model_class(settings)
     return built.to(dtype).eval() if dtype else built.eval()
 
 
