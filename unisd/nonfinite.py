@@ -96,11 +96,12 @@ class NonFiniteGuard:
         batches, self._batches = self._batches, []
         self._steps += 1
         causes = [f"micro-batch {i} of {len(batches)}: {b.cause}" for i, b in enumerate(batches, 1) if b.cause]
-        bad = None if self.scales_loss or causes else _cause_of_gradient(parameters)
-        if bad is not None:
-            causes.append(bad)
+        # A bad loss anywhere spoils the gradient everywhere, so the gradient is a cause of its own only without one.
         if not self.any_process(bool(causes)):
-            return False
+            bad = None if self.scales_loss else _cause_of_gradient(parameters)
+            if not self.any_process(bad is not None):
+                return False
+            causes += [bad] if bad else []
         broken = _bad_parameters(parameters)
         saved = self._save(batches, causes, global_step) if causes else None
         if self.mode == "stop" or self.any_process(bool(broken)):

@@ -83,8 +83,9 @@ class UniSDTrainer(DistillationTrainer):
 
     Everything else (rollouts with transformers or vLLM, PEFT, checkpoints, logging) is TRL's. Text only.
     Gradient accumulation and data parallelism give the gradient of the whole batch, except that quantities which are
-    defined over a batch (the 0.95 quantile of token-level agreement, `clip_quantile`, the ranking of
-    `agreement_fraction`, the sum of token weights with `normalization="token"`) are taken over the micro-batch.
+    defined over a batch (the 0.95 quantile of token-level agreement, `clip_quantile`, the sum of token weights with
+    `normalization="token"`) are taken over the micro-batch, and the ranking of `agreement_fraction` over the sequences
+    of an optimizer step on one process.
 
     A moving-average teacher is part of every checkpoint (`unisd.teachers.STATE_FILE`); resuming from one without it
     raises. Under FSDP and DeepSpeed ZeRO-3 weights are sharded, so only a teacher without weights of its own
