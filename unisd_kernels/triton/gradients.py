@@ -128,7 +128,7 @@ def divergence_gradient_kernel(
             growth = beta * expm1(tl.minimum(d, 80.0))
             smaller = exp(-tl.abs(d))
             share = tl.where(d > 0.0, beta + complement * smaller, complement + beta * smaller)
-            of_larger = tl.maximum(d, 0.0) + tl.log(tl.maximum(share, 1e-38))
+            of_larger = tl.maximum(d, 0.0) + tl.log(tl.maximum(share, 1e-37))
             usual = (growth >= -0.5) & (growth <= 1.0)
             u = tl.where(usual, log1p(tl.where(usual, growth, 0.0)), of_larger)
             result = -complement * p * (u + student_kl[:, None])

@@ -372,11 +372,11 @@ def mixture_kernel(
         growth = weight * e
         of_larger = tl.where(
             growth < -0.4,
-            growth - tl.log(tl.maximum(other_weight + weight * ratio, 1e-38)),
+            growth - tl.log(tl.maximum(other_weight + weight * ratio, 1e-37)),
             log1p_remainder(tl.maximum(growth, -0.4)),
         )
         t = tl.minimum(other_weight * -e, ratio)  # times e^q; beyond 1 the other form
-        near = ratio * log1p_remainder(t / tl.maximum(ratio, 1e-38))
+        near = ratio * log1p_remainder(t / tl.maximum(ratio, 1e-37))
         of_smaller = other_weight * e * e + ratio * (of_larger - remainder)
         of_smaller = tl.where(t < ratio, near, of_smaller)
         student_terms += larger * tl.where(teacher_larger, of_smaller, of_larger)
