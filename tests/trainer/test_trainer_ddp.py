@@ -35,7 +35,6 @@ def test_two_processes_equal_one(tmp_path):
         assert two[name]["drift"] == pytest.approx(expected["drift"], rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.slow
 def test_both_processes_skip_or_stop_when_one_meets_a_nan(tmp_path):
     two_processes(tmp_path, "not_finite")
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))

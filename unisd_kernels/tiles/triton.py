@@ -28,6 +28,7 @@ from unisd_kernels.triton.launch import (
     ROW_PADDING,
     TILE_COLUMNS,
     TILE_ROWS,
+    interpreting,
     matrices_or_descriptors,
     num_processors,
     on_device,
@@ -60,9 +61,11 @@ class TritonTiles:
 
     def gradient_dtype(self, projection: Projection) -> torch.dtype:
         """The operands', in which the gradient enters its products."""
+        _check_interpretable(projection)
         return projection.hidden.dtype
 
     def logits(self, projection: Projection, rows: slice, out: torch.Tensor) -> None:
+        _check_interpretable(projection)
         projection.logits(rows, out)
 
     def hidden_gradient(self, projection: Projection, gradient: torch.Tensor, out: torch.Tensor) -> None:
@@ -71,6 +74,7 @@ class TritonTiles:
     def score(
         self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
     ) -> None:
+        _check_interpretable(projection)
         hidden, weight = row_major(projection.hidden[rows]), row_major(projection.weight)
         num_rows, width = hidden.shape
         num_columns, transform = projection.num_columns, projection.transform
@@ -150,6 +154,8 @@ class TritonTiles:
     def pair_walk(
         self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
     ) -> PairWalk:
+        _check_interpretable(student)
+        _check_interpretable(teacher)
         narrow = all(p.hidden.dtype in (torch.float16, torch.bfloat16) for p in (student, teacher))
         one_weight = narrow and student.weight_is(teacher)
         fused = beta in (0.0, 1.0) and (one_weight if self._design is None else self._design == "fused")
@@ -209,3 +215,13 @@ class TritonTiles:
                 BLOCK_ROWS=TILE_ROWS,
                 BLOCK_COLUMNS=TILE_COLUMNS,
             )
+
+
+def _check_interpretable(projection: Projection) -> None:
+    """Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers. Here and not in the
+    dispatch, because what reaches the kernels is known after autocast, and each view may have its own dtype."""
+    if interpreting() and torch.bfloat16 in (projection.hidden.dtype, projection.weight.dtype):
+        raise TypeError(
+            "Triton's interpreter (TRITON_INTERPRET=1) computes wrong products of torch.bfloat16; use torch.float32 or "
+            "torch.float16 operands, or impl='torch'"
+        )

@@ -181,7 +181,7 @@ def _types(kernel: Any, **known: str) -> dict[str, str]:
     for name in kernel.arg_names:
         if name in known:
             types[name] = known[name]
-        elif name.endswith(("_tanh", "_scale")) or name in ("beta", "rounding"):
+        elif name.endswith(("_tanh", "_scale")) or name in ("beta", "complement", "rounding"):
             types[name] = "fp32"
         elif name == "target_ids":
             types[name] = "*i64"
@@ -233,6 +233,7 @@ def _pair(name: str, config: ProductConfig, element: str = "bf16", **constants: 
         "TEACHER_CAP": False,
         "WANT_ENTROPY": False,
         "STORE": True,
+        "FORWARD": True,
         "DESCRIPTORS": config.descriptors,
         "EVEN_WIDTH": True,
         "PRECISION": "ieee",

@@ -11,8 +11,8 @@ import triton.language as tl
 
 from unisd_kernels.triton.functions import cap_gradient, exp, expm1, finish_logits, log1p
 from unisd_kernels.triton.statistics import (
-    DIVERGENCE,
     LOGSUMEXP_DIFFERENCE,
+    MEAN_DIFFERENCE,
     MOMENT,
     RECORD,
     SHIFT,
@@ -46,6 +46,7 @@ def divergence_gradient_kernel(
     student_tanh,
     teacher_tanh,
     beta,
+    complement,  # 1 - beta, rounded once
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -77,19 +78,23 @@ def divergence_gradient_kernel(
         shift = tl.load(reference + SHIFT, mask=row_mask, other=0.0)
         z = tl.load(student + wide * student_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         d = tl.load(teacher + wide * teacher_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        moment = tl.load(reference + MOMENT, mask=row_mask, other=0.0)
-        teacher_sum = tl.load(reference + TEACHER_SUM, mask=row_mask, other=1.0)
-        far = is_far(moment, teacher_sum)[:, None]
-        # What the second tile holds is relative to the teacher's maximum where the teacher is far, else to the shift.
-        teacher_highest = tl.load(reference + TEACHER_MAX, mask=row_mask, other=0.0)
         logprob = z + (highest - logsumexp)[:, None]
-        far_logprob = d + (teacher_highest - logsumexp - difference)[:, None]
-        d = tl.where(far, far_logprob - logprob, d + (shift - difference)[:, None])
-        teacher_logprob = tl.where(far, far_logprob, logprob + d)
+        if FORWARD:
+            moment = tl.load(reference + MOMENT, mask=row_mask, other=0.0)
+            teacher_sum = tl.load(reference + TEACHER_SUM, mask=row_mask, other=1.0)
+            far = is_far(moment, teacher_sum)[:, None]
+            # What the second tile holds is relative to the teacher's maximum where the teacher is far, else to the
+            # shift.
+            teacher_highest = tl.load(reference + TEACHER_MAX, mask=row_mask, other=0.0)
+            far_logprob = d + (teacher_highest - logsumexp - difference)[:, None]
+            d = tl.where(far, far_logprob - logprob, d + (shift - difference)[:, None])
+            teacher_logprob = tl.where(far, far_logprob, logprob + d)
+        else:
+            delta, origin = d, shift
         z += highest[:, None]
     else:
         given = tl.load(is_difference + rows, mask=row_mask, other=0) != 0
-        z, d = load_pair(
+        z, delta = load_pair(
             student,
             teacher,
             wide * student_stride + columns[None, :],
@@ -101,24 +106,32 @@ def divergence_gradient_kernel(
             STUDENT_CAP,
             TEACHER_CAP,
         )
-        d -= difference[:, None]
+        origin = tl.zeros_like(difference)
+        d = delta - difference[:, None]
         logprob = z - logsumexp[:, None]
         teacher_logprob = logprob + d
-    # d = log p_t - log p_s
     p = exp(logprob)
     if FORWARD:
+        # d = log p_t - log p_s.
         # p_s - p_t. Near each other as p_s times a small number; far out e^d may overflow where p_s is zero.
         result = tl.where(tl.abs(d) < 0.5, -p * expm1(d), p - exp(teacher_logprob))
     else:
         if REVERSE:
-            divergence = tl.load(statistics + DIVERGENCE * num_rows + rows, mask=row_mask, other=0.0)
-            result = p * (-d - divergence[:, None])
+            # log p_s - log p_t - D = r - delta. Of what is stored, delta less the block's shift, the shift is brought
+            # to the row's mean first: both may be far larger than their difference, which is what counts.
+            mean = tl.load(statistics + MEAN_DIFFERENCE * num_rows + rows, mask=row_mask, other=0.0)
+            result = -p * (delta + (origin - mean)[:, None])
         else:
             student_kl = tl.load(statistics + STUDENT_KL * num_rows + rows, mask=row_mask, other=0.0)
-            # u = log(m / p_s) = log1p(beta expm1(d)); beyond the bound it is d + log(beta) to the last bit.
-            bounded = tl.minimum(d, 60.0)
-            u = log1p(tl.maximum(beta * expm1(bounded), -0.99999994)) + (d - bounded)
-            result = (beta - 1.0) * p * (u + student_kl[:, None])
+            # u = log(m / p_s) = log1p(beta expm1(d)); where that cancels or overflows, the logarithm of m over the
+            # larger of the two. e^80 is still a number.
+            growth = beta * expm1(tl.minimum(d, 80.0))
+            smaller = exp(-tl.abs(d))
+            share = tl.where(d > 0.0, beta + complement * smaller, complement + beta * smaller)
+            of_larger = tl.maximum(d, 0.0) + tl.log(tl.maximum(share, 1e-37))
+            usual = (growth >= -0.5) & (growth <= 1.0)
+            u = tl.where(usual, log1p(tl.where(usual, growth, 0.0)), of_larger)
+            result = -complement * p * (u + student_kl[:, None])
     if HAS_WEIGHT:
         result *= tl.load(weight + rows, mask=row_mask, other=0.0)[:, None]
     if HAS_LOGPROB_WEIGHT:

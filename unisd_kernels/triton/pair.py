@@ -1,9 +1,19 @@
 """Student and teacher through the vocabulary at once: one product kernel with the statistics of a divergence behind it.
 
 A program makes the same tile of both logits, takes the block's statistics (statistics.py) while they are in registers,
-and stores what the gradient needs: z_s and z_t - z_s (or z_t, where that is far off), each less its block's reference.
-Near the reference, where the probability is, the shifted numbers are small, so that 16 bits hold them with the relative
-precision the gradient is rounded to anyway; the divergence itself never sees the rounded ones.
+and stores what the gradient needs: z_s and delta = z_t - z_s (or z_t, where a forward KL is far off), each less its
+block's reference. Near the reference, where the probability is, the shifted numbers are small, so that 16 bits hold
+them with the relative precision the gradient is rounded to anyway; the divergence itself never sees the rounded ones.
+
+float16 (for bfloat16 operands too) rounds x to e |x|, e = 2^-11. With mu the mean of delta over a block under p_s:
+
+    reverse   the gradient is -p_s (delta - r) = -p_s (x + mu - r), x = delta - mu, and is off by e p_s |x|. Over a
+              block sum p_s |x| <= 2 sum p_s |delta - r|: at most 2 e of the gradient, however far the teacher is.
+    forward   the gradient has p_t, off by e p_t |x|. Of the block's p_t, E_t[|x|] < E_t[x] + 1 (a negative x has
+              p_t |x| = p_s e^x |x|); if E_t[x] > 1 the block is far and stores z_t - max z_t instead.
+
+Weighted by p_s, as in a reverse KL, z_t would be rounded where it is far from its maximum: by e times hundreds. A JSD
+needs both and is not made here (tiles/triton.py).
 """
 
 from __future__ import annotations
@@ -65,6 +75,7 @@ def finish_block(
     TEACHER_CAP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     STORE: tl.constexpr,
+    FORWARD: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     columns = first_column + tl.arange(0, BLOCK_COLUMNS)
@@ -97,8 +108,11 @@ def finish_block(
             mask=mask,
         )
         mask = row_mask[:, None] & (columns < shifted_teacher_stride)[None, :]
-        # Far from the student the teacher's own logit is the better one to round: where p_t is, it is near its maximum.
-        away = tl.where(far[:, None], z + delta - teacher_highest[:, None], delta - shift[:, None])
+        away = delta - shift[:, None]
+        if FORWARD:
+            # Far from the student the teacher's own logit is the better one to round: where p_t is, it is near its
+            # maximum.
+            away = tl.where(far[:, None], z + delta - teacher_highest[:, None], away)
         away = tl.minimum(tl.maximum(away, -_LARGEST), _LARGEST)
         tl.store(
             shifted_teacher + wide * shifted_teacher_stride + columns[None, :],
@@ -143,6 +157,7 @@ def pair_kernel(
     TEACHER_CAP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     STORE: tl.constexpr,
+    FORWARD: tl.constexpr,  # KL(p_t || p_s), or KL(p_s || p_t)? Decides what is stored
     DESCRIPTORS: tl.constexpr,
     EVEN_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -277,5 +292,6 @@ def pair_kernel(
                 TEACHER_CAP,
                 WANT_ENTROPY,
                 STORE,
+                FORWARD,
                 WIDTH,
             )

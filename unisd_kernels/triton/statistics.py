@@ -16,7 +16,8 @@ a and b are sums of terms of second order in x that are not negative. Of the row
     KL(p_t || p_s) = E_t[delta - r] - (c - r) = P / (1 + Q) - (log1p(Q) - Q / (1 + Q)),    KL(p_s || p_t) = c - r
 
 Where the teacher has its mass on tokens whose e_s is nothing in float32, P and Q miss it; the row then takes the same
-quantities from the log-sum-exps and the teacher's own moment. Source: docs/design.md.
+quantities from the log-sum-exps and the teacher's own moment, E_t[delta - r]. So does a row of large Q, where the two
+halves of the last line would cancel. Source: docs/design.md.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ TEACHER_ENTROPY = tl.constexpr(4)
 STUDENT_LOGSUMEXP = tl.constexpr(5)
 LOGSUMEXP_DIFFERENCE = tl.constexpr(6)  # c
 STUDENT_KL = tl.constexpr(7)  # KL(p_s || m) of a mixture
+MEAN_DIFFERENCE = tl.constexpr(7)  # of a reverse KL: r, the mean of delta under p_s
 NUM_STATISTICS = 8
 
 
@@ -271,17 +273,24 @@ def combine_kernel(
     beyond = tl.where(in_reach, log1p(q), direct)  # c - r
     divergence = beyond
     if not REVERSE:
-        # log1p(q) - q / (1 + q), without its first order
+        # log1p(q) - q / (1 + q) without its first order. The two terms' rounding is u q (1 + q / 2) at most for small q
+        # and u q for large q, where the result is only log(q) - 1: with q = e^40 nothing of it is left. That of
+        # E_t[delta - r] - log1p(q) is u (D + 2 log1p(q)), whatever q. They meet between 1 and 2; at q = 2 the first is
+        # 3.1 u and 7 u of the curvature's .43. There P and log1p(q) have no digits to save any more.
         curvature = q * q / (1.0 + q) - log1p_remainder(q)
         precise = tl.sum(second, 0) / total / (1.0 + q) - curvature
         divergence = tl.sum(moments, 0) / teacher_total - beyond
-        divergence = tl.where(in_reach & (divergence < 1.0), precise, divergence)
+        # A token out of reach adds p_t times 80 or more to D, so it may be missed here where log1p(q) does not show it.
+        agrees = tl.abs(precise - divergence) <= noise + 1e-6 * tl.abs(divergence)
+        divergence = tl.where(in_reach & agrees & (q < 2.0), precise, divergence)
     # Below zero there is only rounding. A NaN stays.
     divergence = tl.where(divergence < 0.0, 0.0, divergence)
     difference = beyond + mean_shift
     tl.store(statistics + DIVERGENCE * num_rows + row, divergence)
     tl.store(statistics + STUDENT_LOGSUMEXP * num_rows + row, logsumexp)
     tl.store(statistics + LOGSUMEXP_DIFFERENCE * num_rows + row, difference)
+    if REVERSE:
+        tl.store(statistics + MEAN_DIFFERENCE * num_rows + row, mean_shift)
     if HAS_TARGETS:
         z = tl.load(statistics + STUDENT_LOGPROB * num_rows + row)
         target = z - logsumexp
@@ -311,6 +320,7 @@ def mixture_kernel(
     student_tanh,
     teacher_tanh,
     beta,
+    complement,  # 1 - beta, rounded once
     STUDENT_CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -323,6 +333,9 @@ def mixture_kernel(
 
         g log(g / m) - g + m = g X,   X = w E - log1p(w E)
         e log(e / m) - e + m = g Y,   Y = (1 - w) E^2 + e^q (X - (E - q))       for the smaller one, e = g e^q
+                                        = e^q (t - log1p(t)),   t = m / e - 1 = (1 - w) (e^-q - 1)
+
+    Near w = 1 the first form of Y cancels unless t is large, and 1 + w E is (1 - w) + w e^q.
     """
     row = tl.program_id(0)
     given = tl.load(is_difference + row) != 0
@@ -350,16 +363,26 @@ def mixture_kernel(
         student_logprob = tl.where(mask, z - logsumexp, -float("inf"))
         larger = exp(tl.maximum(student_logprob, student_logprob + d))
         teacher_larger = d > 0.0
-        weight = tl.where(teacher_larger, 1.0 - beta, beta)
+        weight = tl.where(teacher_larger, complement, beta)
+        other_weight = tl.where(teacher_larger, beta, complement)
         q = tl.maximum(-tl.abs(d), -1e4)  # a finite number stands for infinity, and 0 times it is 0
         remainder = expm1_remainder(q)  # E - q
         e = expm1(q)
-        of_larger = log1p_remainder(tl.maximum(weight * e, -0.99999994))
-        of_smaller = (1.0 - weight) * e * e + exp(q) * (of_larger - remainder)
+        ratio = exp(q)
+        growth = weight * e
+        of_larger = tl.where(
+            growth < -0.4,
+            growth - tl.log(tl.maximum(other_weight + weight * ratio, 1e-37)),
+            log1p_remainder(tl.maximum(growth, -0.4)),
+        )
+        t = tl.minimum(other_weight * -e, ratio)  # times e^q; beyond 1 the other form
+        near = ratio * log1p_remainder(t / tl.maximum(ratio, 1e-37))
+        of_smaller = other_weight * e * e + ratio * (of_larger - remainder)
+        of_smaller = tl.where(t < ratio, near, of_smaller)
         student_terms += larger * tl.where(teacher_larger, of_smaller, of_larger)
         teacher_terms += larger * tl.where(teacher_larger, of_larger, of_smaller)
     student_kl = tl.sum(student_terms, 0)
     teacher_kl = tl.sum(teacher_terms, 0)
-    divergence = beta * teacher_kl + (1.0 - beta) * student_kl
+    divergence = beta * teacher_kl + complement * student_kl
     tl.store(statistics + DIVERGENCE * num_rows + row, tl.where(divergence < 0.0, 0.0, divergence))
     tl.store(statistics + STUDENT_KL * num_rows + row, student_kl)

@@ -1,0 +1,226 @@
+"""Student and teacher far apart, in every direction: directed values, and a sweep against float64."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from tests.support import FLOOR, make_problem, max_error, native_dtype_logits
+from tests.triton.support import DEVICE, GPU_FLOOR
+from unisd_kernels import LMHead, linear_divergence, linear_logprobs, unisd_loss
+from unisd_kernels.reference.logprobs import linear_logits
+from unisd_kernels.tiles.base import LogitTransform
+from unisd_kernels.triton.launch import interpreting
+
+DESIGNS = ["triton_fused", "triton_chunked"]
+BETAS = [0.0, 1.0, 0.5, 0.01, 0.99, 1e-6, 1.0 - 1e-6]
+
+
+def divergence_and_gradient(student, teacher, weight, dtype, impl, teacher_weight=None, **options):
+    """D and dD/dh of rows given in float64, computed in `dtype`."""
+    leaf = student.to(DEVICE, dtype).requires_grad_()
+    head = LMHead(weight.to(DEVICE, dtype))
+    teacher_head = head if teacher_weight is None else LMHead(teacher_weight.to(DEVICE, dtype))
+    d = linear_divergence(leaf, head, teacher.to(DEVICE, dtype), teacher_head, impl=impl, **options)
+    return d.detach(), torch.autograd.grad(d.sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("impl", DESIGNS)
+@pytest.mark.parametrize("two_heads", [False, True])
+def test_forward_divergence_below_one_nat_where_the_reverse_is_large(impl, two_heads):
+    """Two tokens: the teacher gives the second one nothing, the student nearly half."""
+    teacher_logits = [-1.0, -4.0, -15.0, -25.0, -40.0, -60.0, -90.0, -120.0, -200.0, -2000.0]
+    teacher = torch.tensor([[0.0, z] for z in teacher_logits], dtype=torch.float64)
+    student = torch.tensor([[0.0, -0.1875]], dtype=torch.float64).expand_as(teacher).clone()
+    weight = torch.eye(2, dtype=torch.float64)
+    p_s = 1.0 / (1.0 + math.exp(-0.1875))
+    expected = []
+    for z in teacher_logits:
+        p_t = 1.0 / (1.0 + math.exp(z))
+        other = math.exp(z) * p_t
+        expected.append(
+            p_t * (-math.log1p(math.exp(z)) - math.log(p_s))
+            + (other and other * (z + math.log(p_t)))
+            - other * math.log(1.0 - p_s)
+        )
+    exact = torch.tensor(expected, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float16):
+        other_head = weight.clone() if two_heads else None
+        d, gradient = divergence_and_gradient(student, teacher, weight, dtype, impl, other_head)
+        # A float32 logit of 200 is good to 1e-5.
+        assert ((d.double().cpu() - exact).abs() <= 4e-7 * (1.0 - teacher.min(-1).values) + 1e-6).all()
+        p_t = torch.softmax(teacher, -1)[:, 0]
+        torch.testing.assert_close(gradient.double().cpu()[:, 0], p_s - p_t, rtol=1e-3, atol=1e-6)
+
+
+def test_such_a_token_is_not_clipped():
+    problem = make_problem(
+        lengths=(1,), hidden_size=2, vocab_size=2, num_auxiliary=0, negative=False, frozen_head=True, shared_head=True
+    )
+    problem.student_head.weight.copy_(torch.eye(2))
+    problem.student_hidden.data.copy_(torch.tensor([[0.0, -0.2]]))
+    problem.teacher_hidden.copy_(torch.tensor([[0.0, -60.0]]))
+    problem = problem.to(torch.float32).map(lambda tensor: tensor.to(DEVICE))
+    result = unisd_loss(**problem.arguments(), impl="triton", clip_cap=10.0, contrastive_weight=0.0)
+    assert float(result.loss.detach()) == pytest.approx(0.598139, abs=2e-5)
+    gradient = torch.autograd.grad(result.loss, problem.student_hidden)[0]
+    assert float(gradient[0, 1]) == pytest.approx(1.0 / (1.0 + math.exp(0.2)), rel=1e-4)
+
+
+@pytest.mark.parametrize("impl", DESIGNS)
+@pytest.mark.parametrize(("student_size", "teacher_size"), [(-200.0, 250.0), (-20.0, 25.0), (-2.0, 100.0)])
+def test_reverse_divergence_weighs_the_teacher_by_the_student(impl, student_size, teacher_size):
+    weight = torch.zeros(40, 16, dtype=torch.float64)
+    weight[:, 0] = torch.linspace(-1.0, 1.0, 40, dtype=torch.float64).half().double()
+    student, teacher = torch.zeros(2, 1, 16, dtype=torch.float64)
+    student[0, 0], teacher[0, 0] = student_size, teacher_size
+    options = {"beta": 1.0, "temperature": 0.5}
+    exact, exact_gradient = divergence_and_gradient(student, teacher, weight, torch.float64, "reference", **options)
+    d, gradient = divergence_and_gradient(student, teacher, weight, torch.float16, impl, **options)
+    torch.testing.assert_close(d.double(), exact, rtol=2e-6, atol=0.0)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=6e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [1e-6, 1.0 - 1e-6])
+def test_mixture_with_nearly_all_weight_on_one_side(beta):
+    """Twelve columns from -40 to 40 nats apart."""
+    weight = torch.eye(12, dtype=torch.float64)
+    student = torch.linspace(-2.0, 2.0, 12, dtype=torch.float64).float().double()[None]
+    teacher = torch.stack([student[0].flip(0), 10.0 * student[0].flip(0), student[0] + 1e-2 * student[0].square()])
+    teacher, student = teacher.float().double(), student.expand(3, 12).clone()
+    exact, exact_gradient = divergence_and_gradient(student, teacher, weight, torch.float64, "reference", beta=beta)
+    d, gradient = divergence_and_gradient(student, teacher, weight, torch.float32, "triton", beta=beta)
+    largest = exact_gradient.abs().amax(-1, keepdim=True)
+    assert ((d - exact).abs() <= 3e-4 * exact).all()
+    assert ((gradient - exact_gradient).abs() <= 3e-4 * largest).all()
+
+
+@pytest.mark.skipif(not interpreting(), reason="only the interpreter's products of bfloat16 are wrong")
+@pytest.mark.parametrize("impl", ["triton", *DESIGNS])
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_refused_under_the_interpreter(impl, frozen_head, autocast):
+    wide = make_problem(frozen_head=frozen_head).to(torch.float32)
+    problem = wide if autocast else wide.to(torch.bfloat16)
+    rows = (problem.student_hidden, problem.student_head)
+    teacher = (problem.teacher_hidden, problem.teacher_head)
+    calls = [
+        lambda: unisd_loss(**problem.arguments(), impl=impl),
+        lambda: linear_divergence(*rows, *teacher, impl=impl),
+        lambda: linear_logprobs(*rows, problem.target_ids, impl=impl),
+        lambda: linear_logprobs(*teacher, problem.target_ids, impl=impl),
+        # A teacher of another dtype than the student's.
+        lambda: linear_divergence(wide.student_hidden, wide.student_head, *teacher, impl=impl),
+    ]
+    message = r"wrong products of torch\.bfloat16; use torch\.float32 or .*impl='torch'"
+    for call in calls:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(TypeError, match=message):
+            call()
+
+
+def configuration(seed: int):
+    """A random problem whose probabilities are anything from equal to nothing in common."""
+    draw = random.Random(seed)
+    vocab_size, width = draw.choice([2, 5, 40, 67, 131]), draw.choice([1, 4, 16])
+    dtype = draw.choice([torch.float32, torch.float16])
+    softcap = draw.choice([None, None, None, 5.0, 30.0])
+    problem = make_problem(
+        lengths=(5,),
+        hidden_size=width,
+        vocab_size=vocab_size,
+        num_auxiliary=0,
+        negative=False,
+        bias=draw.random() < 0.3,
+        logit_scale=draw.choice([1.0, 1.0, -0.5]),
+        softcap=softcap,
+        frozen_head=draw.random() < 0.7,
+        shared_head=draw.random() < 0.6,
+        logit_std=1.0,
+        dtype=dtype,
+        seed=seed,
+    )
+    student, teacher = problem.student_hidden.data, problem.teacher_hidden
+    scales = [1e-3, 0.1, 1.0, 5.0, 30.0, 100.0, 300.0]
+    for row in range(5):
+        student[row] *= draw.choice(scales)
+        kind = draw.choice(["near", "scaled", "opposite", "other", "one-hot"])
+        if kind == "near":
+            teacher[row] = student[row] * (1.0 + draw.choice([0.0, 2.0**-9, 2.0**-6, -(2.0**-4)]))
+        elif kind == "scaled":
+            teacher[row] = student[row] * draw.choice([0.0, 0.1, 3.0])
+        elif kind == "opposite":
+            teacher[row] = -student[row] * draw.choice([0.1, 1.0, 1.25])
+        elif kind == "other":
+            teacher[row] *= draw.choice(scales)
+        else:
+            # Most of the teacher's probability on one token.
+            column = draw.randrange(vocab_size)
+            weight = problem.teacher_head.weight.detach()[column]
+            teacher[row] = weight / weight.square().sum().clamp(min=1e-3) * draw.choice([10.0, 80.0, 200.0])
+    for tensor in (student, teacher):
+        tensor.copy_(tensor.clamp(-2000.0, 2000.0).to(dtype).double())
+    options = {"temperature": draw.choice([0.1, 0.5, 0.7, 1.0, 2.0])}
+    return problem, dtype, options
+
+
+def run(problem, impl, **options):
+    d = linear_divergence(
+        problem.student_hidden, problem.student_head, problem.teacher_hidden, problem.teacher_head, impl=impl, **options
+    )
+    weights = torch.linspace(0.5, 1.5, d.shape[0], device=d.device, dtype=torch.float64).to(d.dtype)
+    return d.detach(), torch.autograd.grad((d * weights).sum(), problem.leaves)
+
+
+def assert_near(name, ours, exact, native, rounding) -> None:
+    """The rule of `assert_accurate`, and besides what float32 logits of this size are good for: `native` may be right
+    by chance, above all in a single row."""
+    scale = max(0.1, float(exact.abs().max()))
+    floor = max(GPU_FLOOR, FLOOR[ours.dtype])
+    allowed = 2.0 * max_error(native, exact) + floor * scale + rounding
+    error = max_error(ours, exact)
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (largest exact entry {scale:.3e})"
+
+
+def check(seed: int, betas) -> None:
+    problem, dtype, options = configuration(seed)
+    problem = problem.map(lambda tensor: tensor.to(DEVICE))
+    narrow = problem.to(dtype)
+    with torch.no_grad():
+        heads = (problem.student_head, problem.teacher_head)
+        hidden = (problem.student_hidden, problem.teacher_hidden)
+        # Of each row; a difference of two logits is off by half a unit in the last place of either, and of their sums.
+        logits = [
+            linear_logits(h, head, options["temperature"]).abs().amax(-1) for h, head in zip(hidden, heads, strict=True)
+        ]
+        rounding = 2.0**-22 * (logits[0] + logits[1])
+    transform = LogitTransform.of(problem.student_head, options["temperature"])
+    steepest = abs(transform.gradient_scale) * max(float(tensor.detach().abs().max()) for tensor in problem.leaves)
+    if not problem.student_head.weight.requires_grad:
+        steepest = abs(transform.gradient_scale) * float(problem.student_head.weight.abs().max())
+    for beta in betas:
+        exact, exact_gradients = run(problem, "reference", beta=beta, **options)
+        with native_dtype_logits():
+            native, native_gradients = run(narrow, "reference", beta=beta, **options)
+        for impl in DESIGNS if beta in (0.0, 1.0) else DESIGNS[1:]:
+            d, gradients = run(narrow, impl, beta=beta, **options)
+            name = f"seed {seed}, beta {beta}, {impl}: "
+            # A large row must not hide a small one.
+            for row in range(d.shape[0]):
+                one = slice(row, row + 1)
+                assert_near(f"{name}D[{row}]", d[one], exact[one], native[one], float(rounding[row]))
+            for position, tensors in enumerate(zip(gradients, exact_gradients, native_gradients, strict=True)):
+                assert_near(f"{name}gradient {position}", *tensors, float(rounding.max()) * steepest)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_anything_apart(seed):
+    check(seed, [0.0, 1.0, BETAS[2 + seed % 5]])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(100, 600))
+def test_everything_apart(seed):
+    check(seed, BETAS)
