@@ -56,18 +56,22 @@ if ls .whl/*.whl >/dev/null 2>&1; then
     export PYTHONPATH="$PYTHONPATH:$site"
 fi
 
-# The compiled libraries, where the machine has compilers; an absent one is reported by doctor and its tests skip.
+# The compiled libraries, where the machine has compilers. One that cannot be built there is a failure.
 build() {
+    local cpu cuda
     if command -v g++ >/dev/null && [ ! -e unisd_kernels/_C.abi3.so ]; then
-        UNISD_BUILD=cpu within 75 python3 setup.py -q build_ext --inplace || echo "the CPU library was not built"
+        UNISD_BUILD=cpu within 75 python3 setup.py -q build_ext --inplace
     fi &
+    cpu=$!
     if command -v nvcc >/dev/null && [ "$DEVICE" != cpu ]; then
-        within 75 python3 csrc/nvcc.py --arch 90 || echo "the CUDA library was not built"
+        within 75 python3 csrc/nvcc.py --arch 90
     fi &
-    wait
+    cuda=$!
+    wait "$cpu" || failed "the CPU library was not built"
+    wait "$cuda" || failed "the CUDA library was not built"
 }
 build >"$OUT/setup.txt" 2>&1
-tail -n 3 "$OUT/setup.txt"
+tail -n 5 "$OUT/setup.txt"
 
 echo "== doctor"
 within 45 python3 -c 'import sys; from unisd.cli import main; sys.exit(main(["doctor", "--device", sys.argv[1]]))' "$DEVICE" | tee -a "$OUT/setup.txt" || failed doctor
