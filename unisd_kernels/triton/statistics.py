@@ -31,6 +31,7 @@ from unisd_kernels.triton.functions import (
     finish_logits,
     log1p,
     log1p_remainder,
+    tile_block,
 )
 
 # The partial statistics are records [rows, blocks, RECORD] of 32 bytes, one sector of the memory, so that to write or
@@ -161,8 +162,8 @@ def block_statistics_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Partial statistics of float32 tiles that library products made. One read of each."""
-    rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    block = tl.program_id(0)
+    block, row_block = tile_block(num_columns, BLOCK_COLUMNS)
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     row_mask = rows < num_rows
     column_mask = columns < num_columns
