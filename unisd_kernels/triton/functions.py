@@ -8,6 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Arguments that change from call to call and are no addresses: Triton would compile another variant where one is 1, or
+# a multiple of 16.
+COUNTS = ["num_rows", "num_blocks", "num_programs", "num_spans", "blocks_per_span"]
+
 
 @triton.jit
 def tile_block(num_columns, BLOCK_COLUMNS: tl.constexpr):

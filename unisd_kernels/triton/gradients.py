@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unisd_kernels.triton.functions import cap_gradient, exp, expm1, finish_logits, log1p, tile_block
+from unisd_kernels.triton.functions import COUNTS, cap_gradient, exp, expm1, finish_logits, log1p, tile_block
 from unisd_kernels.triton.statistics import (
     DIVERGENCE,
     LOGSUMEXP_DIFFERENCE,
@@ -26,7 +26,7 @@ from unisd_kernels.triton.statistics import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def divergence_gradient_kernel(
     student,
     teacher,
@@ -164,7 +164,7 @@ def softmax_statistics_kernel(
     tl.store(target_logits + row, finish_logits(tl.load(source + target), tanh_scale, HAS_CAP))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def logprob_gradient_kernel(
     tile,
     gradient,  # may be the tile

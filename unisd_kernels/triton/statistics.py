@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from unisd_kernels.triton.functions import (
+    COUNTS,
     exp,
     expm1,
     expm1_remainder,
@@ -142,7 +143,7 @@ def load_pair(
     return z, tl.where(is_difference, other, other - z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def block_statistics_kernel(
     student,
     teacher,
@@ -186,7 +187,7 @@ def block_statistics_kernel(
     store_partials(partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
     partials,
     is_difference,
@@ -299,7 +300,7 @@ def combine_kernel(
         tl.store(statistics + TEACHER_ENTROPY * num_rows + row, teacher_entropy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mixture_kernel(
     student,
     teacher,
