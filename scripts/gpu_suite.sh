@@ -193,7 +193,7 @@ else
     tiles 60
     tests 90 tests/gpu -m "gpu and not smoke" tests/gpu
     # Of any device; many compilations. `make test` runs them under the interpreter, and compiles ahead of time.
-    tests 60 tests/triton -m "not exhaustive" --ignore=tests/triton/test_ahead_of_time.py tests/triton
+    tests 60 tests/triton -m "not exhaustive" --ignore=tests/triton/test_ahead_of_time.py --ignore=tests/triton/test_dry_launches.py tests/triton
     cases peers 70 60
     cases heads 60 60
     memory_check

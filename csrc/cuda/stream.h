@@ -11,6 +11,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+// Spelled out: the headers of torch 2.10 to 2.12 have no name for 2.13, and an unknown name would count as 0.
+#define UNISD_TORCH_2_13 (((0ULL + 2) << 56) | ((0ULL + 13) << 48))
+#ifndef TORCH_TARGET_VERSION
+#error "build with csrc/nvcc.py, which defines TORCH_TARGET_VERSION"
+#endif
+
 namespace unisd::cuda {
 
 // Makes a tensor's device current while it lives, and knows the stream that torch uses there.
@@ -30,11 +36,13 @@ class StreamScope {
 
  private:
   static cudaStream_t current(int32_t device) {
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+#if TORCH_TARGET_VERSION >= UNISD_TORCH_2_13
     return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device).nativeHandle());
 #else
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    // Not by torch's macro for such calls, which has had three names.
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                    "unisd: no current stream on CUDA device ", device);
     return static_cast<cudaStream_t>(stream);
 #endif
   }

@@ -87,9 +87,9 @@ def test_what_the_documentation_concludes():
         behind = Model(case).ratio("fused") - Model(case).ratio("chunked")
         if case.operation != "scoring" and case.frozen_head:
             assert behind < 0
-    assert 0.005 < Model(TRAINABLE).ratio("fused") - Model(TRAINABLE).ratio("chunked") < 0.025
-    assert Model(HEADLINE).least_efficiency(1.15) is None
-    hidden = Model(HEADLINE, Assumptions(loss_epilogue=0.06))
+    assert 0.005 < Model(TRAINABLE).ratio("chunked") - Model(TRAINABLE).ratio("fused") < 0.015
+    assert f"fused needs an efficiency of {Model(HEADLINE).least_efficiency(1.15):.2f} for 1.15" in text
+    hidden = Model(HEADLINE, Assumptions(loss_epilogue=0.042))
     assert f"it would be {hidden.ratio('fused'):.2f}, and meet the bar from an efficiency of" in text
     assert f"efficiency of {hidden.least_efficiency(1.15):.2f}." in text
     assert f"({Model(HEADLINE).ratio('fused'):.2f} to {Model(HEADLINE).ratio('chunked'):.2f} at the headline)" in text
@@ -126,7 +126,7 @@ def test_rows_are_those_of_the_walks(shape, operation, design, walk, monkeypatch
         if isinstance(buffer, torch.Tensor) and buffer.dim() == 2
     )
     # Beside the buffers there are the partial statistics of a block: ten numbers a block of columns.
-    columns = {"fused": 64, "chunked": 1024}[design]
+    columns = {"fused": 128, "chunked": 1024}[design]
     assert split.held_bytes - held == split.block * 4 * 10 * -(-case.vocab_size // columns)
     assert split.held_bytes <= workspace
 
@@ -161,11 +161,11 @@ def test_without_bytes_the_counts_of_products_remain(operation):
 
 
 def test_bytes_a_pair_outside_the_products():
-    """Eight partial statistics of four bytes every 64 columns (every 1024 for chunked), written and read; ten with an
+    """Eight partial statistics of four bytes every 128 columns (every 1024 for chunked), written and read; ten with an
     entropy. Fused writes them inside its product, and reads eight of them again for the gradient."""
     headline, with_entropy = Model(HEADLINE), Model(CASES["llama3.1-8b.unisd_star.8192"])
-    assert headline.exposed_bytes("fused") == 4 + 2 + 4 * (8 + GRADIENT_PARTIALS) / 64
-    assert with_entropy.exposed_bytes("fused") == 4 + 2 + 4 * (10 + GRADIENT_PARTIALS) / 64
+    assert headline.exposed_bytes("fused") == 4 + 2 + 4 * (8 + GRADIENT_PARTIALS) / 128
+    assert with_entropy.exposed_bytes("fused") == 4 + 2 + 4 * (10 + GRADIENT_PARTIALS) / 128
     assert headline.exposed_bytes("chunked") == 8 + 8 + 2 + 4 * 2 * 8 / 1024
     assert headline.exposed_bytes("chunked", jsd=True) == headline.exposed_bytes("chunked") + 8
     assert headline.seconds("fused", jsd=True) == headline.seconds("chunked", jsd=True)

@@ -14,7 +14,7 @@ from unisd_kernels.triton.ahead_of_time import ARCHITECTURES, Report, Variant, t
 
 ROOT = Path(__file__).parents[2]
 # No default may spill; a candidate may, because a measurement decides.
-SPILLED = 5
+SPILLED, ADVISORIES = 5, -1
 
 
 def rows() -> list[list[str]]:
@@ -41,13 +41,15 @@ def test_every_variant_has_its_row(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_default_spills(architecture):
+def test_no_default_spills_and_nothing_is_advised_against(architecture):
     defaults = {(variant.name, tile(variant)) for variant in variants(architecture)}
     # The first of a name and tile is the default's.
     spilled = {(row[1], row[2]): int(row[SPILLED]) for row in reversed(rows()) if row[0] == architecture}
     assert {key: spilled[key] for key in defaults} == dict.fromkeys(defaults, 0)
+    assert not any(row[ADVISORIES] for row in rows())
 
 
 def test_the_command_writes_such_a_table():
-    report = Report("sm_90", "pair", "128x128x64", 2048, 255, 7, 5000, 8, 9, 1)
+    report = Report("sm_90", "pair", "128x128x64", 2048, 255, 7, 5000, 8, 9, 1, ("C7515",))
     assert table([report]).splitlines()[-1].split("|")[1 + SPILLED].strip() == "7"
+    assert table([report]).splitlines()[-1].split("|")[-2].strip() == "C7515"

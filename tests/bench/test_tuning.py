@@ -50,10 +50,10 @@ def test_shapes_are_those_of_the_walks():
     assert {shape.kind for shape in SHAPES} == {"pair", "score", "score-few"}
     assert all(shape.rows == driver._SCORE_ROWS for shape in SHAPES if shape.kind == "score")
     assert [(shape.name, shape.rows) for shape in SHAPES if shape.kind == "pair"][:2] == [
-        ("llama3.1-8b", 384),
-        ("llama3.1-8b", 896),
+        ("llama3.1-8b", 512),
+        ("llama3.1-8b", 1024),
     ]
-    assert SHAPES[0].flops == 2 * 2 * 384 * 4096 * 128256
+    assert SHAPES[0].flops == 2 * 2 * 512 * 4096 * 128256
 
 
 @pytest.mark.skipif(not interpreting(), reason="tiny shapes are for the interpreter")

@@ -59,6 +59,8 @@ def target() -> nvcc.TorchTarget:
     """That of the running torch, if it has what is linked."""
     found = nvcc.torch_target()
     if missing := [name for name in found.libraries if not (found.library_folder / f"lib{name}.so").exists()]:
+        # A torch built for CUDA has them, or something is wrong.
+        assert torch.version.cuda is None
         pytest.skip(f"torch {torch.__version__} has no {missing}, which the CUDA library links before torch 2.13")
     return found
 
@@ -128,6 +130,32 @@ def test_both_ways_to_the_stream_compile(version, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr
+
+
+# What our code might use of torch's newer headers and torch 2.10's do not have.
+NEWER_THAN_2_10 = (
+    "TORCH_VERSION_2_11_0",
+    "TORCH_VERSION_2_12_0",
+    "TORCH_VERSION_2_13_0",
+    "STABLE_TORCH_ERROR_CODE_CHECK",
+)
+
+
+@pytest.mark.parametrize(
+    "source", [path for path in nvcc.sources() if path.suffix == ".cpp"], ids=lambda path: path.stem
+)
+def test_torch_2_10_has_all_that_is_used(source, tmp_path):
+    """Headers of torch 2.10, made from those of a newer one: without its newer names, which may not be mentioned."""
+    assert NVCC is not None
+    target = nvcc.torch_target((2, 10))
+    included = re.findall(r"#include <(torch/\S+)>", "".join(path.read_text() for path in nvcc.CSRC.rglob("cuda/*.*")))
+    lines = [f"#include <{name}>" for name in sorted({*included, "torch/csrc/stable/library.h"})]
+    lines += [f"#undef {name}\n#pragma GCC poison {name}" for name in NEWER_THAN_2_10]
+    older = tmp_path / "torch_2_10.h"
+    older.write_text("\n".join(lines) + "\n")
+    command = nvcc.compile_command(NVCC, source, tmp_path / "out.o", [90], target)
+    result = subprocess.run([*command, "-include", str(older)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_errors_say_what_is_wrong(target, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ from unisd_kernels.triton.launch import (
     spans_of_vocabulary,
     tile_grid,
 )
-from unisd_kernels.triton.tuning import ProductConfig, choose
+from unisd_kernels.triton.tuning import ProductConfig, choose, with_loads
 
 
 class TritonTiles:
@@ -88,6 +88,8 @@ class TritonTiles:
             kind = "score-few"
         elif want_entropy or transform.tanh_scale is not None:
             kind = "score-heavy"
+        if hidden.dtype != torch.float32:
+            kind = with_loads(kind, hidden, weight)
 
         def run(config: ProductConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
             row_blocks = triton.cdiv(num_rows, config.rows)

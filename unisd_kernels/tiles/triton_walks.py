@@ -19,10 +19,9 @@ from unisd_kernels.triton.launch import (
     num_processors,
     on_device,
     product_precision,
-    takes_descriptor,
     tile_grid,
 )
-from unisd_kernels.triton.tuning import ProductConfig, autotuning, candidates, choose
+from unisd_kernels.triton.tuning import ProductConfig, autotuning, candidates, choose, with_loads
 
 # A block of statistics that are taken from logits in memory.
 _STATISTICS_ROWS, _STATISTICS_COLUMNS = 2, 1024
@@ -187,14 +186,12 @@ class FusedWalk(_Walk):
         size = dtype.itemsize
         heavy = any(p.bias is not None or p.transform.softcap is not None for p in (student, teacher))
         self._kind = "pair" if self._shared else "pair-separate"
-        # What the copy engine cannot address row by row, it cannot address as a block of rows either.
-        operands = (student.hidden, teacher.hidden, student.weight, teacher.weight)
         if torch.float32 in (dtype, teacher.hidden.dtype):
             self._kind += "-float32"
-        elif not all(takes_descriptor(operand) for operand in operands):
-            self._kind += "-plain"
-        elif self._shared and heavy:
-            self._kind += "-heavy"
+        else:
+            # Rows that start off alignment are not aligned as blocks of rows either, nor the other way round.
+            of_operands = with_loads(self._kind, student.hidden, teacher.hidden, student.weight, teacher.weight)
+            self._kind = "pair-heavy" if of_operands == "pair" and heavy else of_operands
         options = candidates(self._kind, device) if autotuning() else candidates(self._kind, device)[:1]
         narrowest = min(config.columns // config.parts for config in options)
         partials_bytes = 4 * statistics.NUM_PARTIALS * triton.cdiv(columns, narrowest)

@@ -8,6 +8,7 @@ rows.py         scaling and differences of [N, H] rows
 launch.py       grids, devices, tensor descriptors
 tuning.py       tile shapes by architecture, and measuring them
 ahead_of_time.py  compiling all of them without a GPU
+assembler.py    what NVIDIA's assembler says of them
 
 Importing this package needs triton; `unisd_kernels.tiles.triton` is what uses it.
 """

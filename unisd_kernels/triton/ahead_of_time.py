@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -22,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from unisd_kernels.triton import gradients, pair, rows, score, statistics
+from unisd_kernels.triton.assembler import TOOLS, assemble
 from unisd_kernels.triton.tuning import TABLE, ProductConfig
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -30,8 +30,6 @@ MATRIX_INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100"
 # Bytes of shared memory a program may have.
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 _REGISTERS_PER_PROCESSOR = 65536
-# The assembler and the disassembler that come with Triton.
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class Variant:
     warps: int = 4
     stages: int = 3
     config: ProductConfig | None = None
+    # Endings of arguments that are no multiples of 16.
+    odd: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Report:
     matrix_instructions: int
     bulk_copies: int
     programs_per_processor: int
+    advisories: tuple[str, ...]
 
 
 def compile_variant(variant: Variant, architecture: str) -> Report:
@@ -68,7 +69,11 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
     names = variant.kernel.arg_names
     signature = {name: "constexpr" if name in variant.constants else variant.types[name] for name in names}
     # As at run time: addresses, sizes and strides that are multiples of 16 let accesses be whole vectors.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if _is_aligned(name, signature[name])}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if _is_aligned(name, signature[name]) and not (variant.odd and name.endswith(variant.odd))
+    }
     capability = int(architecture.removeprefix("sm_"))
     compiled = triton.compile(
         ASTSource(variant.kernel, signature=signature, constexprs=variant.constants, attrs=aligned),
@@ -76,11 +81,11 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
         options={"num_warps": variant.warps, "num_stages": variant.stages},
     )
     code = compiled.asm["ptx"]
-    registers, spilled = _resources(code, capability)
+    used = assemble(code, capability)
     # Warp specialization adds warps of its own.
     threads = 32 * compiled.metadata.num_warps
     shared = compiled.metadata.shared
-    fits = min(_REGISTERS_PER_PROCESSOR // (registers * threads), SHARED_MEMORY[architecture] // max(shared, 1))
+    fits = min(_REGISTERS_PER_PROCESSOR // (used.registers * threads), SHARED_MEMORY[architecture] // max(shared, 1))
     config = variant.config
     return Report(
         architecture,
@@ -89,12 +94,13 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
         if config is None
         else f"{config.rows}x{config.columns}x{config.width}, {config.warps} warps, {config.stages} stages",
         shared,
-        registers,
-        spilled,
+        used.registers,
+        used.spilled,
         _instructions(compiled.asm["cubin"]),
         code.count(MATRIX_INSTRUCTIONS[architecture]),
         code.count("cp.async.bulk.tensor"),
         fits,
+        used.advisories,
     )
 
 
@@ -107,32 +113,9 @@ def _instructions(binary: bytes) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        command = [str(_TOOLS / "cuobjdump"), "-sass", file.name]
+        command = [str(TOOLS / "cuobjdump"), "-sass", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", listing, re.MULTILINE))
-
-
-def _resources(code: str, capability: int) -> tuple[int, int]:
-    """Registers a thread and bytes spilled, from the assembler that comes with Triton."""
-    newer = _TOOLS / "ptxas-blackwell"
-    assembler = newer if capability >= 100 and newer.exists() else _TOOLS / "ptxas"
-    target = re.search(r"\.target (sm_\w+)", code)
-    assert target is not None
-    with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "kernel.ptx"
-        source.write_text(code)
-        command = [
-            str(assembler),
-            "-v",
-            f"--gpu-name={target[1]}",
-            str(source),
-            "-o",
-            str(Path(scratch) / "kernel.cubin"),
-        ]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = max(int(number) for number in re.findall(r"Used (\d+) registers", report))
-    spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", report))
-    return registers, spilled
 
 
 def variants(architecture: str, everything: bool = False) -> Iterator[Variant]:
@@ -163,15 +146,35 @@ def variants(architecture: str, everything: bool = False) -> Iterator[Variant]:
     for config in configs("pair-separate"):
         yield _pair("pair, two heads, entropy", config, WANT_ENTROPY=True, **separate)
         yield _pair("pair, two heads, entropy, bias and soft cap", config, **{**capped, **separate})
-    # For rows that the copy engine cannot address.
-    if architecture != "sm_80":
-        yield _score("score, plain loads", table["score"][0], DESCRIPTORS=False)
-        yield _pair("pair, plain loads, entropy and bias", table["pair-plain"][0], **biased)
-        yield _pair("pair, plain loads, entropy, bias and soft cap", table["pair-plain"][0], **capped)
-        plain = table["pair-separate-plain"][0]
-        yield _pair("pair, two heads, plain loads, entropy", plain, WANT_ENTROPY=True, **separate)
-    yield _score("score, float32", table["score-float32"][0], element="fp32", PRECISION="tf32")
-    yield _pair("pair, float32", table["pair-float32"][0], element="fp32", PRECISION="tf32")
+    # Rows that start off alignment, and a width that does not end with a step.
+    odd = ("_stride", "width", "num_columns", "hidden", "weight")
+    uneven: dict[str, Any] = {"EVEN_WIDTH": False, "odd": odd}
+    plain = table["score-plain"][0]
+    yield _score("score, plain loads", plain, **uneven)
+    yield _score("score, plain loads, entropy and soft cap", plain, **uneven, WANT_ENTROPY=True, HAS_CAP=True)
+    yield _pair("pair, plain loads, entropy and bias", table["pair-plain"][0], **biased, **uneven)
+    yield _pair("pair, plain loads, entropy, bias and soft cap", table["pair-plain"][0], **capped, **uneven)
+    plain = table["pair-separate-plain"][0]
+    yield _pair("pair, two heads, plain loads, entropy", plain, WANT_ENTROPY=True, **separate, **uneven)
+    # Aligned rows of a width that does not end with a step, an odd vocabulary.
+    some: dict[str, Any] = {"EVEN_WIDTH": False, "WANT_ENTROPY": True, "odd": ("num_columns",)}
+    yield _score("score, odd vocabulary, uneven width, entropy", table["score-heavy"][0], **some)
+    yield _pair("pair, odd vocabulary, uneven width, entropy", table["pair"][0], **some)
+    # Triton makes constants of arguments that are 1 (but of functions.COUNTS): rows of one number.
+    one: dict[str, Any] = {"WANT_ENTROPY": True, **uneven}
+    of_score: dict[str, Any] = dict.fromkeys(("width", "hidden_stride", "weight_stride"), 1)
+    yield _score("score, plain loads, width 1", table["score-plain"][0], **of_score, **one)
+    of_pair: dict[str, Any] = {f"{view}_{name}": 1 for view in ("student", "teacher") for name in of_score}
+    yield _pair("pair, plain loads, width 1", table["pair-plain"][0], **of_pair, **one)
+    for precision in ("tf32", "ieee"):
+        options: dict[str, Any] = {"element": "fp32", "PRECISION": precision}
+        yield _score(f"score, float32, {precision}", table["score-float32"][0], **options)
+        odd_score: dict[str, Any] = {**uneven, "WANT_ENTROPY": True, "HAS_CAP": True}
+        yield _score(f"score, float32, {precision}, plain loads", table["score-float32"][0], **options, **odd_score)
+        yield _pair(f"pair, float32, {precision}", table["pair-float32"][0], **options)
+        yield _pair(f"pair, float32, {precision}, plain loads", table["pair-float32"][0], **options, **capped, **uneven)
+        both: dict[str, Any] = {**separate, **options, **uneven}
+        yield _pair(f"pair, two heads, float32, {precision}, plain loads", table["pair-separate-float32"][0], **both)
     yield from _elementwise(table["pair"][0])
 
 
@@ -198,7 +201,9 @@ def _operand(element: str, rows_of_tile: int, config: ProductConfig, descriptors
     return f"tensordesc<{element}[{rows_of_tile},{config.width}]>" if descriptors else f"*{element}"
 
 
-def _score(name: str, config: ProductConfig, element: str = "bf16", **constants: Any) -> Variant:
+def _score(
+    name: str, config: ProductConfig, element: str = "bf16", odd: tuple[str, ...] = (), **constants: Any
+) -> Variant:
     fixed = {
         "HAS_BIAS": False,
         "HAS_CAP": False,
@@ -220,10 +225,12 @@ def _score(name: str, config: ProductConfig, element: str = "bf16", **constants:
         weight=_operand(element, config.columns, config, descriptors),
         bias=f"*{element}",
     )
-    return Variant(name, score.score_kernel, types, fixed, config.warps, config.stages, config)
+    return Variant(name, score.score_kernel, types, fixed, config.warps, config.stages, config, odd)
 
 
-def _pair(name: str, config: ProductConfig, element: str = "bf16", **constants: Any) -> Variant:
+def _pair(
+    name: str, config: ProductConfig, element: str = "bf16", odd: tuple[str, ...] = (), **constants: Any
+) -> Variant:
     fixed = {
         "SHARED_WEIGHT": True,
         "MARKED": True,
@@ -260,7 +267,7 @@ def _pair(name: str, config: ProductConfig, element: str = "bf16", **constants: 
         shifted_student=stored,
         shifted_teacher=stored,
     )
-    return Variant(name, pair.pair_kernel, types, fixed, config.warps, config.stages, config)
+    return Variant(name, pair.pair_kernel, types, fixed, config.warps, config.stages, config, odd)
 
 
 def _elementwise(config: ProductConfig) -> Iterator[Variant]:
@@ -350,8 +357,8 @@ def _elementwise(config: ProductConfig) -> Iterator[Variant]:
 def table(reports: list[Report]) -> str:
     lines = [
         "| architecture | kernel | tile | shared KB | registers | spilled bytes | instructions | matrix instructions "
-        "| bulk copies | programs a processor |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| bulk copies | programs a processor | advisories |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:
         instructions = f"{report.matrix_instructions} {MATRIX_INSTRUCTIONS[report.architecture]}"
@@ -359,7 +366,8 @@ def table(reports: list[Report]) -> str:
             f"| {report.architecture} | {report.variant} | {report.tile} | {report.shared / 1024:.0f} "
             f"| {report.registers} | {report.spilled} | {report.instructions} "
             f"| {instructions if report.matrix_instructions else ''} "
-            f"| {report.bulk_copies or ''} | {report.programs_per_processor} |"
+            f"| {report.bulk_copies or ''} | {report.programs_per_processor} "
+            f"| {' '.join(report.advisories)} |"
         )
     return "\n".join(lines)
 
@@ -368,6 +376,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m unisd_kernels.triton.ahead_of_time", description=__doc__)
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--everything", action="store_true", help="also the candidates that only a measurement picks")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these, by their names in the table")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -376,6 +385,7 @@ def main() -> None:
         compile_variant(variant, architecture)
         for architecture in arguments.architectures
         for variant in variants(architecture, arguments.everything)
+        if arguments.variants is None or variant.name in arguments.variants
     ]
     print(json.dumps([asdict(report) for report in reports]) if arguments.json else table(reports))
 

@@ -1,4 +1,4 @@
-"""Elementwise functions that keep the digits of small numbers, for use inside kernels.
+"""Elementwise functions that keep the digits of small numbers, for use inside kernels; and where a program is.
 
 Plain Triton on purpose: the vendors' mathematical libraries are not there under the interpreter, and differ by backend.
 """
@@ -7,6 +7,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# Arguments that change from call to call and are no addresses: Triton would compile another variant where one is 1, or
+# a multiple of 16.
+COUNTS = ["num_rows", "num_blocks", "num_programs", "num_spans", "blocks_per_span"]
+
+
+@triton.jit
+def tile_block(num_columns, BLOCK_COLUMNS: tl.constexpr):
+    """Which block of columns and which block of rows a program of `launch.tile_grid` has."""
+    column_blocks = tl.cdiv(num_columns, BLOCK_COLUMNS)
+    return tl.program_id(0) % column_blocks, tl.program_id(0) // column_blocks
 
 
 @triton.jit

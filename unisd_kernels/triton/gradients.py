@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unisd_kernels.triton.functions import cap_gradient, exp, expm1, finish_logits, log1p
+from unisd_kernels.triton.functions import COUNTS, cap_gradient, exp, expm1, finish_logits, log1p, tile_block
 from unisd_kernels.triton.statistics import (
     LOGSUMEXP_DIFFERENCE,
     MEAN_DIFFERENCE,
@@ -26,7 +26,7 @@ from unisd_kernels.triton.statistics import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def divergence_gradient_kernel(
     student,
     teacher,
@@ -62,8 +62,8 @@ def divergence_gradient_kernel(
     `SHIFTED`: the tiles hold z_s and z_t - z_s or z_t less the references of their block of `BLOCK_COLUMNS` columns
     (pair.py). Otherwise they hold `product_scale (h W^T + b)` in float32.
     """
-    block = tl.program_id(0)
-    rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    block, row_block = tile_block(num_columns, BLOCK_COLUMNS)
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     row_mask = rows < num_rows
     # Shifted tiles have padded rows, which are read and written to the end of a vector.
@@ -177,7 +177,7 @@ def softmax_statistics_kernel(
     tl.store(target_logits + row, finish_logits(tl.load(source + target), tanh_scale, HAS_CAP))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def logprob_gradient_kernel(
     tile,
     gradient,  # may be the tile
@@ -203,8 +203,9 @@ def logprob_gradient_kernel(
 
     d logp_y / dz = 1[y] - p,   d logsumexp / dz = p,   d entropy / dz = -p (log p + entropy)
     """
-    rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    block, row_block = tile_block(num_columns, BLOCK_COLUMNS)
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     row_mask = rows < num_rows
     mask = row_mask[:, None] & (columns < num_columns)[None, :]
     wide = rows.to(tl.int64)[:, None]

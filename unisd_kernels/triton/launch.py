@@ -56,14 +56,21 @@ def num_processors(device: torch.device) -> int:
 
 
 def takes_descriptor(matrix: torch.Tensor) -> bool:
-    """Can the copy engine address this matrix? It wants contiguous rows that start at multiples of 16 bytes."""
+    """Can the copy engine address this matrix? It wants contiguous rows that start at multiples of 16 bytes, one after
+    the other: not on the same place, as where one row was expanded to several, and not closer than they are long."""
     size = matrix.element_size()
     return (
-        matrix.stride(1) == 1
+        min(matrix.shape) > 0
+        and matrix.stride(1) == 1
+        and matrix.shape[1] <= matrix.stride(0) < 2**40 // size
         and matrix.stride(0) * size % 16 == 0
         and matrix.data_ptr() % 16 == 0
-        and min(matrix.shape) > 0
     )
+
+
+def has_whole_vectors(matrix: torch.Tensor) -> bool:
+    """Does Triton load the rows of this matrix by whole vectors? It knows of numbers whether 16 divides them."""
+    return matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
@@ -72,13 +79,11 @@ def descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor
 
 def product_precision(matrix: torch.Tensor) -> str:
     """Of a float32 product: what PyTorch is set to. 16-bit operands are exact in the product either way."""
-    if (
-        matrix.dtype == torch.float32
-        and matrix.device.type == "cuda"
-        and torch.get_float32_matmul_precision() != "highest"
-    ):
-        return "tf32"
-    return "ieee"
+    if matrix.dtype != torch.float32 or matrix.device.type != "cuda":
+        return "ieee"
+    # Follows torch.set_float32_matmul_precision too, whose own getter raises once this setting was used, as by
+    # transformers' TrainingArguments(tf32=True).
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @functools.cache
@@ -106,6 +111,7 @@ def matrices_or_descriptors(
     return [matrix for matrix, _ in matrices], False
 
 
-def tile_grid(tile: torch.Tensor, rows: int, columns: int) -> tuple[int, int]:
-    """Programs over the columns, then over the rows, of a tile of logits."""
-    return triton.cdiv(tile.shape[1], columns), triton.cdiv(tile.shape[0], rows)
+def tile_grid(tile: torch.Tensor, rows: int, columns: int) -> tuple[int]:
+    """Programs over a tile of logits, those of the same rows one after the other. Along one axis: the second one has
+    65535 programs at most, which are few for rows."""
+    return (triton.cdiv(tile.shape[1], columns) * triton.cdiv(tile.shape[0], rows),)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unisd_kernels.triton.functions import finish_logits
+from unisd_kernels.triton.functions import COUNTS, finish_logits
 from unisd_kernels.triton.products import load_tile, product_tile
 from unisd_kernels.triton.statistics import MASKED, store_partials
 
@@ -121,7 +121,7 @@ def finish_block(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pair_kernel(
     student_hidden,
     teacher_hidden,

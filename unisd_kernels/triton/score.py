@@ -10,12 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unisd_kernels.triton.functions import exp, finish_logits
+from unisd_kernels.triton.functions import COUNTS, exp, finish_logits
 from unisd_kernels.triton.products import product_tile
 from unisd_kernels.triton.statistics import MASKED
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def score_kernel(
     hidden,
     weight,

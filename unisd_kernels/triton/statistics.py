@@ -26,12 +26,14 @@ import triton
 import triton.language as tl
 
 from unisd_kernels.triton.functions import (
+    COUNTS,
     exp,
     expm1,
     expm1_remainder,
     finish_logits,
     log1p,
     log1p_remainder,
+    tile_block,
 )
 
 # The partial statistics are records [rows, blocks, RECORD] of 32 bytes, one sector of the memory, so that to write or
@@ -143,7 +145,7 @@ def load_pair(
     return z, tl.where(is_difference, other, other - z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def block_statistics_kernel(
     student,
     teacher,
@@ -163,8 +165,8 @@ def block_statistics_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Partial statistics of float32 tiles that library products made. One read of each."""
-    rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    block = tl.program_id(0)
+    block, row_block = tile_block(num_columns, BLOCK_COLUMNS)
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     row_mask = rows < num_rows
     column_mask = columns < num_columns
@@ -187,7 +189,7 @@ def block_statistics_kernel(
     store_partials(partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
     partials,
     is_difference,
@@ -307,7 +309,7 @@ def combine_kernel(
         tl.store(statistics + TEACHER_ENTROPY * num_rows + row, teacher_entropy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mixture_kernel(
     student,
     teacher,

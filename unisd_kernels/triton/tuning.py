@@ -19,7 +19,7 @@ import torch
 import triton
 
 from unisd_kernels.cache import cache_directory
-from unisd_kernels.triton.launch import architecture
+from unisd_kernels.triton.launch import architecture, has_whole_vectors, takes_descriptor
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class ProductConfig:
 # By architecture and kind; the first is the default, the others are candidates for a measurement. Kinds: "score",
 # "score-heavy" with an entropy or a soft cap (more is alive in registers), "score-few" for at most 64 rows; "pair",
 # "pair-heavy" with a bias or a soft cap, "pair-separate" for two heads (two products one after the other); with
-# "-plain" where the copy engine cannot address the operands, which costs registers, or "-float32" for such operands.
+# "-plain" where rows start off alignment, so that they are loaded number by number, which costs registers, or
+# "-float32" for such operands.
+_PLAIN = ProductConfig(64, 64, 32, 8, 3)
 _AMPERE: dict[str, tuple[ProductConfig, ...]] = {
     "score": (ProductConfig(128, 128, 64, 8, 3), ProductConfig(64, 128, 64, 8, 4)),
     "score-heavy": (ProductConfig(64, 128, 64, 8, 4), ProductConfig(128, 128, 64, 8, 3)),
@@ -63,8 +65,9 @@ _AMPERE: dict[str, tuple[ProductConfig, ...]] = {
     "pair": (ProductConfig(64, 128, 64, 8, 3, parts=2), ProductConfig(128, 64, 32, 8, 4)),
     "pair-heavy": (ProductConfig(64, 128, 64, 8, 3, parts=2), ProductConfig(128, 64, 32, 8, 4)),
     "pair-separate": (ProductConfig(64, 128, 64, 8, 3, parts=2),),
-    "pair-plain": (ProductConfig(64, 128, 64, 8, 3, parts=2),),
-    "pair-separate-plain": (ProductConfig(64, 128, 64, 8, 3, parts=2),),
+    "score-plain": (_PLAIN,),
+    "pair-plain": (_PLAIN,),
+    "pair-separate-plain": (_PLAIN,),
     "pair-float32": (ProductConfig(64, 64, 32, 8, 2),),
     "pair-separate-float32": (ProductConfig(64, 64, 32, 8, 2),),
 }
@@ -84,15 +87,17 @@ _HOPPER: dict[str, tuple[ProductConfig, ...]] = {
         ProductConfig(64, 64, 128, 4, 4, descriptors=True),
     ),
     "score-float32": _AMPERE["score-float32"],
+    # Not flattened, and in one part: otherwise the assembler waits for every matrix product, or registers spill.
     "pair": (
-        ProductConfig(128, 128, 64, 8, 3, parts=2, descriptors=True, flatten=True),
-        ProductConfig(128, 128, 64, 8, 4, parts=4, descriptors=True, flatten=True),
-        ProductConfig(64, 128, 64, 4, 3, parts=4, descriptors=True, flatten=True, occupancy=2),
+        ProductConfig(128, 128, 64, 8, 3, descriptors=True),
+        ProductConfig(128, 64, 64, 8, 4, descriptors=True),
+        ProductConfig(64, 64, 64, 4, 4, descriptors=True, occupancy=2),
     ),
-    "pair-heavy": (ProductConfig(128, 128, 64, 8, 4, parts=4, descriptors=True, flatten=True),),
+    "pair-heavy": (ProductConfig(128, 64, 64, 8, 4, descriptors=True),),
     "pair-separate": (ProductConfig(128, 64, 64, 8, 4, descriptors=True),),
-    "pair-plain": (ProductConfig(128, 64, 64, 8, 4),),
-    "pair-separate-plain": (ProductConfig(128, 64, 64, 8, 4),),
+    "score-plain": (_PLAIN,),
+    "pair-plain": (_PLAIN,),
+    "pair-separate-plain": (_PLAIN,),
     "pair-float32": _AMPERE["pair-float32"],
     "pair-separate-float32": _AMPERE["pair-separate-float32"],
 }
@@ -107,10 +112,11 @@ _BLACKWELL: dict[str, tuple[ProductConfig, ...]] = {
     "pair": (ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
     "pair-heavy": (ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
     "pair-separate": (ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
-    "pair-plain": (ProductConfig(128, 64, 64, 8, 3, parts=2),),
-    "pair-separate-plain": (ProductConfig(128, 64, 64, 8, 3, parts=2),),
+    "score-plain": (_PLAIN,),
+    "pair-plain": (_PLAIN,),
+    "pair-separate-plain": (_PLAIN,),
     "pair-float32": _AMPERE["pair-float32"],
-    "pair-separate-float32": _AMPERE["pair-separate-float32"],
+    "pair-separate-float32": (ProductConfig(64, 64, 16, 8, 2),),
 }
 # The interpreter's time is per operation and not per element; odd shapes need more than one tile all the same.
 _INTERPRETER: dict[str, tuple[ProductConfig, ...]] = {
@@ -129,6 +135,15 @@ def candidates(kind: str, device: torch.device) -> tuple[ProductConfig, ...]:
     """Of the table; a GPU that is not in it gets those of sm_80, which ask for the least shared memory."""
     name = architecture(device)
     return TABLE.get(_ALIASES.get(name, name), _AMPERE)[kind]
+
+
+def with_loads(kind: str, *operands: torch.Tensor) -> str:
+    """The kind for these 16-bit operands: its "-plain" one where rows of theirs start off alignment."""
+    config = candidates(kind, operands[0].device)[0]
+    aligned = takes_descriptor if config.descriptors else has_whole_vectors
+    if all(aligned(operand) for operand in operands):
+        return kind
+    return f"{'score' if kind.startswith('score') else kind}-plain"
 
 
 def autotuning() -> bool:
