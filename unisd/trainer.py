@@ -202,7 +202,8 @@ class UniSDTrainer(DistillationTrainer):
         self._step_loss: torch.Tensor | None = None
         self._drift_measured_at: int | None = None
         self.add_callback(_AfterStep(self))
-        self.add_callback(RunRecord(self))
+        self._record = RunRecord(self)
+        self.add_callback(self._record)
 
     # Construction
 
@@ -761,6 +762,7 @@ class UniSDTrainer(DistillationTrainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            self._record.write(folder)
             mark_complete(folder, self.state.global_step)
             best = self.state.best_model_checkpoint
             rotate(run_folder, limit, {folder} | ({best} if best else set()))

@@ -57,7 +57,10 @@ VALUES = {
     "normalization": "token",
     "teacher": "base",
     "pad_to_multiple_of": "8",
+    "on_nonfinite": "skip",
+    "overlong": "error",
     "preset": "sdft",
+    "prompt_frame": "chat",
     "teacher_model_init_kwargs": "{}",
     "weight_normalization": "count",
 }

@@ -236,7 +236,8 @@ def test_dropout_is_off_for_the_teacher_and_on_for_the_student(tmp_path):
 
     model.model.layers[0].self_attn.register_forward_pre_hook(record, with_kwargs=True)
     _, loss, _ = first_step(tmp_path, model, items=items, preset="sdft")
-    assert seen == [(False, False), (True, True)]  # teacher, then student
+    assert seen[-2:] == [(False, False), (True, True)]  # teacher, then student
+    assert all(each == (False, False) for each in seen[:-2])  # the check of the head, at construction
     assert loss > 1e-3  # same prompt, but the student's attention is dropped out
     assert model.training
 
@@ -295,17 +296,17 @@ def test_metrics_are_token_means_over_all_micro_batches(tmp_path):
 
 def test_nonfinite_loss_of_an_evaluation_is_reported_once_with_its_context(tmp_path):
     model = tiny_run.llama()
+    run = tiny_run.FixedRollouts(
+        model=model,
+        args=tiny_run.config(tmp_path, preset="clip"),
+        train_dataset=tiny_run.dataset(),
+        eval_dataset=tiny_run.dataset(),
+        processing_class=tiny_run.tokenizer(),
+    )
     with torch.no_grad():
         model.lm_head.weight[5, 5] = float("nan")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run = tiny_run.FixedRollouts(
-            model=model,
-            args=tiny_run.config(tmp_path, preset="clip"),
-            train_dataset=tiny_run.dataset(),
-            eval_dataset=tiny_run.dataset(),
-            processing_class=tiny_run.tokenizer(),
-        )
         for _ in range(2):
             run.evaluate()
     messages = [str(w.message) for w in caught if "NaN or infinite" in str(w.message)]
