@@ -135,7 +135,7 @@ def is_sharded(model: Any) -> bool:
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is one of `torch.distributed.tensor` (by name: that module need not be importable)."""
+    """Whether the tensor is sharded over a device mesh (a DTensor, by name: its module need not be importable)."""
     return type(tensor).__name__ == "DTensor"
 
 
