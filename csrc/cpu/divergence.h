@@ -13,6 +13,12 @@
 //   p_s log(p_s / m) - p_s + m = larger * (r > 0 ? Y : X)               summed: KL(p_s || m)
 //   p_t log(p_t / m) - p_t + m = larger * (r > 0 ? X : Y)               summed: KL(p_t || m)
 //
+// Where the share 1 - c of the larger probability in Y's own column is next to nothing, Y, which is of its order, is a
+// difference of terms that are not, and so is log(m / smaller) = l - q. There both come from the mixture's excess over
+// the smaller probability, m = smaller (1 + x) with x = (1 - c) (e^-q - 1) = -(1 - c) E / e^q:
+//
+//   log(m / smaller) = log(1 + x),   Y = e^q (x - log(1 + x))
+//
 // The logarithms come in one of three forms, chosen row by row. Always a(j) = log p_s(j) = (z_s(j) - max z_s) -
 // log_sum_s and b(j) = log p_t(j) = (z_t(j) - max z_t) - log_sum_t.
 //
@@ -40,7 +46,17 @@
 namespace unisd {
 namespace UNISD_ISA {
 
-enum class Kind { kForward, kReverse, kMixture };
+// kSkewed: a mixture of which one share is below kSmallShare. Of its own, so that the others pay nothing for it.
+enum class Kind { kForward, kReverse, kMixture, kSkewed };
+
+constexpr float kSmallShare = 1.0f / 16.0f;
+
+inline Kind kind_of(double beta) {
+  if (beta == 0.0) return Kind::kForward;
+  if (beta == 1.0) return Kind::kReverse;
+  return beta < static_cast<double>(kSmallShare) || 1.0 - beta < static_cast<double>(kSmallShare) ? Kind::kSkewed
+                                                                                                  : Kind::kMixture;
+}
 
 // A difference row is `near` up to this |M|.
 constexpr float kNear = 8.0f;
@@ -120,6 +136,7 @@ struct MixtureScale {
       : beta(Vec::set(static_cast<float>(b))), other(Vec::set(static_cast<float>(1.0 - b))) {}
 };
 
+template <Kind kind>
 inline Mixture make_mixture(const Pair& p, const MixtureScale& scale) {
   const Vec zero = Vec::set(0.0f);
   const Vec c = where_less(zero, p.r, scale.other, scale.beta);
@@ -130,7 +147,9 @@ inline Mixture make_mixture(const Pair& p, const MixtureScale& scale) {
   const Vec bounded = max(limit, w);
   const Vec small_x = bounded * bounded * log_remainder(bounded);
   // 1 + w, without cancellation where c is close to 1 and the ratio to 0.
-  const Vec large_log = log(fma(c, p.ratio, mixture.other_share));
+  Vec large_log = log(fma(c, p.ratio, mixture.other_share));
+  // m is at least the smaller probability; computed, it is zero where share and ratio underflow.
+  if (kind == Kind::kSkewed) large_log = max(large_log, p.q);
   mixture.x = where_less(w, limit, w - large_log, small_x);
   mixture.log_share = where_less(w, limit, large_log, bounded - small_x);
   return mixture;
@@ -139,6 +158,41 @@ inline Mixture make_mixture(const Pair& p, const MixtureScale& scale) {
 // In the second form, whose terms are all of second order.
 inline Vec term_y(const Pair& p, const Mixture& m) {
   return fma(p.ratio, m.x - term_a(p), m.other_share * p.e * p.e);
+}
+
+// From the mixture's excess over the smaller probability, for 1 - c < kSmallShare.
+struct Excess {
+  Vec log_mixture;  // log(m / smaller)
+  Vec y;
+};
+
+inline Excess make_excess(const Pair& p, const Mixture& m) {
+  const Vec zero = Vec::set(0.0f), one = Vec::set(1.0f), quarter = Vec::set(0.25f);
+  const Vec share = m.other_share * p.e;
+  const Vec x = (zero - share) / p.ratio;  // infinite or NaN where the ratio underflows
+  // With w = x / (1 + x): log(1 + x) = -log(1 - w) = w + w^2 R and x - log(1 + x) = w (x - w R), R = log_remainder(-w).
+  const Vec w = x / (one + x), bounded = min(w, quarter), weighted = bounded * log_remainder(zero - bounded);
+  // Beyond e^80 the log-ratio is all of log(1 + x) but for log(m / larger), and the quotient may overflow.
+  const Vec large = where_less(p.q, Vec::set(-80.0f), m.log_share - p.q, log(one + x));
+  Excess excess;
+  excess.log_mixture = where_less(w, quarter, fma(bounded, weighted, bounded), large);
+  excess.y = where_less(w, quarter, p.ratio * bounded * (x - weighted), (zero - share) - p.ratio * large);
+  return excess;
+}
+
+template <Kind kind>
+inline Vec mixture_y(const Pair& p, const Mixture& m) {
+  const Vec y = term_y(p, m);
+  return kind == Kind::kSkewed ? where_less(m.other_share, Vec::set(kSmallShare), make_excess(p, m).y, y) : y;
+}
+
+// u = log(m / p_s): l for r <= 0; and for r > 0, where l is log(m / p_t), l + r.
+template <Kind kind>
+inline Vec log_mixture_to_student(const Pair& p, const Mixture& m) {
+  const Vec zero = Vec::set(0.0f), u = m.log_share + max(p.r, zero);
+  if (kind != Kind::kSkewed) return u;
+  const Vec risen = where_less(m.other_share, Vec::set(kSmallShare), make_excess(p, m).log_mixture, u);
+  return where_less(zero, p.r, risen, u);
 }
 
 inline Vec student_prob(const Pair& p) { return where_less(Vec::set(0.0f), p.r, p.larger * p.ratio, p.larger); }
@@ -169,8 +223,8 @@ inline DivergenceSums sum_divergence(const DivergenceTile& tile, const float* st
       } else if (kind == Kind::kReverse) {
         first = fma(p.larger, where_less(zero, p.r, term_b(p), term_a(p)), first);
       } else {
-        const Mixture m = make_mixture(p, mixture_scale);
-        const Vec y = term_y(p, m);
+        const Mixture m = make_mixture<kind>(p, mixture_scale);
+        const Vec y = mixture_y<kind>(p, m);
         first = fma(p.larger, where_less(zero, p.r, m.x, y), first);
         second = fma(p.larger, where_less(zero, p.r, y, m.x), second);
       }
@@ -284,14 +338,16 @@ inline void tile_divergence(const DivergenceTile& tile, int64_t n) {
   const PairScale scale(tile, n);
   DivergenceSums sums;
   double divergence;
-  if (tile.beta == 0.0) {
+  const Kind kind = kind_of(tile.beta);
+  if (kind == Kind::kForward) {
     sums = sum_divergence<Kind::kForward>(tile, student, teacher, scale);
     divergence = sums.first;
-  } else if (tile.beta == 1.0) {
+  } else if (kind == Kind::kReverse) {
     sums = sum_divergence<Kind::kReverse>(tile, student, teacher, scale);
     divergence = sums.first;
   } else {
-    sums = sum_divergence<Kind::kMixture>(tile, student, teacher, scale);
+    sums = kind == Kind::kSkewed ? sum_divergence<Kind::kSkewed>(tile, student, teacher, scale)
+                                 : sum_divergence<Kind::kMixture>(tile, student, teacher, scale);
     divergence = tile.beta * sums.first + (1.0 - tile.beta) * sums.second;
   }
   // Not negative but for rounding; a NaN stays.
@@ -339,9 +395,7 @@ inline void write_gradient(const DivergenceTile& tile, int64_t n) {
     } else if (kind == Kind::kReverse) {
       g = zero - probs * (p.r + divergence);
     } else {
-      // log(m / p_s) = l for r <= 0; log(m / p_t) = l, so l + r, for r > 0.
-      const Mixture m = make_mixture(p, mixture_scale);
-      const Vec u = m.log_share + max(p.r, zero);
+      const Vec u = log_mixture_to_student<kind>(p, make_mixture<kind>(p, mixture_scale));
       g = (zero - mixture_scale.other) * probs * (u + student_to_mixture);
     }
     g = g * weight - logprob_weight * probs;
@@ -363,12 +417,15 @@ inline void write_gradient(const DivergenceTile& tile, int64_t n) {
 }
 
 inline void tile_divergence_gradient(const DivergenceTile& tile, int64_t n) {
-  if (tile.beta == 0.0) {
-    write_gradient<Kind::kForward>(tile, n);
-  } else if (tile.beta == 1.0) {
-    write_gradient<Kind::kReverse>(tile, n);
-  } else {
-    write_gradient<Kind::kMixture>(tile, n);
+  switch (kind_of(tile.beta)) {
+    case Kind::kForward:
+      return write_gradient<Kind::kForward>(tile, n);
+    case Kind::kReverse:
+      return write_gradient<Kind::kReverse>(tile, n);
+    case Kind::kMixture:
+      return write_gradient<Kind::kMixture>(tile, n);
+    case Kind::kSkewed:
+      return write_gradient<Kind::kSkewed>(tile, n);
   }
 }
 

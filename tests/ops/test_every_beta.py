@@ -39,20 +39,32 @@ def exactly(student, teacher, beta):
         return float(divergence), [float(g) for g in gradient]
 
 
-def measured(dtype, impl, beta):
-    head = LMHead(torch.eye(4, dtype=dtype))
-    student = torch.tensor(STUDENT, dtype=dtype, requires_grad=True)
-    divergence = linear_divergence(student, head, torch.tensor(TEACHER, dtype=dtype), head, beta=beta, impl=impl)
+def measured(dtype, impl, beta, copies=1, two_heads=False):
+    """With every column `copies` times, which changes neither D nor its gradient."""
+    head = LMHead(torch.eye(4, dtype=dtype).repeat(copies, 1))
+    teacher_head = LMHead(head.weight.clone()) if two_heads else head
+    student, teacher = torch.tensor(STUDENT, dtype=dtype, requires_grad=True), torch.tensor(TEACHER, dtype=dtype)
+    divergence = linear_divergence(student, head, teacher, teacher_head, beta=beta, impl=impl)
     (gradient,) = torch.autograd.grad(divergence.sum(), student)
     return divergence.detach().double(), gradient.double()
 
 
 @pytest.mark.parametrize(
-    ("dtype", "impl"),
-    [(torch.float64, "reference"), (torch.float64, "torch"), (torch.float32, "reference"), (torch.float32, "torch")],
+    ("dtype", "impl", "how"),
+    [
+        (torch.float64, "reference", {}),
+        (torch.float64, "torch", {}),
+        (torch.float32, "reference", {}),
+        (torch.float32, "torch", {}),
+        # One head and two go different ways, and so do a whole vector and what is left of the columns.
+        (torch.float32, "native", {}),
+        (torch.float32, "native", {"two_heads": True}),
+        (torch.float32, "native", {"copies": 16}),
+        (torch.float32, "native", {"copies": 9, "two_heads": True}),
+    ],
 )
 @pytest.mark.parametrize("beta", BETAS)
-def test_every_beta(beta, dtype, impl):
+def test_every_beta(beta, dtype, impl, how):
     # What the logits are after rounding to the dtype is what the exact value is of.
     rows = [
         exactly(*(torch.tensor(logits, dtype=dtype).tolist() for logits in pair), beta)
@@ -60,7 +72,7 @@ def test_every_beta(beta, dtype, impl):
     ]
     exact = torch.tensor([row[0] for row in rows], dtype=torch.float64)
     exact_gradient = torch.tensor([row[1] for row in rows], dtype=torch.float64)
-    divergence, gradient = measured(dtype, impl, beta)
+    divergence, gradient = measured(dtype, impl, beta, **how)
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     # Relative to the divergence. Row 2 differs by 1e-3 in one logit: D is a square of that, and loses as many digits.
     eps *= 1 - math.log(min(beta, 1 - beta))  # a logarithm that long is rounded
@@ -73,7 +85,7 @@ def test_every_beta(beta, dtype, impl):
     assert (error <= 40 * eps * scale.unsqueeze(-1) + 4 * tiny).all(), (gradient, exact_gradient)
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", ["native", "torch", "reference"])
 def test_the_ends_are_the_limits(impl):
     """D / share at beta next to 0 and 1 is the KL there, in float32: no jump where `log(1 - beta)` was rounded away."""
     for beta, end, share in ((2.0**-40, 0.0, 2.0**-40), (1 - 2.0**-40, 1.0, 2.0**-40)):
