@@ -9,11 +9,12 @@
 
 STABLE_TORCH_LIBRARY(unisd, m) {
   // Merge a tile that may cover only part of the vocabulary (columns first_column and on) into the running statistics
-  // of its rows: log-sum-exp (initially -inf), the target's logit (where it lies in the tile), and the mean logit
-  // sum_j softmax_j z_j (initially 0).
+  // of its rows: log-sum-exp (initially -inf), the target's logit (where it lies in the tile), and the entropy (at
+  // first anything). One tile's does not depend on how large the logits are; merged ones do as far as the difference of
+  // two log-sum-exps does, which are rounded to float32.
   m.def(
       "tile_score_(Tensor tile, float? tanh_scale, Tensor? target_ids, int first_column, Tensor(a!) logsumexp, "
-      "Tensor(b!)? target_logits, Tensor(c!)? mean_logit) -> ()");
+      "Tensor(b!)? target_logits, Tensor(c!)? entropy) -> ()");
   // Overwrite complete rows with d logsumexp / d (a x / tau).
   m.def(
       "tile_softmax_(Tensor(a!) tile, float? tanh_scale, Tensor target_ids, Tensor(b!) logsumexp, "
@@ -45,7 +46,7 @@ STABLE_TORCH_LIBRARY(unisd, m) {
   // tile_score_ of scale * (hidden weight^T + bias), without the tile. Overwrites the statistics.
   m.def(
       "linear_score(Tensor hidden, Tensor weight, Tensor? bias, float scale, float? tanh_scale, Tensor target_ids, "
-      "Tensor(a!) logsumexp, Tensor(b!) target_logits, Tensor(c!)? mean_logit) -> ()");
+      "Tensor(a!) logsumexp, Tensor(b!) target_logits, Tensor(c!)? entropy) -> ()");
   // out [rows, V] = scale * (hidden weight^T + bias)
   m.def("linear_logits(Tensor hidden, Tensor weight, Tensor? bias, float scale, Tensor(a!) out) -> ()");
   // out [rows, H] = scale * gradient weight

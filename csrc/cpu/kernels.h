@@ -29,12 +29,16 @@ struct ScoreTarget {
   int64_t first_column;
 };
 
-// Running statistics of rows; `mean_logit` and `target_logits` may be null.
+// Running statistics of rows; `entropy` and `target_logits` may be null.
 struct RunningScores {
   float* logsumexp;
   float* target_logits;
-  float* mean_logit;
+  float* entropy;
 };
+
+// The rows of a part's statistics: the largest logit, sum_j e^(z_j - largest), sum_j e^(z_j - largest) (z_j - largest),
+// and the target's logit where the target lies in the part.
+enum PartialScore { kPartMax = 0, kPartSum = 1, kPartMoment = 2, kPartTarget = 3, kPartialScores = 4 };
 
 struct DivergenceTile {
   float* student;
@@ -84,10 +88,10 @@ struct Kernels {
   // Columns [begin, end) of scale * (hidden weight^T + bias) into out.
   void (*logits)(PackedRows hidden, Matrix weight, const float* bias, float scale, int64_t begin, int64_t end,
                  float* out, int64_t out_stride);
-  // Statistics of the columns [begin, end) of all rows into `partial` [3, rows]: log-sum-exp, mean logit, and the
-  // target's logit where the target lies in them.
+  // Statistics of the columns [begin, end) of all rows into `partial` [kPartialScores, rows]; the moment's row is left
+  // unwritten unless asked for.
   void (*score)(PackedRows hidden, Matrix weight, const float* bias, float scale, const float* tanh_scale,
-                const int64_t* target_ids, bool want_mean, int64_t begin, int64_t end, float* partial);
+                const int64_t* target_ids, bool want_entropy, int64_t begin, int64_t end, float* partial);
   // Columns [begin, end) of gradient weight, [rows, columns of the weight], summed over all `length` columns of the
   // gradient in their order.
   void (*backward)(const float* gradient, int64_t gradient_stride, int64_t rows, int64_t length, Matrix weight,

@@ -270,18 +270,18 @@ inline void logits(PackedRows hidden, Matrix weight, const float* bias, float sc
 
 // An online log-sum-exp whose lanes are rows: no logit leaves the first-level cache.
 inline void score(PackedRows hidden, Matrix weight, const float* bias, float scale, const float* tanh_scale,
-                  const int64_t* target_ids, bool want_mean, int64_t begin, int64_t end, float* partial) {
+                  const int64_t* target_ids, bool want_entropy, int64_t begin, int64_t end, float* partial) {
   Buffer product(kBlock * kPanel), wide(widened_size(weight, hidden.width));
   const int64_t padded = packed_size(hidden.rows, 1);
   Buffer state(3 * padded);
   float* highest = state.data();
   float* sums = highest + padded;
-  float* dots = sums + padded;
+  float* moments = sums + padded;
   for (int64_t n = 0; n < padded; ++n) {
     highest[n] = -kInfinity;
-    sums[n] = dots[n] = 0.0f;
+    sums[n] = moments[n] = 0.0f;
   }
-  float* target_logits = partial + 2 * hidden.rows;
+  float* target_logits = partial + kPartTarget * hidden.rows;
   const Vec lowest = Vec::set(-1e30f), zero = Vec::set(0.0f), minus_infinity = Vec::set(-kInfinity);
 
   for (int64_t v = begin; v < end; v += kBlock) {
@@ -308,23 +308,21 @@ inline void score(PackedRows hidden, Matrix weight, const float* bias, float sca
         const Vec after = max(block_max, before);
         // Nothing but -inf so far: any shift will do.
         const Vec shift = where_equal(after, minus_infinity, zero, after);
-        const Vec factor = exp(before - shift);
-        Vec sum = Vec::load(sums + start + lane) * factor;
+        const Vec moved = max(lowest, before - shift), factor = exp(moved);
+        const Vec sum = Vec::load(sums + start + lane);
         Vec fresh = not_finite;  // 0, or NaN where a logit is not finite (rows.h)
-        if (want_mean) {
-          Vec dot = zero;
+        if (want_entropy) {
+          Vec moment = zero;
           for (int64_t i = 0; i < columns; ++i) {
-            const Vec z = Vec::load(column + i * height);
-            const Vec e = exp(z - shift);
+            const Vec shifted = Vec::load(column + i * height) - shift, e = exp(shifted);
             fresh = fresh + e;
-            dot = fma(e, max(lowest, z), dot);
+            moment = fma(e, max(lowest, shifted), moment);
           }
-          fma(Vec::load(dots + start + lane), factor, dot).store(dots + start + lane);
+          fma(fma(moved, sum, Vec::load(moments + start + lane)), factor, moment).store(moments + start + lane);
         } else {
           for (int64_t i = 0; i < columns; ++i) fresh = fresh + exp(Vec::load(column + i * height) - shift);
         }
-        sum = sum + fresh;
-        sum.store(sums + start + lane);
+        (sum * factor + fresh).store(sums + start + lane);
         after.store(highest + start + lane);
       }
       const int64_t rows = at_most(height, hidden.rows - start);
@@ -336,9 +334,9 @@ inline void score(PackedRows hidden, Matrix weight, const float* bias, float sca
     }
   }
   for (int64_t n = 0; n < hidden.rows; ++n) {
-    const float shift = highest[n] == -kInfinity ? 0.0f : highest[n];
-    partial[n] = static_cast<float>(static_cast<double>(shift) + std::log(static_cast<double>(sums[n])));
-    partial[hidden.rows + n] = sums[n] == 0.0f ? 0.0f : dots[n] / sums[n];
+    partial[kPartMax * hidden.rows + n] = highest[n];
+    partial[kPartSum * hidden.rows + n] = sums[n];
+    if (want_entropy) partial[kPartMoment * hidden.rows + n] = moments[n];
   }
 }
 

@@ -74,34 +74,37 @@ void linear_logits(Tensor hidden, Tensor weight, std::optional<Tensor> bias, dou
 
 void linear_score(Tensor hidden, Tensor weight, std::optional<Tensor> bias, double scale,
                   std::optional<double> tanh_scale, Tensor target_ids, Tensor logsumexp, Tensor target_logits,
-                  std::optional<Tensor> mean_logit) {
+                  std::optional<Tensor> entropy) {
   const int64_t rows = hidden.size(0), columns = weight.size(0);
   const OptionalFloat cap(tanh_scale);
   const int64_t* targets = ids(target_ids, rows, columns);
   float* sums = floats(logsumexp, "logsumexp", rows);
   float* logits = floats(target_logits, "target_logits", rows);
-  float* means = floats(mean_logit, "mean_logit", rows);
+  float* entropies = floats(entropy, "entropy", rows);
   const Operands given = operands(hidden, weight, bias);
   const int64_t pieces = (columns + kScoreColumns - 1) / kScoreColumns;
-  const Floats partial = allocate(pieces * 3 * rows);
+  const Floats partial = allocate(pieces * kPartialScores * rows);
   for_each_span(columns, kScoreColumns, [&](int64_t piece, int64_t begin, int64_t end) {
     kernels().score(given.hidden, given.weight, given.bias, static_cast<float>(scale), cap.get(), targets,
-                    means != nullptr, begin, end, partial.get() + piece * 3 * rows);
+                    entropies != nullptr, begin, end, partial.get() + piece * kPartialScores * rows);
   });
   for (int64_t n = 0; n < rows; ++n) {
-    const auto part = [&](int64_t piece, int64_t which) { return partial.get()[(piece * 3 + which) * rows + n]; };
+    const auto part = [&](int64_t piece, PartialScore which) {
+      return static_cast<double>(partial.get()[(piece * kPartialScores + which) * rows + n]);
+    };
     double highest = -INFINITY;
-    for (int64_t i = 0; i < pieces; ++i) highest = part(i, 0) > highest ? part(i, 0) : highest;
-    const double shift = highest == -INFINITY ? 0.0 : highest;
-    double sum = 0.0, dot = 0.0;
+    for (int64_t i = 0; i < pieces; ++i) highest = part(i, kPartMax) > highest ? part(i, kPartMax) : highest;
+    // Nothing but -inf or NaN: the sums are NaN then, and any shift will do.
+    if (highest == -INFINITY) highest = 0.0;
+    double sum = 0.0, moment = 0.0;
     for (int64_t i = 0; i < pieces; ++i) {
-      const double share = std::exp(part(i, 0) - shift);
-      sum += share;
-      dot += share * part(i, 1);
+      const double shift = part(i, kPartMax) - highest, share = std::exp(shift);
+      sum += share * part(i, kPartSum);
+      if (entropies != nullptr && share > 0.0) moment += share * (part(i, kPartMoment) + shift * part(i, kPartSum));
     }
-    sums[n] = static_cast<float>(shift + std::log(sum));
-    logits[n] = part(targets[n] / kScoreColumns, 2);
-    if (means != nullptr) means[n] = static_cast<float>(dot / sum);
+    sums[n] = static_cast<float>(highest + std::log(sum));
+    logits[n] = static_cast<float>(part(targets[n] / kScoreColumns, kPartTarget));
+    if (entropies != nullptr) entropies[n] = static_cast<float>(std::log(sum) - moment / sum);
   }
 }
 

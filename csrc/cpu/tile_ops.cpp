@@ -8,14 +8,14 @@ namespace unisd {
 namespace {
 
 void tile_score(Tensor tile, std::optional<double> tanh_scale, std::optional<Tensor> target_ids, int64_t first_column,
-                Tensor logsumexp, std::optional<Tensor> target_logits, std::optional<Tensor> mean_logit) {
+                Tensor logsumexp, std::optional<Tensor> target_logits, std::optional<Tensor> entropy) {
   const float* data = tile_data(tile, "tile");
   const int64_t rows = tile.size(0), columns = tile.size(1), stride = tile.stride(0);
   const OptionalFloat cap(tanh_scale);
   const int64_t* targets =
       target_ids.has_value() ? vector_data<int64_t>(*target_ids, "target_ids", rows, ScalarType::Long) : nullptr;
   const RunningScores running{floats(logsumexp, "logsumexp", rows), floats(target_logits, "target_logits", rows),
-                              floats(mean_logit, "mean_logit", rows)};
+                              floats(entropy, "entropy", rows)};
   for_each_piece(rows, [&](int64_t n) {
     kernels().tile_score(data + n * stride, columns, cap.get(), {targets, first_column}, n, running);
   });

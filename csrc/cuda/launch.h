@@ -43,7 +43,7 @@ struct ScoreArguments {
   int64_t first_column;
   float* logsumexp;
   float* target_logits;
-  float* mean_logit;
+  float* entropy;
 };
 
 struct SoftmaxArguments {
@@ -73,7 +73,7 @@ struct DivergenceArguments {
   Cap teacher_cap;
   const bool* is_difference;
   const int64_t* target_ids;
-  float beta;
+  double beta;
   bool want_entropy;
   float* statistics;
   int64_t statistics_stride;
@@ -85,7 +85,7 @@ struct DivergenceGradientArguments {
   Cap student_cap;
   const bool* is_difference;
   const int64_t* target_ids;
-  float beta;
+  double beta;
   const float* statistics;
   int64_t statistics_stride;
   const float* weight;

@@ -13,7 +13,7 @@ using OptionalTensor = std::optional<Tensor>;
 using OptionalDouble = std::optional<double>;
 
 void tile_score_(const Tensor& tile, OptionalDouble tanh_scale, OptionalTensor target_ids, int64_t first_column,
-                 const Tensor& logsumexp, OptionalTensor target_logits, OptionalTensor mean_logit) {
+                 const Tensor& logsumexp, OptionalTensor target_logits, OptionalTensor entropy) {
   ScoreArguments a{};
   a.tile = const_tile_of(tile, "tile", tile);
   const int64_t rows = a.tile.rows;
@@ -23,7 +23,7 @@ void tile_score_(const Tensor& tile, OptionalDouble tanh_scale, OptionalTensor t
   a.first_column = first_column;
   a.logsumexp = mutable_floats_of(logsumexp, "logsumexp", tile, rows);
   a.target_logits = mutable_floats_of(target_logits, "target_logits", tile, rows);
-  a.mean_logit = mutable_floats_of(mean_logit, "mean_logit", tile, rows);
+  a.entropy = mutable_floats_of(entropy, "entropy", tile, rows);
   if (rows == 0 || a.tile.columns == 0) return;
   const StreamScope scope(tile);
   StreamScope::check(launch_score(a, scope.stream()), "tile_score_");
@@ -98,7 +98,7 @@ void tile_divergence_(const Tensor& student, const Tensor& teacher, OptionalDoub
   a.teacher_cap = cap_of(teacher_tanh_scale);
   a.is_difference = bools_of(is_difference, "is_difference", student, a.student.rows);
   a.target_ids = ids_of(target_ids, "target_ids", student, a.student.rows);
-  a.beta = static_cast<float>(beta);
+  a.beta = beta;
   a.want_entropy = want_entropy;
   a.statistics = static_cast<float*>(statistics.mutable_data_ptr());
   a.statistics_stride = statistics.stride(0);
@@ -120,7 +120,7 @@ void tile_divergence_gradient_(const Tensor& student, const Tensor& teacher, Opt
   a.student_cap = cap_of(student_tanh_scale);
   a.is_difference = bools_of(is_difference, "is_difference", student, a.student.rows);
   a.target_ids = ids_of(target_ids, "target_ids", student, rows);
-  a.beta = static_cast<float>(beta);
+  a.beta = beta;
   a.statistics = static_cast<const float*>(statistics.const_data_ptr());
   a.statistics_stride = statistics.stride(0);
   a.weight = floats_of(weight, "weight", student, rows);

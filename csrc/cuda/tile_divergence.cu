@@ -94,7 +94,9 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_kernel(const Divergenc
                                              ? norm_of_difference(shape, student, teacher)
                                              : norm_of_logits(a, shape, student, teacher));
 
-  float sums[4] = {};  // divergence (kMixture: KL(p_t || m)), KL(p_s || m), student's entropy, teacher's
+  constexpr bool kMixed = kKind == Kind::kMixture || kKind == Kind::kSkewed;
+  const Shares shares(a.beta);
+  float sums[4] = {};  // divergence (kMixed: KL(p_t || m)), KL(p_s || m), student's entropy, teacher's
   walk(shape, [&](auto width, int column) {
     constexpr int N = decltype(width)::value;
     const Pack<N> zs = load<N>(student, column);
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_kernel(const Divergenc
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const Column c = norm.column<kDifference>(zs.v[k], zt.v[k]);
-      add_divergence<kKind>(c, a.beta, sums[0], sums[1]);
+      add_divergence<kKind>(c, shares, sums[0], sums[1]);
       if (a.want_entropy) {
         sums[2] -= times(c.student, c.log_student);
         sums[3] -= times(c.teacher, c.log_teacher);
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_kernel(const Divergenc
 
   if (threadIdx.x != 0) return;
   float divergence = sums[0];
-  if constexpr (kKind == Kind::kMixture) divergence = a.beta * sums[0] + (1.0f - a.beta) * sums[1];
+  if constexpr (kMixed) divergence = shares.teacher * sums[0] + shares.student * sums[1];
   const auto write = [&](DivergenceStatistic statistic, float value) {
     a.statistics[statistic * a.statistics_stride + row] = value;
   };
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_kernel(const Divergenc
   write(kTeacherMax, norm.teacher_max);
   write(kTeacherLogSum, norm.teacher_log_sum);
   write(kLogRatio, norm.log_ratio);
-  write(kStudentToMixture, kKind == Kind::kMixture ? sums[1] : 0.0f);
+  write(kStudentToMixture, kMixed ? sums[1] : 0.0f);
   // What was not asked for is 0.
   write(kStudentEntropy, sums[2]);
   write(kTeacherEntropy, sums[3]);

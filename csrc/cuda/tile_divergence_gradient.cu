@@ -18,7 +18,9 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_gradient_kernel(const 
   };
   const RowNorm norm{read(kStudentMax),    read(kStudentLogSum), read(kTeacherMax),
                      read(kTeacherLogSum), read(kLogRatio),      kDifference && a.is_difference[row]};
-  const float statistic = read(kKind == Kind::kMixture ? kStudentToMixture : kDivergence);
+  constexpr bool kMixed = kKind == Kind::kMixture || kKind == Kind::kSkewed;
+  const float statistic = read(kMixed ? kStudentToMixture : kDivergence);
+  const Shares shares(a.beta);
   const float weight = a.weight != nullptr ? a.weight[row] : 1.0f;
   float logprob_weight = 0.0f;
   int target = -1;
@@ -38,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 2) divergence_gradient_kernel(const 
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const Column c = norm.column<kDifference>(zs.v[k], zt.v[k]);
-      float gradient = weight * divergence_gradient<kKind>(c, a.beta, statistic) - logprob_weight * c.student;
+      float gradient = weight * divergence_gradient<kKind>(c, shares, statistic) - logprob_weight * c.student;
       if (column + k == target) gradient += logprob_weight;
       if (a.student_cap.on) {
         const float t = zs.v[k] * inverse_cap;

@@ -178,19 +178,19 @@ double capped(double x, const float* tanh_scale) {
 }
 
 struct Scores {
-  double logsumexp, mean;
+  double logsumexp, entropy;
 };
 
 template <class Value>
 Scores score_of(int64_t begin, int64_t end, const Value& value) {
-  double highest = -kInf, sum = 0.0, dot = 0.0;
+  double highest = -kInf, sum = 0.0, moment = 0.0;
   for (int64_t j = begin; j < end; ++j) highest = std::fmax(highest, value(j));
   for (int64_t j = begin; j < end; ++j) {
     const double e = std::exp(value(j) - highest);
     sum += e;
-    dot += e * value(j);
+    moment += e * (value(j) - highest);
   }
-  return {highest + std::log(sum), dot / sum};
+  return {highest + std::log(sum), std::log(sum) - moment / sum};
 }
 
 const float kCap = 3.0f;
@@ -287,16 +287,20 @@ void check_products(int64_t rows, int64_t columns, int64_t width, Storage storag
     for (int part = 0; part < 2; ++part) {
       const int64_t begin = part == 0 ? 0 : middle, end = part == 0 ? middle : columns;
       if (begin == end) continue;
-      const bool want_mean = variant % 3 != 0;
-      Buffer<float> partial(3 * rows, kNan);
-      k->score(panels, weight.matrix(), offsets, scale, tanh_scale, ids.data, want_mean, begin, end, partial.data);
+      const bool want_entropy = variant % 3 != 0;
+      Buffer<float> partial(kPartialScores * rows, kNan);
+      k->score(panels, weight.matrix(), offsets, scale, tanh_scale, ids.data, want_entropy, begin, end, partial.data);
       for (int64_t n = 0; n < rows; ++n) {
         const auto value = [&](int64_t j) { return capped(exact[n * columns + j], tanh_scale); };
         const Scores scores = score_of(begin, end, value);
-        expect_close("score: logsumexp", n, static_cast<double>(partial[n]), scores.logsumexp);
-        if (want_mean) expect("score: mean", n, static_cast<double>(partial[rows + n]), scores.mean, 4 * tolerance(scores.mean));
+        const auto part = [&](PartialScore which) { return static_cast<double>(partial[which * rows + n]); };
+        const double log_sum = std::log(part(kPartSum));
+        expect_close("score: logsumexp", n, part(kPartMax) + log_sum, scores.logsumexp);
+        if (want_entropy)
+          expect("score: entropy", n, log_sum - part(kPartMoment) / part(kPartSum), scores.entropy,
+                 4 * tolerance(scores.entropy));
         const bool inside = ids[n] >= begin && ids[n] < end;
-        expect_close("score: target", n, static_cast<double>(partial[2 * rows + n]),
+        expect_close("score: target", n, part(kPartTarget),
                      inside ? value(ids[n]) : static_cast<double>(kNan));
       }
     }
@@ -391,19 +395,19 @@ void check_scores(int64_t columns, const float* tanh_scale, int64_t padding) {
   for (int64_t n = 0; n < rows; ++n) ids[n] = n == 0 ? columns - 1 : random_word() % static_cast<uint32_t>(columns);
   for (const Kernels* k : tables()) {
     isa = k->name;
-    Buffer<float> logsumexp(rows, static_cast<float>(-kInf)), target(rows, kNan), mean(rows), none(rows, static_cast<float>(-kInf));
+    Buffer<float> logsumexp(rows, static_cast<float>(-kInf)), target(rows, kNan), entropies(rows), none(rows, static_cast<float>(-kInf));
     const int64_t cut = columns / 3;
     for (int64_t n = 0; n < rows; ++n) {
       const float* row = tile.data.data + n * tile.stride;
-      if (cut > 0) k->tile_score(row, cut, tanh_scale, {ids.data, 0}, n, {logsumexp.data, target.data, mean.data});
-      k->tile_score(row + cut, columns - cut, tanh_scale, {ids.data, cut}, n, {logsumexp.data, target.data, mean.data});
+      if (cut > 0) k->tile_score(row, cut, tanh_scale, {ids.data, 0}, n, {logsumexp.data, target.data, entropies.data});
+      k->tile_score(row + cut, columns - cut, tanh_scale, {ids.data, cut}, n, {logsumexp.data, target.data, entropies.data});
       k->tile_score(row, columns, tanh_scale, {nullptr, 0}, n, {none.data, nullptr, nullptr});
       k->tile_score(row, 0, tanh_scale, {nullptr, 0}, n, {none.data, nullptr, nullptr});
       const auto value = [&](int64_t j) { return capped(tile.at(n, j), tanh_scale); };
       const Scores exact = score_of(0, columns, value);
       expect_close("tile_score: logsumexp", n, static_cast<double>(logsumexp[n]), exact.logsumexp);
       expect_close("tile_score: logsumexp alone", n, static_cast<double>(none[n]), exact.logsumexp);
-      expect_close("tile_score: mean", n, static_cast<double>(mean[n]), exact.mean);
+      expect_close("tile_score: entropy", n, static_cast<double>(entropies[n]), exact.entropy);
       expect_close("tile_score: target", n, static_cast<double>(target[n]), value(ids[n]));
     }
 
@@ -735,7 +739,7 @@ int main() {
       check_scores(columns, nullptr, padding);
       check_scores(columns, &kCap, padding);
     }
-    for (const double beta : {0.0, 1.0, 0.5, 0.05})
+    for (const double beta : {0.0, 1.0, 0.5, 0.05, 1e-6, 1.0 - 1e-6})
       for (variant = 0; variant < 12; ++variant) check_divergence(columns, beta, variant);
     for (const Storage storage : {Storage::kFloat32, Storage::kBFloat16, Storage::kFloat16})
       check_scale_row(columns, storage);

@@ -81,34 +81,33 @@ def entropy_of(z):
 
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("tanh_scale", [None, 5.0])
-@pytest.mark.parametrize("want_mean", [False, True])
-def test_score_over_tiles(columns, tanh_scale, want_mean):
+@pytest.mark.parametrize("want_entropy", [False, True])
+def test_score_over_tiles(columns, tanh_scale, want_entropy):
     rows = 5
     tile = random_tile(rows, columns, padding=3)
     ids = torch.randint(0, columns, (rows,), device=DEVICE)
     logsumexp, target_logits = vector(rows, -torch.inf), vector(rows)
-    mean = vector(rows) if want_mean else None
+    entropy = vector(rows) if want_entropy else None
     cut = (2 * columns + 2) // 3
     for first, last in ((0, cut), (cut, columns)):  # the second starts off alignment, and may be empty
-        run("tile_score_", tile[:, first:last], tanh_scale, ids, first, logsumexp, target_logits, mean)
+        run("tile_score_", tile[:, first:last], tanh_scale, ids, first, logsumexp, target_logits, entropy)
     z = logits(tile.double(), tanh_scale)
     assert_near(logsumexp, z.logsumexp(-1))
     assert_near(target_logits, z.gather(-1, ids[:, None]).squeeze(-1))
-    if want_mean:
-        assert_near(mean, (torch.softmax(z, -1) * z).sum(-1), floor=1.0)
+    if want_entropy:
+        assert_near(entropy, entropy_of(z), floor=1.0)
 
 
 def test_score_of_masked_tiles():
     tile = random_tile(3, 700)
     tile[:, 100:300] = MASKED
     tile[1, 500:] = MASKED
-    logsumexp, mean = vector(3, -torch.inf), vector(3)
+    logsumexp, entropy = vector(3, -torch.inf), vector(3)
     for first, last in ((100, 300), (0, 100), (300, 500), (500, 700)):  # all masked, also as the first
-        run("tile_score_", tile[:, first:last], None, None, first, logsumexp, None, mean)
+        run("tile_score_", tile[:, first:last], None, None, first, logsumexp, None, entropy)
     z = tile.double()
-    probs = torch.softmax(z, -1)
     assert_near(logsumexp, z.logsumexp(-1))
-    assert_near(mean, torch.where(probs > 0, probs * z, 0.0).sum(-1), floor=1.0)
+    assert_near(entropy, entropy_of(z), floor=1.0)
 
 
 def test_ids_out_of_range_are_nan_and_touch_nothing_else():
@@ -251,6 +250,22 @@ def test_small_divergences_keep_their_digits(beta, delta):
         torch.testing.assert_close(statistics[LOG_RATIO].double(), log_ratio, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("beta", [2.0**-25, 1e-6, 0.02, 0.97, 1 - 1e-6, 1 - 2.0**-25])
+@pytest.mark.parametrize("delta", [False, True])
+def test_mixtures_of_which_one_share_is_next_to_nothing(beta, delta):
+    student, difference = random_tile(4, 3001, std=3.0), random_tile(4, 3001, std=3.0)
+    zs = student.double()
+    teacher = difference if delta else student + difference
+    log_teacher = torch.log_softmax(zs + difference.double() if delta else teacher.double(), -1)
+
+    def objective(z):
+        return divergence_from_log_probs(torch.log_softmax(z, -1), log_teacher, beta)
+
+    statistics, gradient = divergence(student.clone(), teacher, delta=delta, beta=beta)
+    torch.testing.assert_close(statistics[D].double(), objective(zs), rtol=2e-5, atol=0.0)
+    assert_near(gradient, gradient_of(objective, student, None), tolerance=2e-5)
+
+
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("delta", [False, True])
 def test_equal_rows_have_no_divergence(beta, delta):
@@ -315,12 +330,12 @@ def test_rows_of_differences_far_apart_and_near(beta):
 def test_scores_of_logits_that_are_not_finite(tanh_scale, value):
     tile, ids = random_tile(3, 700), torch.zeros(3, dtype=torch.int64, device=DEVICE)
     tile[1, 350] = value
-    logsumexp, mean = vector(3, -torch.inf), vector(3)
+    logsumexp, entropy = vector(3, -torch.inf), vector(3)
     for first, last in ((0, 300), (300, 700)):
-        run("tile_score_", tile[:, first:last], tanh_scale, None, first, logsumexp, None, mean)
+        run("tile_score_", tile[:, first:last], tanh_scale, None, first, logsumexp, None, entropy)
     softmax, sums = tile.clone(), vector(3)
     run("tile_softmax_", softmax, tanh_scale, ids, sums, vector(3))
-    for values in (logsumexp, mean, sums, softmax.sum(-1)):
+    for values in (logsumexp, entropy, sums, softmax.sum(-1)):
         assert values.isnan().tolist() == [False, True, False]
 
 

@@ -70,8 +70,8 @@ def scores_in(dtype, hidden, weight, bias, scale, tanh_scale, ids):
     if tanh_scale is not None:
         z = tanh_scale * torch.tanh(z)
     logsumexp = z.logsumexp(-1)
-    mean = (z * (z - logsumexp.unsqueeze(-1)).exp()).sum(-1)
-    return logsumexp, z.gather(-1, ids.unsqueeze(-1)).squeeze(-1), mean
+    logprobs = z.log_softmax(-1)
+    return logsumexp, z.gather(-1, ids.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
 
 
 def check_logits(hidden, weight, bias, scale, out) -> None:
@@ -80,16 +80,16 @@ def check_logits(hidden, weight, bias, scale, out) -> None:
     assert_accurate("logits", out, exact, native)
 
 
-def check_score(hidden, weight, bias, scale, tanh_scale, ids, want_mean) -> None:
+def check_score(hidden, weight, bias, scale, tanh_scale, ids, want_entropy) -> None:
     # Whatever was there before is overwritten.
-    ours = [torch.full((hidden.shape[0],), torch.nan) for _ in range(3 if want_mean else 2)]
+    ours = [torch.full((hidden.shape[0],), torch.nan) for _ in range(3 if want_entropy else 2)]
     _lib.operations().linear_score(
-        hidden, weight, bias, scale, tanh_scale, ids, ours[0], ours[1], ours[2] if want_mean else None
+        hidden, weight, bias, scale, tanh_scale, ids, ours[0], ours[1], ours[2] if want_entropy else None
     )
     exact, native = (
         scores_in(dtype, hidden, weight, bias, scale, tanh_scale, ids) for dtype in (torch.float64, torch.float32)
     )
-    for name, *tensors in zip(("logsumexp", "target logit", "mean logit"), ours, exact, native):  # without the mean
+    for name, *tensors in zip(("logsumexp", "target logit", "entropy"), ours, exact, native):  # without the entropy
         assert_accurate(name, *tensors)
 
 
@@ -110,13 +110,13 @@ def test_logits(given_operands, left, right):
 
 @settings(max_examples=80)
 @given(operands(), st.sampled_from([None, 0.5, 30.0]), st.booleans(), st.data())
-def test_score(given_operands, tanh_scale, want_mean, data):
+def test_score(given_operands, tanh_scale, want_entropy, data):
     hidden, weight, _, _ = given_operands
     columns = weight.shape[0]
     edges = sorted({0, columns - 1, min(columns - 1, 63), min(columns - 1, 64), min(columns - 1, 2048)})
     choice = data.draw(st.lists(st.sampled_from(edges), min_size=1, max_size=6))
     ids = torch.tensor(choice).repeat(hidden.shape[0])[: hidden.shape[0]]
-    check_score(*given_operands, tanh_scale, ids, want_mean)
+    check_score(*given_operands, tanh_scale, ids, want_entropy)
 
 
 @settings(max_examples=80)
@@ -227,7 +227,7 @@ def test_columns_masked_by_the_bias():
     exact, native = (
         scores_in(dtype, hidden, weight[keep], None, 1.0, None, place) for dtype in (torch.float64, torch.float32)
     )
-    for name, *tensors in zip(("logsumexp", "target logit", "mean logit"), ours, exact, native, strict=True):
+    for name, *tensors in zip(("logsumexp", "target logit", "entropy"), ours, exact, native, strict=True):
         assert_accurate(name, *tensors)
 
 

@@ -84,29 +84,28 @@ def assert_all_accurate(names, ours, exact, native) -> None:
 
 def scores_in(dtype, tile, cap, ids):
     z = logits(tile.to(dtype), cap)
-    logsumexp = z.logsumexp(-1)
-    return logsumexp, picked(z, ids), (z * (z - logsumexp.unsqueeze(-1)).exp()).sum(-1)
+    return z.logsumexp(-1), picked(z, ids), entropy_of(z.log_softmax(-1))
 
 
-def run_score(tile, cap, ids, cuts=(), want_mean=True):
+def run_score(tile, cap, ids, cuts=(), want_entropy=True):
     rows, columns = tile.shape
     ours = [torch.full((rows,), -INF), torch.full((rows,), torch.nan), torch.zeros(rows)]
     edges = [0, *cuts, columns]
     for begin, end in itertools.pairwise(edges):
         part = inside(tile[:, begin:end], 1, begin % 3, end % 5, CANARY)
         before = part.clone()
-        _lib.operations().tile_score_(part, cap, ids, begin, ours[0], ours[1], ours[2] if want_mean else None)
+        _lib.operations().tile_score_(part, cap, ids, begin, ours[0], ours[1], ours[2] if want_entropy else None)
         assert torch.equal(part.nan_to_num(), before.nan_to_num())
-    return ours if want_mean else ours[:2]
+    return ours if want_entropy else ours[:2]
 
 
 @settings(max_examples=60)
 @given(st.integers(0, 7), columns_strategy, cap_strategy, st.booleans(), st.integers(0, 1000))
-def test_score(rows, columns, cap, want_mean, seed):
+def test_score(rows, columns, cap, want_entropy, seed):
     tile, ids = make_tile(rows, columns, seed, cap), make_ids(rows, columns, seed)
-    ours = run_score(tile, cap, ids, want_mean=want_mean)
+    ours = run_score(tile, cap, ids, want_entropy=want_entropy)
     exact, native = (scores_in(dtype, tile, cap, ids)[: len(ours)] for dtype in (torch.float64, torch.float32))
-    assert_all_accurate(("logsumexp", "target logit", "mean logit")[: len(ours)], ours, exact, native)
+    assert_all_accurate(("logsumexp", "target logit", "entropy")[: len(ours)], ours, exact, native)
 
 
 @settings(max_examples=60)
@@ -138,9 +137,9 @@ def test_score_of_masked_columns():
     ids = torch.tensor([1500, 1501, 4000, 0])
     expected = tile[:, keep].double()
     for cuts in ((), (1000,), (1000, 2000, 4999)):
-        logsumexp, target, mean = run_score(tile, None, ids, cuts)
+        logsumexp, target, entropy = run_score(tile, None, ids, cuts)
         torch.testing.assert_close(logsumexp, expected.logsumexp(-1).float(), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(mean, (expected * expected.softmax(-1)).sum(-1).float(), rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(entropy, entropy_of(expected.log_softmax(-1)).float(), rtol=2e-6, atol=2e-6)
         assert torch.equal(target, picked(tile, ids))
 
 
@@ -443,10 +442,10 @@ def test_a_logit_that_is_not_finite_in_scores_and_softmax(column, value):
     tile, ids = make_tile(3, 3001, 0), torch.full((3,), 5)
     tile[1, column] = value
     for cap in (None, 3.0):
-        logsumexp, _, mean = run_score(tile, cap, ids, (1000,))
+        logsumexp, _, entropy = run_score(tile, cap, ids, (1000,))
         softmax, rows = tile.clone(), [torch.empty(3), torch.empty(3)]
         _lib.operations().tile_softmax_(softmax, cap, ids, *rows)
-        for values in (logsumexp, mean, rows[0], softmax.sum(-1)):
+        for values in (logsumexp, entropy, rows[0], softmax.sum(-1)):
             assert values.isnan().tolist() == [False, True, False]
 
 

@@ -77,7 +77,6 @@ class NativeTiles:
         self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
     ) -> None:
         transform = projection.transform
-        mean = None if running.entropy is None else torch.zeros_like(running.entropy)
         _lib.operations().linear_score(
             row_major(projection.hidden[rows]),
             row_major(projection.weight),
@@ -87,10 +86,8 @@ class NativeTiles:
             target_ids.contiguous(),
             running.logsumexp,
             running.target_logits,
-            mean,
+            running.entropy,
         )
-        if running.entropy is not None and mean is not None:
-            torch.sub(running.logsumexp, mean, out=running.entropy)
 
     def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty(rows.shape, dtype=dtype)
