@@ -15,6 +15,8 @@ from unisd_kernels import LMHead
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
 OPERATIONS = ("divergence", "logprobs", "loss")
+# One share of the mixture is next to nothing: float32 has no digit of it beside 1, or rounds 1 - share to 1.
+EXTREME_BETAS = (1e-12, 2.0**-25, 1 - 2.0**-25)
 
 
 @dataclass
@@ -83,7 +85,12 @@ class Draw:
         return tensor, "plain"
 
 
-def make_case(seed: int, operation: str | None = None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
+def make_case(
+    seed: int,
+    operation: str | None = None,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    extreme_betas: tuple[float, ...] = EXTREME_BETAS,
+) -> Case:
     draw = Draw(seed)
     choose = draw.choose
     operation = operation or choose.choice(OPERATIONS)
@@ -133,7 +140,9 @@ def make_case(seed: int, operation: str | None = None, dtypes: tuple[torch.dtype
         ),
         cu=torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=choose.choice([torch.int32, torch.int64])),
         temperature=temperature,
-        beta=choose.choice([0.0, 0.0, 1.0, 0.5, 0.1, 0.9, 1e-6, 1 - 1e-6, draw.log_uniform(0.01, 0.99)]),
+        beta=choose.choice(
+            [0.0, 0.0, 1.0, 0.5, 0.1, 0.9, 1e-6, 1 - 1e-6, draw.log_uniform(0.01, 0.99), *extreme_betas]
+        ),
         workspace=choose.choice([None, 1 << 12, 1 << 14]),
         upstream=[draw.values(rows) * choose.choice([0.0, 1.0, 3.0]) for _ in range(3)],
         wanted=wanted,
