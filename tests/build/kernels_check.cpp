@@ -422,7 +422,7 @@ void check_scores(int64_t columns, const float* tanh_scale, int64_t padding) {
       b[n] = static_cast<float>(normal());
       c[n] = static_cast<float>(normal());
       exact_sums[n] = static_cast<float>(exact.logsumexp);
-      entropy[n] = static_cast<float>(exact.logsumexp - exact.mean);
+      entropy[n] = static_cast<float>(exact.entropy);
     }
     for (int64_t n = 0; n < rows; ++n)
       k->tile_softmax(softmax.data.data + n * tile.stride, columns, tanh_scale, ids[n], sums.data + n, logits.data + n);
