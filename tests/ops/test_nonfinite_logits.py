@@ -26,7 +26,7 @@ def test_scores_of_one_row(trains, value, softcap, impl):
     hidden.requires_grad_(trains == "hidden")
     for entropy in (False, True):
         scores = linear_logprobs(
-            hidden, problem.student_head, problem.target_ids, return_entropy=entropy, impl=impl, workspace_bytes=400
+            hidden, problem.student_head, problem.target_ids, return_entropy=entropy, impl=impl, workspace_bytes=600
         )
         for statistic in scores:
             if statistic is not None:

@@ -86,7 +86,7 @@ def tanh(x):
 
 @triton.jit
 def nan_unless_finite(x):
-    """0, or NaN where x is infinite or NaN. Added to a number it costs one instruction, a multiplication and addition."""
+    """0, or NaN where x is infinite or NaN. Added to a number it costs one instruction."""
     return x * 0.0
 
 
