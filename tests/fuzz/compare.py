@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,12 @@ class Expectation:
             lp = oracle.log_softmax(self.student.z)
             kept = 2 * STORE[case.dtype] * (np.abs(per_logit.value) + np.exp(lp) * np.abs(lp) * self._share)
             per_logit = Bounded(per_logit.value, per_logit.error + kept)
-        self.gradients = oracle.pull_back(per_logit, self.student, self.hidden, self.head)
+            # float16 for bfloat16 operands too.
+            slope_error = oracle.slope_of_kept(self.student, self.head, case.temperature, STORE[torch.float16])
+            self.student = replace(self.student, slope_error=self.student.slope_error + slope_error)
+        # The operands of the gradient's products have the dtype of the others.
+        smallest = 2.0**-24 if case.dtype == torch.float16 else 0.0
+        self.gradients = oracle.pull_back(per_logit, self.student, self.hidden, self.head, smallest)
         if features is not None:
             value, error = self.gradients["hidden"].value + features, self.gradients["hidden"].error
             self.gradients["hidden"] = Bounded(value, error + 8 * self.unit * np.abs(features))

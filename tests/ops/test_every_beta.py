@@ -65,6 +65,16 @@ def measured(dtype, impl, beta, copies=1, two_heads=False):
 )
 @pytest.mark.parametrize("beta", BETAS)
 def test_every_beta(beta, dtype, impl, how):
+    check(beta, dtype, impl, how)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's tensors are for the interpreter")
+@pytest.mark.parametrize("beta", [1e-12, 2.0**-25, 1e-7, 0.5, 1 - 1e-6, 1 - 2.0**-25])
+def test_every_beta_of_triton(beta):
+    check(beta, torch.float32, "triton_chunked", {})
+
+
+def check(beta, dtype, impl, how):
     # What the logits are after rounding to the dtype is what the exact value is of.
     rows = [
         exactly(*(torch.tensor(logits, dtype=dtype).tolist() for logits in pair), beta)

@@ -26,7 +26,7 @@ def test_scores_of_one_row(trains, value, softcap, impl):
     hidden.requires_grad_(trains == "hidden")
     for entropy in (False, True):
         scores = linear_logprobs(
-            hidden, problem.student_head, problem.target_ids, return_entropy=entropy, impl=impl, workspace_bytes=400
+            hidden, problem.student_head, problem.target_ids, return_entropy=entropy, impl=impl, workspace_bytes=600
         )
         for statistic in scores:
             if statistic is not None:
@@ -85,3 +85,29 @@ def test_a_product_that_overflows(impl):
     # Large is not infinite.
     problem.teacher_hidden[1] /= 1e16
     assert unisd_loss(**problem.arguments(), impl=impl).loss.isfinite()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's tensors are for the interpreter")
+@pytest.mark.parametrize(
+    ("beta", "impl"), [(0.0, "triton_fused"), (1.0, "triton_fused"), (0.0, "triton_chunked"), (0.5, "triton_chunked")]
+)
+@pytest.mark.parametrize("value", [INF, -INF])
+def test_triton(value, beta, impl):
+    """A hidden state under a soft cap, of either side, and a bias without one."""
+    for where in ("student_hidden", "teacher_hidden"):
+        test_divergence_of_one_row(where, value, 3.0, beta, impl)
+    for trains in (False, "hidden"):
+        test_scores_of_one_row(trains, value, 3.0, impl)
+    problem = make_problem(softcap=None, frozen_head=True, bias=True).to(torch.float32)
+    bias = problem.teacher_head.bias.detach().clone()
+    bias[7] = value
+    spoilt = LMHead(problem.teacher_head.weight.detach(), bias)
+    own = LMHead(problem.student_head.weight.detach(), problem.student_head.bias.detach())
+    # On both sides the logit drops out of the difference of hidden states.
+    for student_head, teacher_head in ((spoilt, own), (own, spoilt), (spoilt, spoilt)):
+        rows = (problem.student_hidden, student_head, problem.teacher_hidden, teacher_head)
+        divergence = linear_divergence(*rows, beta=beta, impl=impl)
+        assert divergence.isnan().all()
+        (gradient,) = torch.autograd.grad(divergence.sum(), problem.student_hidden)
+        assert gradient.isnan().all()
+    assert linear_logprobs(problem.student_hidden, spoilt, problem.target_ids, impl=impl).logprobs.isnan().all()

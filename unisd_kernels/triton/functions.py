@@ -85,11 +85,19 @@ def tanh(x):
 
 
 @triton.jit
+def nan_unless_finite(x):
+    """0, or NaN where x is infinite or NaN. Added to a number it costs one instruction."""
+    return x * 0.0
+
+
+@triton.jit
 def finish_logits(x, tanh_scale, HAS_CAP: tl.constexpr):
-    """z from `product_scale (h W^T + b)`: the tanh of a soft cap, or nothing."""
+    """z from `product_scale (h W^T + b)`: the tanh of a soft cap, or nothing. NaN of what is not finite: minus infinity
+    would drop out of a softmax, and a cap would make a number of it."""
+    z = x
     if HAS_CAP:
-        x = tanh(x) * tanh_scale
-    return x
+        z = tanh(x) * tanh_scale
+    return z + nan_unless_finite(x)
 
 
 @triton.jit

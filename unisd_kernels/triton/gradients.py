@@ -169,7 +169,7 @@ def softmax_statistics_kernel(
         higher = tl.maximum(highest, z)
         # A lane that has seen nothing yet holds -inf, and -inf - -inf is no number.
         seen = higher > -float("inf")
-        total = tl.where(seen, total * exp(highest - higher) + exp(z - higher), 0.0)
+        total = tl.where(seen, total * exp(highest - higher) + exp(z - higher), total)
         total = tl.where(z != z, z, total)
         highest = higher
     top = tl.max(highest, 0)

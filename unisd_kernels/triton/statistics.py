@@ -33,6 +33,7 @@ from unisd_kernels.triton.functions import (
     finish_logits,
     log1p,
     log1p_remainder,
+    nan_unless_finite,
     tile_block,
 )
 
@@ -255,11 +256,10 @@ def combine_kernel(
         grown = exp(bounded)
         scale = exp(above)
         first += scale * (grown * excess + student_sum * remainder)
-        if not REVERSE:
-            second_order = tl.load(at + SECOND_ORDER, mask=mask, other=0.0)
-            of_shift = bounded * expm1(bounded) - remainder
-            second += scale * (grown * (second_order + bounded * excess) + student_sum * of_shift)
-            moments += exp(teacher_above) * (moment + teacher_sum * y)
+        second_order = tl.load(at + SECOND_ORDER, mask=mask, other=0.0)
+        of_shift = bounded * expm1(bounded) - remainder
+        second += scale * (grown * (second_order + bounded * excess) + student_sum * of_shift)
+        moments += exp(teacher_above) * (moment + teacher_sum * y)
         if WANT_ENTROPY:
             spread_at = spread_source + (start + lanes) * SPREADS
             spread = tl.load(spread_at + STUDENT_SPREAD, mask=mask, other=0.0)
@@ -272,19 +272,22 @@ def combine_kernel(
     # The two agree but for the rounding of the log-sum-exps, unless something was out of float32's reach.
     noise = 1e-6 * (1.0 + tl.abs(logsumexp) + tl.abs(teacher_logsumexp) + tl.abs(mean_shift))
     in_reach = tl.abs(log1p(q) - direct) <= noise
+    # log1p(q) - q / (1 + q) without its first order. The two terms' rounding is u q (1 + q / 2) at most for small q and
+    # u q for large q, where the result is only log(q) - 1: with q = e^40 nothing of it is left. That of
+    # E_t[delta - r] - log1p(q) is u (D + 2 log1p(q)), whatever q. They meet between 1 and 2; at q = 2 the first is
+    # 3.1 u and 7 u of the curvature's .43. There P and log1p(q) have no digits to save any more.
+    curvature = q * q / (1.0 + q) - log1p_remainder(q)
+    precise = tl.sum(second, 0) / total / (1.0 + q) - curvature
+    moment = tl.sum(moments, 0) / teacher_total  # E_t[delta - r]
+    forward = moment - tl.where(in_reach, log1p(q), direct)
+    # A token out of reach adds p_t times 80 or more to E_t[delta - r], and shows here where it does not in log1p(q):
+    # less than the noise there, it may still be all of c - r.
+    agrees = tl.abs(precise - forward) <= noise + 1e-6 * tl.abs(forward)
+    in_reach = in_reach & (agrees | (q >= 2.0))
     beyond = tl.where(in_reach, log1p(q), direct)  # c - r
     divergence = beyond
     if not REVERSE:
-        # log1p(q) - q / (1 + q) without its first order. The two terms' rounding is u q (1 + q / 2) at most for small q
-        # and u q for large q, where the result is only log(q) - 1: with q = e^40 nothing of it is left. That of
-        # E_t[delta - r] - log1p(q) is u (D + 2 log1p(q)), whatever q. They meet between 1 and 2; at q = 2 the first is
-        # 3.1 u and 7 u of the curvature's .43. There P and log1p(q) have no digits to save any more.
-        curvature = q * q / (1.0 + q) - log1p_remainder(q)
-        precise = tl.sum(second, 0) / total / (1.0 + q) - curvature
-        divergence = tl.sum(moments, 0) / teacher_total - beyond
-        # A token out of reach adds p_t times 80 or more to D, so it may be missed here where log1p(q) does not show it.
-        agrees = tl.abs(precise - divergence) <= noise + 1e-6 * tl.abs(divergence)
-        divergence = tl.where(in_reach & agrees & (q < 2.0), precise, divergence)
+        divergence = tl.where(in_reach & (q < 2.0), precise, moment - beyond)
     # Below zero there is only rounding. A NaN stays.
     divergence = tl.where(divergence < 0.0, 0.0, divergence)
     difference = beyond + mean_shift
@@ -383,7 +386,9 @@ def mixture_kernel(
         of_smaller = tl.where(t < ratio, near, of_smaller)
         student_terms += larger * tl.where(teacher_larger, of_smaller, of_larger)
         teacher_terms += larger * tl.where(teacher_larger, of_larger, of_smaller)
-    student_kl = tl.sum(student_terms, 0)
+    # The bounds above make numbers of a NaN.
+    spoilt = nan_unless_finite(logsumexp) + nan_unless_finite(difference)
+    student_kl = tl.sum(student_terms, 0) + spoilt
     teacher_kl = tl.sum(teacher_terms, 0)
     divergence = beta * teacher_kl + complement * student_kl
     tl.store(statistics + DIVERGENCE * num_rows + row, tl.where(divergence < 0.0, 0.0, divergence))
