@@ -699,9 +699,10 @@ def test_efficiency_of_the_vocabulary_layout():
     inside = min(plan.efficiency for plan in every_plan(ranks=(2, 4, 8)))
     assert f"an efficiency of {inside:.2f} or more" in prose()
     assert f"keep {least((16,)):.2f} at R = 16 and {least((64,)):.2f} at R = 64" in prose()
-    assert all(wire_dominates_from(plan) is None for plan in every_plan(ranks=(2,)))
     even = headline_plan("llama3.1-8b", "forward KL", "vocabulary", 64)
-    assert 0.95 < even.wire_seconds / even.compute_seconds < 1.0
+    assert 1.0 < even.wire_seconds / even.compute_seconds < 1.05
+    for plan in every_plan(ranks=(2,)):
+        assert wire_dominates_from(plan) == (64 if replace(plan, ranks=64) == even else None)
     one = headline_plan("llama3.1-8b", "forward KL", "vocabulary", 16, ONE_RING)
     assert f"forward KL runs at {one.efficiency:.2f} at R = 16" in prose()
 

@@ -59,7 +59,7 @@ class ProductConfig:
 _PLAIN = ProductConfig(64, 64, 32, 8, 3)
 _AMPERE: dict[str, tuple[ProductConfig, ...]] = {
     "score": (ProductConfig(128, 128, 64, 8, 3), ProductConfig(64, 128, 64, 8, 4)),
-    "score-heavy": (ProductConfig(64, 128, 64, 8, 4), ProductConfig(128, 128, 64, 8, 3)),
+    "score-heavy": (ProductConfig(128, 128, 64, 8, 3), ProductConfig(64, 128, 64, 8, 4)),
     "score-few": (ProductConfig(64, 64, 64, 4, 4), ProductConfig(32, 128, 64, 4, 3)),
     "score-float32": (ProductConfig(64, 64, 32, 4, 3),),
     "pair": (ProductConfig(64, 128, 64, 8, 3, parts=2), ProductConfig(128, 64, 32, 8, 4)),
