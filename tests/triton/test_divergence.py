@@ -53,7 +53,9 @@ def check(problem, dtype, impl, **options):
 @pytest.mark.parametrize("impl", DESIGNS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
-@pytest.mark.parametrize("shape", range(len(SHAPES)))
+@pytest.mark.parametrize(
+    "shape", [each if each == 1 else pytest.param(each, marks=pytest.mark.exhaustive) for each in range(len(SHAPES))]
+)
 def test_loss_and_gradients(impl, dtype, beta, shape):
     if impl == "triton_fused" and 0.0 < beta < 1.0:
         pytest.skip("the JSD is chunked in both")
@@ -125,7 +127,9 @@ def near(size: float, dtype: torch.dtype, rows: int = 24, width: int = 64, colum
 
 @pytest.mark.parametrize("impl", DESIGNS)
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.5])
-@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize(
+    "size", [pytest.param(1e-2, marks=pytest.mark.exhaustive), 1e-4, pytest.param(1e-6, marks=pytest.mark.exhaustive)]
+)
 def test_small_divergences_keep_their_digits(impl, beta, size):
     """One head for both. In float32, where the rows can be that near each other."""
     student, teacher, weight = near(size, torch.float32)

@@ -36,7 +36,6 @@ def assert_good_code(report: dict, capability: int) -> None:
         assert kernel["registers"] * 32 * kernel["warps"] <= 65536, kernel
 
 
-@pytest.mark.slow
 def test_a_call_reaches_its_launches():
     report = dry_run(90, *ALWAYS)
     assert_good_code(report, 90)

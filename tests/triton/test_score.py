@@ -44,7 +44,13 @@ def check(problem, dtype, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("lengths", "hidden_size", "vocab_size"), [((1,), 1, 2), ((16, 1), 16, 64), ((5, 30), 33, 131), ((70,), 40, 259)]
+    ("lengths", "hidden_size", "vocab_size"),
+    [
+        ((1,), 1, 2),
+        pytest.param((16, 1), 16, 64, marks=pytest.mark.exhaustive),
+        ((5, 30), 33, 131),
+        pytest.param((70,), 40, 259, marks=pytest.mark.exhaustive),
+    ],
 )
 @pytest.mark.parametrize(
     "extras", [{}, {"bias": True, "softcap": 5.0, "logit_scale": -0.5}, {"padded_vocab": 3, "logit_std": 20.0}]
@@ -60,8 +66,10 @@ def use(monkeypatch, kind, config):
     monkeypatch.setitem(tuning.TABLE, name, {**tuning.TABLE.get(name, tuning._AMPERE), kind: (config,)})
 
 
-@pytest.mark.parametrize("spans", [1, 3, 50])
-@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(
+    "spans", [pytest.param(1, marks=pytest.mark.exhaustive), 3, pytest.param(50, marks=pytest.mark.exhaustive)]
+)
+@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
 def test_spans_and_groups(monkeypatch, spans, group):
     """Any cut of the vocabulary, any order of the programs."""
     monkeypatch.setattr("unisd_kernels.tiles.triton.spans_of_vocabulary", lambda *_: spans)
