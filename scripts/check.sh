@@ -11,18 +11,28 @@ shift 2
 report=()
 status=0
 
-# CPU seconds of this shell's finished children, user and system.
-cpu() { times | tail -n 1 | tr 'ms' '  ' | awk '{printf "%.0f", 60 * $1 + $2 + 60 * $3 + $4}'; }
+tally="$(mktemp)"
+trap 'rm -f "$tally"' EXIT
+
+# CPU seconds of this shell's finished children, user and system, into `spent`. Not by a pipe or `$(...)`: each is a
+# shell of its own, whose children have used nothing.
+spent=0
+count_cpu() {
+    times >"$tally"
+    spent="$(tail -n 1 "$tally" | tr 'ms' '  ' | awk '{printf "%.0f", 60 * $1 + $2 + 60 * $3 + $4}')"
+}
 
 stage() {
     local name=$1 before code
     shift
     echo "== $name"
-    before="$(cpu)"
+    count_cpu
+    before=$spent
     "$@"
     code=$?
+    count_cpu
     [ $code -eq 0 ] || status=1
-    report+=("$(printf '%-42s %-10s %4d s of CPU' "$name" "$([ $code -eq 0 ] && echo passed || echo "FAILED ($code)")" $(($(cpu) - before)))")
+    report+=("$(printf '%-42s %-10s %4d s of CPU' "$name" "$([ $code -eq 0 ] && echo passed || echo "FAILED ($code)")" $((spent - before)))")
 }
 
 lint() {
@@ -44,4 +54,6 @@ stage "tests" "$bin/python" -m pytest -n 2 "$@"
 stage "the trainer's tests with $(basename "$oldest_trl")" trainer_with_oldest_trl "$@"
 echo "== in all"
 printf '%s\n' "${report[@]}"
+count_cpu
+echo "CPU seconds: $spent"
 exit $status
