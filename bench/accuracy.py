@@ -15,7 +15,7 @@ from bench.peers import dense
 from bench.peers.reduction import combine
 from bench.peers.step import Outcome
 from unisd_kernels import LMHead, reference
-from unisd_kernels.spec import LossInputs, LossSpec
+from unisd_kernels.config import LossConfig, LossInputs
 
 # Of one [rows, V] float64 tensor; the reference holds several.
 LARGEST_TENSOR = 1_000_000_000
@@ -145,7 +145,7 @@ def _exact_outcome(first: Inputs, beta: float, weights: torch.Tensor | None, num
             token_weights=weights,
             num_items=num_sequences,
         ),
-        LossSpec(beta=beta, return_entropy=False, **options),
+        LossConfig(beta=beta, return_entropy=False, **options),
     )
     return Outcome(None, torch.autograd.grad(result.loss, hidden)[0])
 

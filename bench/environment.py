@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from unisd_kernels import _lib
+from unisd_kernels.backends import extension
 
 # What a figure depends on; results and pages may change while they are made.
 CODE = ("unisd_kernels", "unisd", "csrc", "bench/*.py", "bench/peers")
@@ -61,7 +61,7 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "library": _lib.cpu_isa() if _lib.cpu_unavailable() is None else None,
+        "library": extension.cpu_isa() if extension.cpu_unavailable() is None else None,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "driver": _gpu("driver_version") if device.type == "cuda" else None,

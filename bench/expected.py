@@ -8,7 +8,7 @@ product are its operands and its result. A product of 2 N H V FLOPs is the unit 
     python -m bench.expected --tflops 700 --bandwidth 2900e9
     python -m bench.expected --measured ceilings.json --results bench.json     what a session on a GPU measured
 
-The designs, of which the first two are built (`unisd_kernels/tiles/triton_walks.py`); both score with the fused kernel:
+The designs, of which the first two are built (`backends/triton/divergence.py`); both score with the fused kernel:
 
 fused       Student's and teacher's product are one kernel with the statistics behind it, which reads the weight once
             for a block of rows, stores 16-bit shifted logits (2 + 2 bytes a pair) and the partial statistics of every
@@ -37,12 +37,12 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.cases import ACCELERATOR_CASES, Case
-from unisd_kernels.tiles import driver
-from unisd_kernels.tiles import triton_walks as walks
-from unisd_kernels.tiles.buffers import row_stride, split_rows
-from unisd_kernels.triton.launch import ROW_PADDING
-from unisd_kernels.triton.statistics import NUM_PARTIALS
-from unisd_kernels.triton.tuning import TABLE
+from unisd_kernels.backends import engine
+from unisd_kernels.backends.buffers import row_stride, split_rows
+from unisd_kernels.backends.triton import divergence as walks
+from unisd_kernels.backends.triton.configs import TABLE
+from unisd_kernels.backends.triton.launch import ROW_PADDING
+from unisd_kernels.backends.triton.statistics import NUM_PARTIALS
 
 DESIGNS = ("fused", "chunked", "recomputed")
 # Names of the contenders of `bench/peers` that are these designs.
@@ -81,7 +81,7 @@ class Assumptions:
     loss_epilogue: float = 0.084
     scoring_epilogue: float = 0.04
     workspace: int | None = None
-    scoring_rows: int = driver._SCORE_ROWS
+    scoring_rows: int = engine._SCORE_ROWS
 
 
 class Rows(NamedTuple):
@@ -145,11 +145,11 @@ class Model:
 
     @property
     def workspace(self) -> int:
-        default = driver.default_workspace_bytes(torch.device("cuda"), weight_gradient=not self.case.frozen_head)
+        default = engine.default_workspace_bytes(torch.device("cuda"), weight_gradient=not self.case.frozen_head)
         return default if self.given.workspace is None else self.given.workspace
 
     def rows(self, design: str) -> Rows:
-        """As the walks of `unisd_kernels/tiles/triton_walks.py` split them."""
+        """As the walks of `backends/triton/divergence.py` split them."""
         columns = self.case.vocab_size
         stride = row_stride(columns, ROW_PADDING)
 
@@ -269,7 +269,7 @@ def _pair_columns() -> int:
 
 def _spans(total: int, step: int) -> list[int]:
     """As the driver walks."""
-    return [span.stop - span.start for span in driver._spans(total, step)]
+    return [span.stop - span.start for span in engine._spans(total, step)]
 
 
 def measured_assumptions(file: Path) -> Assumptions:

@@ -25,8 +25,8 @@ from unisd.data.procedural import procedural_rows
 from unisd.models import SMOLLM2, load_model
 from unisd.presets import PRESETS
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, reference
+from unisd_kernels.config import LossConfig
 from unisd_kernels.reference.loss import reduce_per_token
-from unisd_kernels.spec import LossSpec
 
 TINY = "tiny"
 MODELS = (SMOLLM2, TINY)
@@ -82,7 +82,7 @@ def dense_unisd_loss(
     **settings: Any,
 ) -> UniSDLoss:
     """`unisd_kernels.unisd_loss` as the trainer calls it; differentiated by autograd."""
-    spec = LossSpec(**settings)
+    spec = LossConfig(**settings)
     if spec.clip_quantile is not None:
         raise NotImplementedError("the dense loss here has a constant cap only, as the presets have")
 

@@ -40,7 +40,7 @@ from bench.step_runs import (
 )
 from bench.timing import interleaved_seconds, spread
 from unisd.models import SMOLLM2
-from unisd_kernels.dispatch import resolve
+from unisd_kernels.backends.registry import resolve
 
 ROLLOUT = "rollout"
 # With which the default run stays below ten minutes on two CPU cores.

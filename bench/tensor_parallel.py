@@ -37,7 +37,7 @@ from typing import Literal, NamedTuple
 
 from bench.cases import CASES, HEADLINE_ROWS, Case
 from bench.expected import FLOAT32, OPERAND, Assumptions, Model, _spans
-from unisd_kernels.ops import fused_loss
+from unisd_kernels.ops import loss_autograd
 
 Layout = Literal["vocabulary", "logits", "head", "replicated"]
 LAYOUTS: tuple[Layout, ...] = ("vocabulary", "logits", "head", "replicated")
@@ -273,11 +273,11 @@ class Plan:
         return own + (FLOAT32 + OPERAND) * rounded / self.given.bandwidth
 
     def _share_seconds(self) -> float:
-        """Where few rows are left the auxiliary views are scored as one, as `unisd_kernels/ops/fused_loss.py` does:
+        """Where few rows are left the auxiliary views are scored as one, as `unisd_kernels/ops/loss_autograd.py` does:
         the weight is then read once for all of them."""
         share, auxiliary = self.share, self.case.num_auxiliary
         whole, stacked = share.seconds(self.design, self.jsd), auxiliary * share.case.num_rows
-        if not auxiliary or stacked > fused_loss._STACKED_ROWS:
+        if not auxiliary or stacked > loss_autograd._STACKED_ROWS:
             return whole
         return whole - auxiliary * share.scoring + Model(replace(share.case, num_rows=stacked), self.given).scoring
 

@@ -1,6 +1,6 @@
 """`python -m bench.tuning --device cuda --output FILE`: every tile shape of the product kernels, timed on this GPU.
 
-For each kind and shape the milliseconds of each candidate of `unisd_kernels/triton/tuning.py`, beside the bare library
+For each kind and shape the milliseconds of each candidate of `backends/triton/configs.py`, beside the bare library
 products of as many FLOPs; so that the table's defaults, which are reasoned, meet a measurement. The launch alone is
 timed, by the package's own `choose`. A candidate that fails is shown with its reason. The user's cache is left alone.
 
@@ -29,13 +29,13 @@ from bench.expected import ARCHITECTURE
 from bench.measure import OUT_OF_TIME, device_lost, failure_text
 from bench.tuning_candidates import milliseconds
 from bench.tuning_shapes import SHAPES, Shape, library_products, operation
-from unisd_kernels.triton.tuning import TABLE, ProductConfig, candidates
+from unisd_kernels.backends.triton.configs import TABLE, GemmConfig, candidates
 
 # Milliseconds of one candidate: kind, candidate, device, what runs the operation once.
-Timer = Callable[[str, ProductConfig, torch.device, Callable[[], object]], float]
+Timer = Callable[[str, GemmConfig, torch.device, Callable[[], object]], float]
 
 
-def describe(config: ProductConfig) -> str:
+def describe(config: GemmConfig) -> str:
     """The tile, and what of it is not the default."""
     parts = [f"{config.rows}x{config.columns}x{config.width}", f"{config.warps} warps", f"{config.stages} stages"]
     parts += [f"{name} {getattr(config, name)}" for name in ("parts", "occupancy") if getattr(config, name) != 1]

@@ -11,10 +11,10 @@ import torch
 from bench.cases import CASES
 from bench.cases import SHAPES as HEADS
 from bench.expected import Assumptions, Model
+from unisd_kernels.backends.base import NeedsGrad, RunningScores
+from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.triton.backend import TritonBackend
 from unisd_kernels.heads import LMHead
-from unisd_kernels.tiles.base import RunningScores, Wanted
-from unisd_kernels.tiles.projection import Projection
-from unisd_kernels.tiles.triton import TritonTiles
 
 MAIN_HEADS = ("llama3.1-8b", "qwen2.5-0.5b", "gemma3-4b")
 FEW_ROWS = 64
@@ -27,7 +27,7 @@ class Shape:
     """A product of [rows, width] and [columns, width]; of two views for a pair.
 
     Attributes:
-        kind: of `unisd_kernels.triton.tuning`.
+        kind: of `unisd_kernels.backends.triton.configs`.
         name: of the head.
     """
 
@@ -93,11 +93,11 @@ def operation(shape: Shape, device: torch.device) -> Callable[[], object]:
         def score() -> None:
             logsumexp, target_logits = torch.zeros(2, shape.rows, device=device)
             running = RunningScores(logsumexp, target_logits, None)
-            TritonTiles().score(student, rows, targets, running, _WORKSPACE)
+            TritonBackend().score(student, rows, targets, running, _WORKSPACE)
 
         return score
     teacher = Projection.of(teacher_hidden, head, 1.0)
-    walk = TritonTiles("fused").pair_walk(student, teacher, 0.0, _WORKSPACE, Wanted(hidden=True))
+    walk = TritonBackend("fused").pair_walk(student, teacher, 0.0, _WORKSPACE, NeedsGrad(hidden=True))
 
     def pair() -> None:
         walk.begin(rows)

@@ -1,5 +1,5 @@
 // The operations `torch.ops.unisd.*`: every schema, in one place. Implementations register themselves for their device
-// (cpu/register.cpp, cuda/*.cu); fake ones for torch.compile are in unisd_kernels/_lib.py. Autograd stays in Python.
+// (cpu/register.cpp, cuda/*.cu); fake ones for torch.compile are in unisd_kernels/backends/extension.py. Autograd stays in Python.
 //
 // Conventions. Tiles are float32 [rows, columns] with contiguous rows (any stride between rows) and arrive as
 // `product_scale * (h W^T + b)`; `tanh_scale` is c / tau with a soft cap c, else absent, and the logit is then

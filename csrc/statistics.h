@@ -1,5 +1,5 @@
 // The rows of the `statistics` argument of tile_divergence_ and tile_divergence_gradient_. Read from Python by name in
-// unisd_kernels/tiles/native.py.
+// unisd_kernels/backends/native.py.
 #pragma once
 
 namespace unisd {

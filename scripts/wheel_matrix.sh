@@ -77,12 +77,12 @@ import sys
 from pathlib import Path
 
 import unisd_kernels
-from unisd_kernels import _lib
+from unisd_kernels.backends import extension
 
 print(unisd_kernels.__file__)
 assert Path(sys.argv[1]).resolve() in Path(unisd_kernels.__file__).resolve().parents
-print(_lib.cpu_unavailable() or _lib.cpu_isa())
-assert _lib.cpu_unavailable() is None
+print(extension.cpu_unavailable() or extension.cpu_isa())
+assert extension.cpu_unavailable() is None
 CHECK
 isa="$(tail -n 1 "$logs/library.txt")"
 

@@ -14,7 +14,7 @@ from unisd.presets import Preset, get_preset
 from unisd.ranges import check_ranges
 from unisd.row_check import OVERLONG
 from unisd_kernels import available
-from unisd_kernels.spec import check_choice, check_number
+from unisd_kernels.config import check_choice, check_number
 
 _EMA_MODES = ("none", "auto", "full", "adapter", "merged")
 

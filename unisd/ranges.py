@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from unisd_kernels.spec import check_number
+from unisd_kernels.config import check_number
 
 _ABOVE_ZERO: dict[str, Any] = {"low": 0.0, "open_low": True}
 _FROM_ZERO: dict[str, Any] = {"low": 0.0}

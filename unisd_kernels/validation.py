@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from unisd_kernels.config import LossConfig, LossInputs, check_number
 from unisd_kernels.heads import LMHead
 from unisd_kernels.reference.logprobs import statistics_dtype
-from unisd_kernels.spec import LossInputs, LossSpec, check_number
 
 # Of hidden states and heads. float8 has no arithmetic of its own, and its scale is kept elsewhere.
 _OPERANDS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -213,7 +213,7 @@ def autocast_operands(
     return hidden.to(dtype), LMHead(weight, bias, head.logit_scale, head.softcap, head.vocab_size)
 
 
-def check_loss_inputs(inputs: LossInputs, spec: LossSpec) -> None:
+def check_loss_inputs(inputs: LossInputs, config: LossConfig) -> None:
     """All of `unisd_loss`'s tensors: shapes, dtypes, devices, and on a CPU the values of ids and offsets."""
     check_hidden("student_hidden", inputs.student_hidden, inputs.student_head, "student_head")
     check_head("teacher_head", inputs.teacher_head)
@@ -243,7 +243,7 @@ def check_loss_inputs(inputs: LossInputs, spec: LossSpec) -> None:
             raise ValueError(f"{name} is on {hidden.device} but student_hidden is on {device}; move one of them")
     check_target_ids(inputs.target_ids, num_rows, inputs.student_head.num_columns, device)
     check_cu_seqlens(inputs.cu_seqlens, num_rows, device)
-    if spec.feature_weight > 0 and inputs.student_hidden.shape != inputs.teacher_hidden.shape:
+    if config.feature_weight > 0 and inputs.student_hidden.shape != inputs.teacher_hidden.shape:
         raise ValueError(
             f"feature matching compares hidden states of one width, got {tuple(inputs.student_hidden.shape)} and "
             f"{tuple(inputs.teacher_hidden.shape)}; set feature_weight=0 for models of different width"

@@ -23,12 +23,12 @@ from bench.expected import (
     measured_ratios,
     report,
 )
+from unisd_kernels.backends import engine
+from unisd_kernels.backends.base import NeedsGrad
+from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.triton import configs
+from unisd_kernels.backends.triton.divergence import ChunkedDivergence, FusedDivergence
 from unisd_kernels.heads import LMHead
-from unisd_kernels.tiles import driver
-from unisd_kernels.tiles.base import Wanted
-from unisd_kernels.tiles.projection import Projection
-from unisd_kernels.tiles.triton_walks import ChunkedWalk, FusedWalk
-from unisd_kernels.triton import tuning
 
 ROOT = Path(__file__).parents[2]
 HEADLINE = CASES["llama3.1-8b.kl.8192"]
@@ -108,16 +108,16 @@ def test_the_floor_is_the_target_figure():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("operation", ["kl", "kl_trainable"])
-@pytest.mark.parametrize(("design", "walk"), [("fused", FusedWalk), ("chunked", ChunkedWalk)])
+@pytest.mark.parametrize(("design", "walk"), [("fused", FusedDivergence), ("chunked", ChunkedDivergence)])
 def test_rows_are_those_of_the_walks(shape, operation, design, walk, monkeypatch):
-    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
     case = CASES[f"{shape}.{operation}.8192"]
     hidden, weight = (
         torch.empty(rows, case.hidden_size, dtype=case.dtype, device=META) for rows in (case.num_rows, case.vocab_size)
     )
     projection = Projection.of(hidden, LMHead(weight), 0.7)
-    workspace = driver.default_workspace_bytes(torch.device("cuda"), not case.frozen_head)
-    built = walk(projection, projection, 0.0, workspace, Wanted(True, not case.frozen_head))
+    workspace = engine.default_workspace_bytes(torch.device("cuda"), not case.frozen_head)
+    built = walk(projection, projection, 0.0, workspace, NeedsGrad(True, not case.frozen_head))
     split = Model(case).rows(design)
     assert (split.chunk, split.block) == (built.chunk_rows, built.block_rows)
     held = sum(
@@ -142,7 +142,7 @@ def test_a_library_product_of_another_temperature_costs_no_pass(monkeypatch):
 
 
 def test_a_trainable_head_is_handed_over_as_counted():
-    sums = driver.Gradients(None, torch.empty(64, 16, device=META), None)
+    sums = engine.Gradients(None, torch.empty(64, 16, device=META), None)
     upstream = torch.empty((), device=META)
     handed = moved_by(lambda: sums.scaled(upstream, torch.bfloat16, torch.bfloat16))
     weights = TRAINABLE.vocab_size * TRAINABLE.hidden_size

@@ -16,13 +16,13 @@ from bench.inputs import make_inputs, more_inputs
 from bench.peers import FLOOR, OURS, PEERS
 from bench.tables import table
 from unisd.cli.errors import CommandError
-from unisd_kernels import _lib
-from unisd_kernels.tiles.native import NativeTiles
+from unisd_kernels.backends import extension
+from unisd_kernels.backends.native import NativeBackend
 
 CPU = torch.device("cpu")
 # Large enough for the products to be most of the time.
 CASE = "scaling.kl.N256.H256.V8192.K0"
-native = pytest.mark.skipif(_lib.cpu_unavailable() is not None, reason="the compiled library is absent")
+native = pytest.mark.skipif(extension.cpu_unavailable() is not None, reason="the compiled library is absent")
 
 
 def bench(tmp_path, name, *more, case=CASE):
@@ -36,13 +36,13 @@ def test_a_slowed_kernel_is_caught(tmp_path, monkeypatch, capsys):
     status, before = bench(tmp_path, "before")
     assert status == 0
     kept = ["--against", str(tmp_path / "before.json")]
-    gradient = NativeTiles.hidden_gradient
+    gradient = NativeBackend.hidden_gradient
 
     def slowed(self, *arguments):
         for _ in range(8):
             gradient(self, *arguments)
 
-    monkeypatch.setattr(NativeTiles, "hidden_gradient", slowed)
+    monkeypatch.setattr(NativeBackend, "hidden_gradient", slowed)
     capsys.readouterr()
     status, after = bench(tmp_path, "after", *kept)
     assert status == 0  # said, and a failure only where asked for
@@ -65,13 +65,13 @@ def test_a_wrong_kernel_is_caught(case, method, spoil, tmp_path, monkeypatch, ca
     """An error of a thousandth: far too small for a test of training to see."""
     assert bench(tmp_path, "right", case=case)[0] == 0
     capsys.readouterr()
-    right = getattr(NativeTiles, method)
+    right = getattr(NativeBackend, method)
 
     def wrong(self, *arguments):
         right(self, *arguments)
         spoil(*arguments)
 
-    monkeypatch.setattr(NativeTiles, method, wrong)
+    monkeypatch.setattr(NativeBackend, method, wrong)
     status, rows = bench(tmp_path, "wrong", case=case)
     assert status == 1
     assert f"{OURS}: wrong, " in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from unisd_kernels.triton.ahead_of_time import ARCHITECTURES, Report, Variant, table, variants
+from bench.roofline.ahead_of_time import ARCHITECTURES, Report, Variant, table, variants
 
 ROOT = Path(__file__).parents[2]
 # No default may spill; a candidate may, because a measurement decides.

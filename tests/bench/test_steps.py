@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import step_runs, steps
 from bench.step_runs import CONTENDERS, DENSE, OURS, VARIANTS, make_workbench
 from unisd_kernels import LMHead
-from unisd_kernels.spec import LossSpec
+from unisd_kernels.config import LossConfig
 
 CPU = torch.device("cpu")
 NEW_TOKENS = 5
@@ -101,7 +101,7 @@ def test_dense_makes_each_product_once(num_views, weight):
     generator = torch.Generator().manual_seed(0)
     draw = torch.randn(num_views + 3, 6, 4, generator=generator)
     student = draw[0].requires_grad_()
-    spec = LossSpec(divergence_weight=weight, feature_weight=1.0)
+    spec = LossConfig(divergence_weight=weight, feature_weight=1.0)
     with FlopCounterMode(display=False) as counter:
         step_runs.dense_unisd_loss(
             student,

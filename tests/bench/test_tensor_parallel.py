@@ -31,9 +31,9 @@ from bench.tensor_parallel import (
     wire_dominates_from,
 )
 from unisd_kernels import LMHead, reference
+from unisd_kernels.config import LossConfig, LossInputs
 from unisd_kernels.reference.agreement import disagreement, token_weight
 from unisd_kernels.reference.loss import reduce_per_token
-from unisd_kernels.spec import LossInputs, LossSpec
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "tensor-parallel.md"
@@ -425,7 +425,7 @@ def expected(plan: Plan, problem: Problem) -> Found:
         beta = 0.5 * plan.jsd
         divergence = reference.linear_divergence(student, head, problem.teacher, head.detach(), beta, TAU)
         return Found({"divergence": divergence.detach()}, *torch.autograd.grad(divergence.sum(), (student, weight)))
-    spec = LossSpec(**UNISD_STAR, return_entropy=True)
+    spec = LossConfig(**UNISD_STAR, return_entropy=True)
     inputs = LossInputs(
         student_hidden=student,
         student_head=head,

@@ -18,10 +18,11 @@ from bench import tuning, tuning_candidates
 from bench.deadline import NO_DEADLINE, Deadline
 from bench.measure import OUT_OF_TIME
 from bench.tuning_shapes import SHAPES, Shape, library_products, operation
-from unisd_kernels.tiles import driver, triton_walks
-from unisd_kernels.tiles import triton as tiles
-from unisd_kernels.triton import tuning as package
-from unisd_kernels.triton.launch import interpreting
+from unisd_kernels.backends import engine
+from unisd_kernels.backends.triton import backend as tiles
+from unisd_kernels.backends.triton import configs as package
+from unisd_kernels.backends.triton import divergence as triton_walks
+from unisd_kernels.backends.triton.launch import interpreting
 
 ROOT = Path(__file__).parents[2]
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -48,7 +49,7 @@ def two_candidates(monkeypatch):
 
 def test_shapes_are_those_of_the_walks():
     assert {shape.kind for shape in SHAPES} == {"pair", "score", "score-few"}
-    assert all(shape.rows == driver._SCORE_ROWS for shape in SHAPES if shape.kind == "score")
+    assert all(shape.rows == engine._SCORE_ROWS for shape in SHAPES if shape.kind == "score")
     assert [(shape.name, shape.rows) for shape in SHAPES if shape.kind == "pair"][:2] == [
         ("llama3.1-8b", 512),
         ("llama3.1-8b", 1024),
@@ -96,7 +97,7 @@ def test_listed_shapes_are_of_the_kind_they_say(shape, monkeypatch):
             for rows in (shape.rows, shape.rows, shape.columns)
         ),
     )
-    monkeypatch.setattr(triton_walks.FusedWalk, "_teacher_rows", lambda self, rows: (self._teacher, None))
+    monkeypatch.setattr(triton_walks.FusedDivergence, "_teacher_rows", lambda self, rows: (self._teacher, None))
     monkeypatch.setattr(tiles, "interpreting", lambda: False)  # nothing is launched here, whatever the dtype
     with pytest.raises(Stop):
         operation(shape, META)()
@@ -160,7 +161,7 @@ def test_one_candidate_is_measured_and_nothing_is_left_behind(monkeypatch, tmp_p
     monkeypatch.delenv("UNISD_TRITON_AUTOTUNE", raising=False)
     durations = {config: float(i + 1) for i, config in enumerate(package.candidates("pair", META))}
     monkeypatch.setattr(package, "_median_milliseconds", lambda launch, option: launch(option) or durations[option])
-    launched: list[package.ProductConfig] = []
+    launched: list[package.GemmConfig] = []
 
     def operate():
         package.choose("pair", META, (8, 40, 16), launched.append)
@@ -194,5 +195,5 @@ def test_the_listing_names_every_candidate():
         assert f"{shape.kind}, {shape.name}: {shape.rows} x {shape.width} x {shape.columns}" in text
         for config in package.TABLE["sm_90"][shape.kind]:
             assert tuning.describe(config) in text
-    config = package.ProductConfig(64, 128, 32, 4, 3, parts=2, occupancy=2, descriptors=True, flatten=True)
+    config = package.GemmConfig(64, 128, 32, 4, 3, parts=2, occupancy=2, descriptors=True, flatten=True)
     assert tuning.describe(config) == "64x128x32, 4 warps, 3 stages, parts 2, occupancy 2, descriptors, flatten"

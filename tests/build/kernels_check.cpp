@@ -367,7 +367,7 @@ void check_sum_rows(int64_t width) {
   }
 }
 
-// Tiles.
+// Backend.
 
 struct Tile {
   Tile(int64_t rows, int64_t columns, int64_t padding, double scale)

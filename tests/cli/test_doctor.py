@@ -28,15 +28,15 @@ def test_doctor_passes_and_names_what_it_saw(capsys):
 
 
 def test_doctor_fails_on_wrong_numbers(monkeypatch, capsys):
-    from unisd_kernels.tiles.torch import TorchTiles
+    from unisd_kernels.backends.torch import TorchBackend
 
-    right = TorchTiles.divergence_gradient
+    right = TorchBackend.divergence_gradient
 
     def wrong(self, student, *arguments):
         right(self, student, *arguments)
         student.mul_(1.001)
 
-    monkeypatch.setattr(TorchTiles, "divergence_gradient", wrong)
+    monkeypatch.setattr(TorchBackend, "divergence_gradient", wrong)
     assert self_test("torch", torch.device("cpu")) > 1e-4
     assert main(["doctor", "--device", "cpu"]) == 1
     assert "WRONG" in capsys.readouterr().out
@@ -60,8 +60,9 @@ def test_every_instruction_set_passes_the_self_test(isa):
 
 def test_a_missing_library_is_reported_with_its_reason():
     script = "import sys; from unisd.cli import main; sys.exit(main(['doctor', '--device', 'cpu']))"
-    hidden = "from pathlib import Path\nfrom unisd_kernels import _lib\n_lib._CPU_LIBRARY = Path('absent')\n" + script
-    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=True)
+    absent = "from pathlib import Path\nfrom unisd_kernels.backends import extension as library\n"
+    absent += "library._CPU_LIBRARY = Path('absent')\n"
+    done = subprocess.run([sys.executable, "-c", absent + script], capture_output=True, text=True, check=True)
     assert "not loaded: this installation was made without it" in done.stdout
     assert "torch           used by default" in done.stdout
 

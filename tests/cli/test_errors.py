@@ -112,7 +112,7 @@ def _calls_a_library_wrongly() -> int:
 
 
 def _refuses() -> int:
-    from unisd_kernels.spec import check_number
+    from unisd_kernels.config import check_number
 
     check_number("beta", 2.0, high=1.0)
     return 0

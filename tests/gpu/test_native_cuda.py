@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from csrc import nvcc
-from unisd_kernels import _lib
+from unisd_kernels.backends import extension
 from unisd_kernels.reference.divergence import divergence_from_log_probs
 from unisd_kernels.reference.ema import ema_update_ as reference_ema_update_
 
@@ -31,7 +31,7 @@ TOLERANCE = 4e-6
 
 @pytest.fixture(scope="module", autouse=True)
 def _library():
-    reason = _lib.cuda_unavailable()
+    reason = extension.cuda_unavailable()
     if reason is None:
         return
     # Nothing may pass over these tests where the library could be there: it was not built, or not for this torch.

@@ -11,7 +11,7 @@ import torch
 
 from tests.support import make_problem
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs, unisd_loss
-from unisd_kernels.tiles import driver
+from unisd_kernels.backends import engine
 
 pytestmark = pytest.mark.gpu
 
@@ -184,11 +184,11 @@ def test_extra_memory_is_the_workspace_and_the_rows(impl):
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
     # Row gradients in float32; blocks of teacher rows and statistics are a few megabytes.
-    assert extra <= driver.default_workspace_bytes(student.device) + 4 * rows * width + (32 << 20)
+    assert extra <= engine.default_workspace_bytes(student.device) + 4 * rows * width + (32 << 20)
 
 
 def test_tuning_picks_a_candidate_and_keeps_it(tmp_path, monkeypatch):
-    from unisd_kernels.triton import tuning
+    from unisd_kernels.backends.triton import configs
 
     monkeypatch.setenv("UNISD_TRITON_AUTOTUNE", "1")
     monkeypatch.setenv("UNISD_CACHE", str(tmp_path))
@@ -196,9 +196,9 @@ def test_tuning_picks_a_candidate_and_keeps_it(tmp_path, monkeypatch):
     expected = linear_logprobs(student, head, target_ids, impl="torch").logprobs
     ours = linear_logprobs(student, head, target_ids, impl="triton").logprobs
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    (file,) = tmp_path.glob("tuning-*.json")
-    kept = tuning._load(student.device)
+    (file,) = tmp_path.glob("configs-*.json")
+    kept = configs._load(student.device)
     assert file.stat().st_size > 0
     key = "score/256/32000/512"
-    assert kept[key] in tuning.candidates("score", student.device)
-    assert set(tuning.measured[key]) == set(tuning.candidates("score", student.device))
+    assert kept[key] in configs.candidates("score", student.device)
+    assert set(configs.measured[key]) == set(configs.candidates("score", student.device))

@@ -9,7 +9,7 @@ import torch
 
 from tests.support import make_problem
 from unisd_kernels import unisd_loss
-from unisd_kernels.ops import compiled_loss
+from unisd_kernels.ops import loss_compiled
 from unisd_kernels.results import UniSDLoss
 
 
@@ -124,7 +124,7 @@ def test_the_operator_is_registered_as_it_should_be(frozen_head):
     calls = []
     with (
         mock.patch("torch.compiler.is_compiling", return_value=True),
-        mock.patch.object(compiled_loss, "_loss_operator", _recording(calls)),
+        mock.patch.object(loss_compiled, "_loss_operator", _recording(calls)),
     ):
         unisd_loss(**problem.arguments(), feature_weight=0.1)
     (arguments,) = calls
@@ -132,7 +132,7 @@ def test_the_operator_is_registered_as_it_should_be(frozen_head):
 
 
 def _recording(calls):
-    operator = compiled_loss._loss_operator
+    operator = loss_compiled._loss_operator
 
     def record(*arguments):
         calls.append(arguments)

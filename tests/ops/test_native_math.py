@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from unisd_kernels import _lib
+from unisd_kernels.backends import extension
 
 ROOT = Path(__file__).parents[2]
 ISAS = ("scalar", "avx2", "avx512")
@@ -31,12 +31,14 @@ FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 # 0.83, expm1 1.65 and 1.77, tanh 3.20 and 3.02.
 MAX_ULP = {"exp": 2.0, "log": 2.0, "expm1": 2.5, "tanh": 4.0}
 
-pytestmark = pytest.mark.skipif(_lib.cpu_unavailable() is not None, reason=f"no CPU library: {_lib.cpu_unavailable()}")
+pytestmark = pytest.mark.skipif(
+    extension.cpu_unavailable() is not None, reason=f"no CPU library: {extension.cpu_unavailable()}"
+)
 
 
 def vector_math(function: str, x: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
-    _lib.operations().vector_math(function, x, out)
+    extension.operations().vector_math(function, x, out)
     return out
 
 
@@ -167,14 +169,14 @@ def test_every_length(function):
     whole = vector_math(function, x[:64])
     for length in range(65):
         buffer = torch.full((length + 40,), -7.0)
-        _lib.operations().vector_math(function, x[:length], buffer[20 : 20 + length])
+        extension.operations().vector_math(function, x[:length], buffer[20 : 20 + length])
         assert torch.equal(buffer[20 : 20 + length], whole[:length])
         assert (buffer[:20] == -7.0).all()
         assert (buffer[20 + length :] == -7.0).all()
 
 
 def test_bad_arguments():
-    math, x = _lib.operations().vector_math, torch.ones(4)
+    math, x = extension.operations().vector_math, torch.ones(4)
     with pytest.raises(RuntimeError, match="function must be exp, log, expm1 or tanh, got sin"):
         math("sin", x, torch.empty(4))
     with pytest.raises(RuntimeError, match=r"out must have shape \[4\]"):
@@ -186,4 +188,4 @@ def test_bad_arguments():
 
 
 if __name__ == "__main__":
-    print(json.dumps({"isa": _lib.cpu_isa(), "worst": worst_errors(), "special": check_special_values()}))
+    print(json.dumps({"isa": extension.cpu_isa(), "worst": worst_errors(), "special": check_special_values()}))

@@ -1,4 +1,4 @@
-"""The C++ filling on what is not finite: a NaN or an infinity in a hidden state, a weight or a bias makes NaN of every
+"""The C++ backend on what is not finite: a NaN or an infinity in a hidden state, a weight or a bias makes NaN of every
 row it reaches, of its statistics and its gradient; never a number, and never of another row."""
 
 from __future__ import annotations

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import assert_accurate
-from unisd_kernels import _lib
+from unisd_kernels.backends import extension
 
-pytestmark = pytest.mark.skipif(_lib.cpu_unavailable() is not None, reason=f"no CPU library: {_lib.cpu_unavailable()}")
+pytestmark = pytest.mark.skipif(
+    extension.cpu_unavailable() is not None, reason=f"no CPU library: {extension.cpu_unavailable()}"
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CANARY = -12345.0
@@ -75,7 +77,7 @@ def scores_in(dtype, hidden, weight, bias, scale, tanh_scale, ids):
 
 
 def check_logits(hidden, weight, bias, scale, out) -> None:
-    _lib.operations().linear_logits(hidden, weight, bias, scale, out)
+    extension.operations().linear_logits(hidden, weight, bias, scale, out)
     exact, native = (logits_in(dtype, hidden, weight, bias, scale) for dtype in (torch.float64, torch.float32))
     assert_accurate("logits", out, exact, native)
 
@@ -83,7 +85,7 @@ def check_logits(hidden, weight, bias, scale, out) -> None:
 def check_score(hidden, weight, bias, scale, tanh_scale, ids, want_entropy) -> None:
     # Whatever was there before is overwritten.
     ours = [torch.full((hidden.shape[0],), torch.nan) for _ in range(3 if want_entropy else 2)]
-    _lib.operations().linear_score(
+    extension.operations().linear_score(
         hidden, weight, bias, scale, tanh_scale, ids, ours[0], ours[1], ours[2] if want_entropy else None
     )
     exact, native = (
@@ -94,7 +96,7 @@ def check_score(hidden, weight, bias, scale, tanh_scale, ids, want_entropy) -> N
 
 
 def check_backward(gradient, weight, scale, out) -> None:
-    _lib.operations().linear_backward(gradient, weight, scale, out)
+    extension.operations().linear_backward(gradient, weight, scale, out)
     exact, native = (scale * torch.mm(gradient.to(d), weight.to(d)) for d in (torch.float64, torch.float32))
     assert_accurate("hidden gradient", out, exact, native)
 
@@ -181,7 +183,7 @@ def test_streamed_stores(columns, dtype):
     check_logits(hidden, weight, bias, 1.5, out)
     assert frame_is_untouched(out, CANARY)
     plain = inside(torch.zeros(rows, columns), 1, 1, 0, CANARY)
-    _lib.operations().linear_logits(hidden, weight, bias, 1.5, plain)
+    extension.operations().linear_logits(hidden, weight, bias, 1.5, plain)
     assert torch.equal(out, plain)
 
 
@@ -200,17 +202,17 @@ def test_nan_stays_in_its_row_and_column(dtype):
     hidden[49, 3] = torch.nan
     weight[99, 4] = torch.nan
     out = torch.empty(50, 100)
-    _lib.operations().linear_logits(hidden, weight, None, 1.0, out)
+    extension.operations().linear_logits(hidden, weight, None, 1.0, out)
     expected = torch.zeros(50, 100, dtype=torch.bool)
     expected[49] = expected[:, 99] = True
     assert torch.equal(out.isnan(), expected)
     # In a sum over the vocabulary it shows in every row; in one row of hidden states, only there.
     scores = [torch.empty(50) for _ in range(3)]
     ids = torch.zeros(50, dtype=torch.int64)
-    _lib.operations().linear_score(hidden, weight, None, 1.0, None, ids, *scores)
+    extension.operations().linear_score(hidden, weight, None, 1.0, None, ids, *scores)
     assert scores[0].isnan().all()
     assert scores[2].isnan().all()
-    _lib.operations().linear_score(hidden, weight[:99], None, 1.0, None, ids, *scores)
+    extension.operations().linear_score(hidden, weight[:99], None, 1.0, None, ids, *scores)
     for values in scores:
         assert values.isnan().nonzero().flatten().tolist() == [49]
 
@@ -222,7 +224,7 @@ def test_columns_masked_by_the_bias():
     bias.fill_(-3e38)[keep] = 0.0
     ids = keep[torch.arange(20)]
     ours = [torch.empty(20) for _ in range(3)]
-    _lib.operations().linear_score(hidden, weight, bias, 1.0, None, ids, *ours)
+    extension.operations().linear_score(hidden, weight, bias, 1.0, None, ids, *ours)
     place = torch.arange(20)
     exact, native = (
         scores_in(dtype, hidden, weight[keep], None, 1.0, None, place) for dtype in (torch.float64, torch.float32)
@@ -240,7 +242,7 @@ def test_what_is_not_finite_makes_nan_of_the_rows_it_reaches(where, value, tanh_
     hidden, weight, bias = torch.randn(20, 8), torch.randn(5000, 8), torch.randn(5000)
     {"hidden": hidden[7], "weight": weight[4099], "bias": bias[4099:]}[where][:1] = value
     ours = [torch.zeros(20) for _ in range(3)]
-    _lib.operations().linear_score(hidden, weight, bias, 0.5, tanh_scale, torch.arange(20), *ours)
+    extension.operations().linear_score(hidden, weight, bias, 0.5, tanh_scale, torch.arange(20), *ours)
     expected = torch.arange(20) == 7 if where == "hidden" else torch.ones(20, dtype=torch.bool)
     assert torch.equal(ours[0].isnan(), expected)
     assert torch.equal(ours[2].isnan(), expected)
@@ -256,14 +258,14 @@ def test_every_16_bit_number_is_widened_right(dtype):
     """As the one element of a weight row: infinities, NaN and subnormal numbers included."""
     values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     out = torch.empty(1, 1 << 16)
-    _lib.operations().linear_logits(torch.ones(1, 1, dtype=dtype), values.unsqueeze(1), None, 1.0, out)
+    extension.operations().linear_logits(torch.ones(1, 1, dtype=dtype), values.unsqueeze(1), None, 1.0, out)
     torch.testing.assert_close(out[0], values.float(), rtol=0, atol=0, equal_nan=True)
-    _lib.operations().linear_logits(values.unsqueeze(1), torch.ones(1, 1, dtype=dtype), None, 1.0, out.view(-1, 1))
+    extension.operations().linear_logits(values.unsqueeze(1), torch.ones(1, 1, dtype=dtype), None, 1.0, out.view(-1, 1))
     torch.testing.assert_close(out[0], values.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_bad_arguments():
-    ops = _lib.operations()
+    ops = extension.operations()
     hidden, weight, out, back = torch.zeros(4, 6), torch.zeros(9, 6), torch.zeros(4, 9), torch.zeros(4, 6)
     ids, rows = torch.zeros(4, dtype=torch.int64), [torch.zeros(4) for _ in range(3)]
     cases = [

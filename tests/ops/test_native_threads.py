@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from tests.support import make_problem
-from unisd_kernels import _lib, unisd_loss
-from unisd_kernels.tiles.native import _NUM_STATISTICS
+from unisd_kernels import unisd_loss
+from unisd_kernels.backends import extension
+from unisd_kernels.backends.native import _NUM_STATISTICS
 
-pytestmark = pytest.mark.skipif(_lib.cpu_unavailable() is not None, reason=f"no CPU library: {_lib.cpu_unavailable()}")
+pytestmark = pytest.mark.skipif(
+    extension.cpu_unavailable() is not None, reason=f"no CPU library: {extension.cpu_unavailable()}"
+)
 
 THREADS = (1, 2, 8)
 
@@ -44,7 +47,7 @@ def assert_same_bits(compute: Callable[[], list[torch.Tensor]]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "width", "columns"), [(50, 33, 9001), (7, 130, 2049), (145, 200, 700), (1, 97, 5000)])
 def test_products(rows, width, columns, dtype):
-    ops = _lib.operations()
+    ops = extension.operations()
     hidden, weight = torch.randn(rows, width).to(dtype), (torch.randn(columns, width) / width**0.5).to(dtype)
     bias, ids = torch.randn(columns), torch.randint(0, columns, (rows,))
     gradient = torch.randn(rows, columns)
@@ -66,7 +69,7 @@ def test_streamed_logits():
 
     def compute() -> list[torch.Tensor]:
         out = torch.empty(130, 9008)[:, :9000]
-        _lib.operations().linear_logits(hidden, weight, None, 1.0, out)
+        extension.operations().linear_logits(hidden, weight, None, 1.0, out)
         return [out]
 
     assert_same_bits(compute)
@@ -75,7 +78,7 @@ def test_streamed_logits():
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kind", ["plain", "cap", "delta"])
 def test_tiles(kind, beta):
-    ops = _lib.operations()
+    ops = extension.operations()
     rows, columns = 37, 3001
     student, teacher = torch.randn(rows, columns), torch.randn(rows, columns)
     ids, weight = torch.randint(0, columns, (rows,)), torch.randn(rows)
@@ -111,7 +114,7 @@ def test_moving_average(dtype, mode):
 
     def compute() -> list[torch.Tensor]:
         t, c = [[tensor.clone() for tensor in tensors] for tensors in (teacher, compensation)]
-        _lib.operations().ema_update_(
+        extension.operations().ema_update_(
             t, student, 0.99, [] if mode == "stochastic" else c, mode == "stochastic", 1234567
         )
         return t if mode == "stochastic" else [*t, *c]

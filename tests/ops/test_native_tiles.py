@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 
 from tests.ops.test_native_products import frame_is_untouched, inside
 from tests.support import assert_accurate, max_error
-from unisd_kernels import _lib
-from unisd_kernels.tiles.base import LogitTransform
-from unisd_kernels.tiles.native import _NUM_STATISTICS
-from unisd_kernels.tiles.torch import TorchTiles
+from unisd_kernels.backends import extension
+from unisd_kernels.backends.base import LogitTransform
+from unisd_kernels.backends.native import _NUM_STATISTICS
+from unisd_kernels.backends.torch import TorchBackend
 
-pytestmark = pytest.mark.skipif(_lib.cpu_unavailable() is not None, reason=f"no CPU library: {_lib.cpu_unavailable()}")
+pytestmark = pytest.mark.skipif(
+    extension.cpu_unavailable() is not None, reason=f"no CPU library: {extension.cpu_unavailable()}"
+)
 
 INF = math.inf
 # A mask that is a number: next to nothing in float32, and below 0 by more than any logit.
@@ -94,7 +96,7 @@ def run_score(tile, cap, ids, cuts=(), want_entropy=True):
     for begin, end in itertools.pairwise(edges):
         part = inside(tile[:, begin:end], 1, begin % 3, end % 5, CANARY)
         before = part.clone()
-        _lib.operations().tile_score_(part, cap, ids, begin, ours[0], ours[1], ours[2] if want_entropy else None)
+        extension.operations().tile_score_(part, cap, ids, begin, ours[0], ours[1], ours[2] if want_entropy else None)
         assert torch.equal(part.nan_to_num(), before.nan_to_num())
     return ours if want_entropy else ours[:2]
 
@@ -124,7 +126,7 @@ def test_score_of_any_split_is_that_of_the_whole(columns, cap, data):
 def test_score_without_targets():
     tile = make_tile(3, 100, 0)
     logsumexp = torch.full((3,), -INF)
-    _lib.operations().tile_score_(tile, None, None, 0, logsumexp, None, None)
+    extension.operations().tile_score_(tile, None, None, 0, logsumexp, None, None)
     torch.testing.assert_close(logsumexp, tile.logsumexp(-1))
 
 
@@ -158,7 +160,7 @@ def softmax_in(dtype, tile, cap, ids):
 def test_softmax(rows, columns, cap, seed):
     tile, ids = make_tile(rows, columns, seed, cap), make_ids(rows, columns, seed)
     ours = [inside(tile, 1, seed % 4, seed % 7, CANARY), torch.full((rows,), torch.nan), torch.full((rows,), torch.nan)]
-    _lib.operations().tile_softmax_(ours[0], cap, ids, ours[1], ours[2])
+    extension.operations().tile_softmax_(ours[0], cap, ids, ours[1], ours[2])
     assert frame_is_untouched(ours[0], CANARY)
     exact, native = (softmax_in(dtype, tile, cap, ids) for dtype in (torch.float64, torch.float32))
     assert_all_accurate(("softmax", "logsumexp", "target logit"), ours, exact, native)
@@ -192,13 +194,13 @@ def test_logprob_gradient(rows, columns, cap, with_weights, seed):
     wide = logits(tile.double(), cap)
     logsumexp, entropy = wide.logsumexp(-1).float(), entropy_of(wide.log_softmax(-1)).float()
     ours = inside(tile, 1, seed % 4, seed % 7, CANARY)
-    _lib.operations().tile_logprob_gradient_(
+    extension.operations().tile_logprob_gradient_(
         ours, cap, logsumexp, ids, weights[0], weights[1], entropy if with_weights[2] else None, weights[2]
     )
     assert frame_is_untouched(ours, CANARY)
     # From the same statistics, rounded to float32.
     native = tile.clone()
-    TorchTiles().logprob_gradient(
+    TorchBackend().logprob_gradient(
         native,
         native,
         LogitTransform(1.0, cap, 1.0),
@@ -224,13 +226,13 @@ def test_gradients_of_masked_columns():
     )
     wide = small.double()
     ours = tile.clone()
-    _lib.operations().tile_logprob_gradient_(
+    extension.operations().tile_logprob_gradient_(
         ours, None, wide.logsumexp(-1).float(), ids, weight, weight, entropy_of(wide.log_softmax(-1)).float(), weight
     )
     assert not ours[:, ~keep].any()
     assert_accurate("gradient", ours[:, keep], exact, native)
     softmax, rows = tile.clone(), [torch.empty(3), torch.empty(3)]
-    _lib.operations().tile_softmax_(softmax, None, ids, *rows)
+    extension.operations().tile_softmax_(softmax, None, ids, *rows)
     assert not softmax[:, ~keep].any()
     torch.testing.assert_close(softmax[:, keep], small.softmax(-1))
 
@@ -251,11 +253,11 @@ def divergence_in(dtype, student, teacher, cap, teacher_cap, ids, beta, weight, 
 
 
 def torch_tiles(student, teacher, cap, teacher_cap, ids, beta, weight, logprob_weight):
-    """The same by the PyTorch filling, in float32."""
+    """The same by the PyTorch backend, in float32."""
     tile = student.clone()
     transforms = LogitTransform(1.0, cap, 1.0), LogitTransform(1.0, teacher_cap, 1.0)
-    rows, state = TorchTiles().divergence(tile, teacher.clone(), *transforms, ids, beta, True)
-    TorchTiles().divergence_gradient(tile, state, ids, weight, logprob_weight)
+    rows, state = TorchBackend().divergence(tile, teacher.clone(), *transforms, ids, beta, True)
+    TorchBackend().divergence_gradient(tile, state, ids, weight, logprob_weight)
     return list(rows), tile
 
 
@@ -275,7 +277,7 @@ def run_divergence(
     rows = student.shape[0]
     tiles = inside(student, 1, *paddings, CANARY), inside(teacher, 1, *reversed(paddings), CANARY)
     statistics = torch.full((_NUM_STATISTICS, rows), torch.nan)
-    ops = _lib.operations()
+    ops = extension.operations()
     is_difference = torch.ones(rows, dtype=torch.bool) if delta else None
     ops.tile_divergence_(*tiles, cap, teacher_cap, is_difference, ids, beta, want_entropy, statistics)
     before = tiles[1].clone(), statistics.clone()
@@ -444,7 +446,7 @@ def test_a_logit_that_is_not_finite_in_scores_and_softmax(column, value):
     for cap in (None, 3.0):
         logsumexp, _, entropy = run_score(tile, cap, ids, (1000,))
         softmax, rows = tile.clone(), [torch.empty(3), torch.empty(3)]
-        _lib.operations().tile_softmax_(softmax, cap, ids, *rows)
+        extension.operations().tile_softmax_(softmax, cap, ids, *rows)
         for values in (logsumexp, entropy, rows[0], softmax.sum(-1)):
             assert values.isnan().tolist() == [False, True, False]
 
@@ -459,7 +461,7 @@ def test_scale_rows(dtype, rows, columns, seed):
     values = torch.randn(rows, columns, generator=generator) * 10.0 ** torch.randint(-8, 6, (1,), generator=generator)
     scale = torch.randn(rows, generator=generator)
     out = inside(torch.zeros(rows, columns, dtype=dtype), 1, 2, 3, -7.0)
-    _lib.operations().scale_rows(inside(values, 1, 1, 5, torch.nan), scale, out)
+    extension.operations().scale_rows(inside(values, 1, 1, 5, torch.nan), scale, out)
     assert frame_is_untouched(out, -7.0)
     assert torch.equal(out, (values * scale.unsqueeze(-1)).to(dtype))
 
@@ -473,7 +475,7 @@ def test_scale_rows_rounds_to_nearest_even(dtype):
         [narrow, middle, torch.nextafter(middle, torch.tensor(INF)), middle.nextafter(torch.tensor(-INF))]
     )
     out = torch.empty(1, values.numel(), dtype=dtype)
-    _lib.operations().scale_rows(values.unsqueeze(0), torch.ones(1), out)
+    extension.operations().scale_rows(values.unsqueeze(0), torch.ones(1), out)
     torch.testing.assert_close(out[0], values.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -492,7 +494,7 @@ def arguments():
         return torch.zeros(rows)
 
     statistics, marks = torch.empty(_NUM_STATISTICS, rows), torch.tensor([True, False, True])
-    _lib.operations().tile_divergence_(tile(), tile() + 1, 2.0, None, None, ids, 0.5, True, statistics)
+    extension.operations().tile_divergence_(tile(), tile() + 1, 2.0, None, None, ids, 0.5, True, statistics)
     hidden, weight = torch.randn(rows, 5), torch.randn(columns, 5)
     return {
         "tile_score_": (tile(), 2.0, ids, 0, torch.full((rows,), -INF), new(), new()),
@@ -511,18 +513,18 @@ def arguments():
 
 def test_the_list_of_operations():
     source = (Path(__file__).parents[2] / "csrc" / "ops.cpp").read_text()
-    assert tuple(re.findall(r'm\.def\(\s*"(\w+)\(', source)) == _lib.OPERATIONS
-    _lib.operations()
-    for name in _lib.OPERATIONS:
+    assert tuple(re.findall(r'm\.def\(\s*"(\w+)\(', source)) == extension.OPERATIONS
+    extension.operations()
+    for name in extension.OPERATIONS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"unisd::{name}", "CPU"), name
         assert not getattr(torch.ops.unisd, name).default._schema.returns
-    assert set(arguments()) == set(_lib.OPERATIONS)
+    assert set(arguments()) == set(extension.OPERATIONS)
 
 
-@pytest.mark.parametrize("name", _lib.OPERATIONS)
+@pytest.mark.parametrize("name", extension.OPERATIONS)
 def test_opcheck(name):
     """Schema (what is mutated), fake implementation, and behaviour under torch.compile."""
-    operation = getattr(_lib.operations(), name).default
+    operation = getattr(extension.operations(), name).default
     results = torch.library.opcheck(operation, arguments()[name])
     assert set(results.values()) == {"SUCCESS"}
 
@@ -585,4 +587,4 @@ BAD = [
 @pytest.mark.parametrize(("name", "changes", "message"), BAD)
 def test_bad_arguments(name, changes, message):
     with pytest.raises(RuntimeError, match=message):
-        getattr(_lib.operations(), name)(*altered(name, **changes))
+        getattr(extension.operations(), name)(*altered(name, **changes))

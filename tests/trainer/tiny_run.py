@@ -206,7 +206,7 @@ def reference_inputs(model, items: list[dict], num_auxiliary: int, negative: boo
         keep: per row, which completion tokens count; None for all.
     """
     from unisd_kernels import LMHead
-    from unisd_kernels.spec import LossInputs
+    from unisd_kernels.config import LossInputs
 
     scorer = model if teacher is None else teacher
     completions = [completion_of(tokenized(item["prompt"])) for item in items]
@@ -240,11 +240,11 @@ def reference_inputs(model, items: list[dict], num_auxiliary: int, negative: boo
 
 
 def reference_spec(args: UniSDConfig):
-    from unisd_kernels.spec import LossSpec
+    from unisd_kernels.config import LossConfig
 
     # With all of its terms, a head that no term uses has a gradient of zeros, as in training.
     settings = {**args.loss_settings(), "return_statistics": True}
-    return LossSpec(**{name: value for name, value in settings.items() if name not in ("impl", "workspace_bytes")})
+    return LossConfig(**{name: value for name, value in settings.items() if name not in ("impl", "workspace_bytes")})
 
 
 def reference_step(model, items: list[dict], args: UniSDConfig, teacher=None, **options):

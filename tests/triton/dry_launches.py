@@ -13,10 +13,10 @@ from unittest import mock
 
 import torch
 
+from bench.roofline.assembler import assemble
 from tests.triton.stand_in import compiled, kernels, stand_in
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs, unisd_loss
-from unisd_kernels.triton import tuning
-from unisd_kernels.triton.assembler import assemble
+from unisd_kernels.backends.triton import configs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -161,11 +161,11 @@ def candidates() -> None:
         return 1.0
 
     with (
-        mock.patch.object(tuning, "autotuning", return_value=True),
-        mock.patch("unisd_kernels.tiles.triton_walks.autotuning", return_value=True),
-        mock.patch.object(tuning, "_median_milliseconds", all_of_them),
-        mock.patch.object(tuning, "_load", return_value={}),
-        mock.patch.object(tuning, "_store"),
+        mock.patch.object(configs, "autotuning", return_value=True),
+        mock.patch("unisd_kernels.backends.triton.divergence.autotuning", return_value=True),
+        mock.patch.object(configs, "_median_milliseconds", all_of_them),
+        mock.patch.object(configs, "_load", return_value={}),
+        mock.patch.object(configs, "_store"),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
     ):
         for rows in (8, 700):

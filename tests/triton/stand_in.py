@@ -23,11 +23,11 @@ from triton.backends.driver import GPUDriver
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-import unisd_kernels.triton
-from unisd_kernels.triton import launch
-from unisd_kernels.triton.ahead_of_time import SHARED_MEMORY
+import unisd_kernels.backends.triton
+from bench.roofline.ahead_of_time import SHARED_MEMORY
+from unisd_kernels.backends.triton import launch
 
-# What a launch may ask for: programs along x, y and z; rows and columns of what the copy engine fetches at once.
+# What a launch may ask for: programs along x, y and z; rows and columns of what TMA fetches at once.
 MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
 MOST_BOX = 256
 PROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -145,8 +145,8 @@ def _address(tensor: torch.Tensor) -> int:
 def kernels() -> dict[str, Any]:
     """All that the package launches, by name."""
     found = {}
-    for module in pkgutil.iter_modules(unisd_kernels.triton.__path__):
-        members = vars(importlib.import_module(f"unisd_kernels.triton.{module.name}"))
+    for module in pkgutil.iter_modules(unisd_kernels.backends.triton.__path__):
+        members = vars(importlib.import_module(f"unisd_kernels.backends.triton.{module.name}"))
         found.update({name: member for name, member in members.items() if name.endswith("_kernel")})
     return found
 
@@ -158,7 +158,7 @@ def compiled() -> list[tuple[str, Any]]:
 
 
 def _check(launch_: Launch) -> None:
-    """What the CUDA driver and the copy engine would refuse."""
+    """What the CUDA driver and TMA would refuse."""
     assert all(0 <= programs <= most for programs, most in zip(launch_.grid, MOST_PROGRAMS)), launch_
     for argument in launch_.arguments:
         if isinstance(argument, TensorDescriptor):
@@ -185,7 +185,7 @@ def stand_in(capability: int = 90, stream: int = 0) -> Iterator[_Driver]:
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="User provided device_type of 'cuda'")
-        for cached in (launch.architecture, launch.num_processors):
+        for cached in (launch.architecture, launch.num_sms):
             cached.cache_clear()
             stack.callback(cached.cache_clear)
         before = driver._active

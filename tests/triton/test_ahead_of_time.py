@@ -12,12 +12,12 @@ import sys
 
 import pytest
 
-from unisd_kernels.triton.ahead_of_time import ARCHITECTURES, SHARED_MEMORY
-from unisd_kernels.triton.assembler import Resources, assemble, resources
+from bench.roofline.ahead_of_time import ARCHITECTURES, SHARED_MEMORY
+from bench.roofline.assembler import Resources, assemble, resources
 
 
 def reports_of(architecture: str, *options: str) -> list[dict]:
-    command = [sys.executable, "-m", "unisd_kernels.triton.ahead_of_time", "--json", "--architectures", architecture]
+    command = [sys.executable, "-m", "bench.roofline.ahead_of_time", "--json", "--architectures", architecture]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -52,7 +52,7 @@ def test_every_variant(architecture):
 
 def test_the_interpreter_is_refused():
     done = subprocess.run(
-        [sys.executable, "-m", "unisd_kernels.triton.ahead_of_time"],
+        [sys.executable, "-m", "bench.roofline.ahead_of_time"],
         capture_output=True,
         text=True,
         check=False,
@@ -65,8 +65,8 @@ def test_the_interpreter_is_refused():
 def test_what_the_assembler_prints_is_read():
     printed = """
 ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to a reason
-ptxas info    : Compiling entry function 'pair_kernel' for 'sm_90a'
-ptxas info    : Function properties for pair_kernel
+ptxas info    : Compiling entry function 'fused_divergence_kernel' for 'sm_90a'
+ptxas info    : Function properties for fused_divergence_kernel
     8 bytes stack frame, 24 bytes spill stores, 16 bytes spill loads
 ptxas info    : Used 255 registers, used 1 barriers, 8 bytes cumulative stack size
 """

@@ -8,12 +8,12 @@ import torch
 from tests.support import assert_accurate, make_problem, native_dtype_logits
 from tests.triton.support import DEVICE, DTYPES, GPU_FLOOR, NARROW, on_device
 from unisd_kernels import LMHead, linear_divergence, unisd_loss
-from unisd_kernels.tiles.base import LogitTransform, Wanted
-from unisd_kernels.tiles.projection import Projection
-from unisd_kernels.tiles.triton import TritonTiles
-from unisd_kernels.tiles.triton_walks import FusedWalk
-from unisd_kernels.triton import launch, tuning
-from unisd_kernels.triton.tuning import ProductConfig
+from unisd_kernels.backends.base import LogitTransform, NeedsGrad
+from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.triton import configs, launch
+from unisd_kernels.backends.triton.backend import TritonBackend
+from unisd_kernels.backends.triton.configs import GemmConfig
+from unisd_kernels.backends.triton.divergence import FusedDivergence
 
 DESIGNS = ["triton_fused", "triton_chunked"]
 SHAPES = [
@@ -161,8 +161,12 @@ def test_rows_are_marked_by_what_the_rounding_of_the_difference_costs():
     teacher[1] = torch.linspace(-100, 100, 40).to(DEVICE, NARROW)  # rounded, and large
     head = torch.zeros(8, 40, dtype=NARROW, device=DEVICE)
     transform = LogitTransform(1.0, None, 1.0)
-    walk = FusedWalk(
-        Projection(student, head, None, transform), Projection(teacher, head, None, transform), 0.0, 1 << 20, Wanted()
+    walk = FusedDivergence(
+        Projection(student, head, None, transform),
+        Projection(teacher, head, None, transform),
+        0.0,
+        1 << 20,
+        NeedsGrad(),
     )
     rows, marks = walk._teacher_rows(slice(0, 3))
     assert marks.tolist() == [1, 0, 1]
@@ -202,13 +206,13 @@ def test_descriptors_and_parts_give_the_same(monkeypatch):
     name = launch.architecture(DEVICE)
     results = []
     for config in (
-        ProductConfig(16, 64, 16, 4, 1),
-        ProductConfig(16, 64, 16, 4, 1, descriptors=True),
-        ProductConfig(16, 64, 16, 4, 1, parts=2, descriptors=True, flatten=True),
-        ProductConfig(16, 64, 16, 4, 1, parts=4),
+        GemmConfig(16, 64, 16, 4, 1),
+        GemmConfig(16, 64, 16, 4, 1, descriptors=True),
+        GemmConfig(16, 64, 16, 4, 1, parts=2, descriptors=True, flatten=True),
+        GemmConfig(16, 64, 16, 4, 1, parts=4),
     ):
         kinds = dict.fromkeys(("pair", "pair-plain"), (config,))
-        monkeypatch.setitem(tuning.TABLE, name, {**tuning.TABLE.get(name, tuning._AMPERE), **kinds})
+        monkeypatch.setitem(configs.TABLE, name, {**configs.TABLE.get(name, configs._AMPERE), **kinds})
         result, gradients = run(problem, "triton_fused")
         results.append((result.divergence, gradients[0].float()))
     for other in results[1:]:
@@ -220,9 +224,9 @@ def test_the_choice_of_design():
     def walk(dtype, beta, design=None):
         hidden, weight = torch.zeros(4, 8, dtype=dtype), torch.zeros(9, 8, dtype=dtype)
         projection = Projection(hidden.to(DEVICE), weight.to(DEVICE), None, LogitTransform(1.0, None, 1.0))
-        return type(TritonTiles(design).pair_walk(projection, projection, beta, 1 << 20, Wanted())).__name__
+        return type(TritonBackend(design).pair_walk(projection, projection, beta, 1 << 20, NeedsGrad())).__name__
 
-    assert walk(NARROW, 0.0) == walk(NARROW, 1.0) == "FusedWalk"
-    assert walk(NARROW, 0.5) == walk(torch.float32, 0.0) == "ChunkedWalk"
-    assert walk(NARROW, 0.0, "chunked") == "ChunkedWalk"
-    assert walk(torch.float32, 0.0, "fused") == "FusedWalk"
+    assert walk(NARROW, 0.0) == walk(NARROW, 1.0) == "FusedDivergence"
+    assert walk(NARROW, 0.5) == walk(torch.float32, 0.0) == "ChunkedDivergence"
+    assert walk(NARROW, 0.0, "chunked") == "ChunkedDivergence"
+    assert walk(torch.float32, 0.0, "fused") == "FusedDivergence"

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from unisd_kernels.triton.ahead_of_time import SHARED_MEMORY
+from bench.roofline.ahead_of_time import SHARED_MEMORY
 
 ALWAYS = ("headline", "one_row", "odd", "many_rows", "jensen_shannon")
 THE_REST = ("odd_vocabulary", "expanded", "float32", "heads", "layouts", "tf32", "candidates")
@@ -42,10 +42,10 @@ def test_a_call_reaches_its_launches():
     launched = {name: {kernel for kernel, _ in launches} for name, launches in report["launches"].items()}
     assert set().union(*launched.values()) == set(report["kernels"])
     assert len(report["kernels"]) == 11
-    assert {"pair_kernel", "divergence_gradient_kernel", "score_kernel"} <= launched["headline"]
-    # The default tile of the product kernel, by the copy engine, in as many programs as the GPU has processors.
-    assert ["pair_kernel", [132, 1, 1]] in report["launches"]["headline"]
-    pairs = [kernel for kernel in report["compiled"] if kernel["kernel"] == "pair_kernel"]
+    assert {"fused_divergence_kernel", "divergence_gradient_kernel", "score_kernel"} <= launched["headline"]
+    # The default tile of the product kernel, by TMA, in as many programs as the GPU has processors.
+    assert ["fused_divergence_kernel", [132, 1, 1]] in report["launches"]["headline"]
+    pairs = [kernel for kernel in report["compiled"] if kernel["kernel"] == "fused_divergence_kernel"]
     by_engine = [
         kernel for kernel in pairs if kernel["signature"].get("student_hidden", "").startswith("tensordesc<bf16")
     ]

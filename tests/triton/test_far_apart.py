@@ -13,7 +13,7 @@ from tests.fuzz.compare import shortfalls
 from tests.support import make_problem
 from tests.triton.support import DEVICE
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs, unisd_loss
-from unisd_kernels.triton.launch import interpreting
+from unisd_kernels.backends.triton.launch import interpreting
 
 DESIGNS = ["triton_fused", "triton_chunked"]
 BETAS = [0.0, 1.0, 0.5, 0.01, 0.99, 1e-6, 1.0 - 1e-6]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from unisd_kernels.triton.launch import has_whole_vectors, product_precision, takes_descriptor, tile_grid
+from unisd_kernels.backends.triton.launch import has_whole_vectors, product_precision, supports_tma, tile_grid
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ whole = torch.empty(64, 128, dtype=torch.bfloat16)
     ],
 )
 def test_what_the_copy_engine_and_whole_vectors_take(matrix, descriptor, vectors):
-    assert takes_descriptor(matrix) is descriptor
+    assert supports_tma(matrix) is descriptor
     assert has_whole_vectors(matrix) is vectors
 
 

@@ -8,8 +8,8 @@ import torch
 from tests.support import assert_accurate, make_problem, native_dtype_logits
 from tests.triton.support import DEVICE, DTYPES, GPU_FLOOR, NARROW, on_device
 from unisd_kernels import LMHead, linear_logprobs
-from unisd_kernels.triton import launch, tuning
-from unisd_kernels.triton.tuning import ProductConfig
+from unisd_kernels.backends.triton import configs, launch
+from unisd_kernels.backends.triton.configs import GemmConfig
 
 FIELDS = ("logprobs", "logsumexp", "entropy")
 
@@ -63,7 +63,7 @@ def test_values(dtype, lengths, hidden_size, vocab_size, extras):
 def use(monkeypatch, kind, config):
     """Make a configuration the only one of a kind."""
     name = launch.architecture(DEVICE)
-    monkeypatch.setitem(tuning.TABLE, name, {**tuning.TABLE.get(name, tuning._AMPERE), kind: (config,)})
+    monkeypatch.setitem(configs.TABLE, name, {**configs.TABLE.get(name, configs._AMPERE), kind: (config,)})
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def use(monkeypatch, kind, config):
 @pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
 def test_spans_and_groups(monkeypatch, spans, group):
     """Any cut of the vocabulary, any order of the programs."""
-    monkeypatch.setattr("unisd_kernels.tiles.triton.spans_of_vocabulary", lambda *_: spans)
+    monkeypatch.setattr("unisd_kernels.backends.triton.backend.vocab_splits", lambda *_: spans)
     for kind in ("score", "score-few", "score-heavy"):
-        use(monkeypatch, kind, ProductConfig(16, 32, 16, 4, 1, group=group))
+        use(monkeypatch, kind, GemmConfig(16, 32, 16, 4, 1, group=group))
     check(on_device(make_problem(lengths=(70,), hidden_size=24, vocab_size=500, dtype=NARROW)), NARROW)
 
 
@@ -82,7 +82,7 @@ def test_spans_and_groups(monkeypatch, spans, group):
 def test_tensor_descriptors_give_the_same(monkeypatch, width):
     problem = on_device(make_problem(lengths=(70,), hidden_size=width, vocab_size=131, dtype=NARROW)).to(NARROW)
     arguments = (problem.student_hidden.detach(), problem.student_head.detach(), problem.target_ids)
-    config = ProductConfig(16, 32, 16, 4, 1)
+    config = GemmConfig(16, 32, 16, 4, 1)
     use(monkeypatch, "score", config)
     expected = linear_logprobs(*arguments, impl="triton")
     taken, descriptor = [], launch.descriptor
@@ -91,21 +91,21 @@ def test_tensor_descriptors_give_the_same(monkeypatch, width):
         taken.append(block)
         return descriptor(matrix, block)
 
-    monkeypatch.setattr("unisd_kernels.triton.launch.descriptor", watched)
-    use(monkeypatch, "score", ProductConfig(16, 32, 16, 4, 1, descriptors=True))
+    monkeypatch.setattr("unisd_kernels.backends.triton.launch.descriptor", watched)
+    use(monkeypatch, "score", GemmConfig(16, 32, 16, 4, 1, descriptors=True))
     result = linear_logprobs(*arguments, impl="triton")
     assert taken == [(16, 16), (32, 16)]
     assert torch.equal(result.logprobs, expected.logprobs)
 
 
 def test_rows_that_no_descriptor_can_address_are_loaded_plainly(monkeypatch):
-    use(monkeypatch, "score", ProductConfig(16, 32, 16, 4, 1, descriptors=True))
+    use(monkeypatch, "score", GemmConfig(16, 32, 16, 4, 1, descriptors=True))
     check(on_device(make_problem(lengths=(70,), hidden_size=17, vocab_size=131, dtype=NARROW)), NARROW)
     matrix = torch.zeros(9, 24, dtype=NARROW, device=DEVICE)
-    assert launch.takes_descriptor(matrix)
-    assert not launch.takes_descriptor(matrix[:, 1:])  # starts off a multiple of 16 bytes
-    assert not launch.takes_descriptor(matrix.T)
-    assert not launch.takes_descriptor(torch.zeros(9, 17, dtype=NARROW, device=DEVICE))
+    assert launch.supports_tma(matrix)
+    assert not launch.supports_tma(matrix[:, 1:])  # starts off a multiple of 16 bytes
+    assert not launch.supports_tma(matrix.T)
+    assert not launch.supports_tma(torch.zeros(9, 17, dtype=NARROW, device=DEVICE))
 
 
 def test_operands_that_are_not_contiguous():
@@ -130,7 +130,7 @@ def test_not_a_number_stays_one():
 def test_the_device_is_filled():
     """64 rows give as many programs as 32768, and whole rounds of them."""
     for row_blocks, column_blocks in ((1, 501), (2, 501), (64, 501), (256, 501), (5, 7), (1, 1)):
-        spans = launch.spans_of_vocabulary(row_blocks, column_blocks, 132)
+        spans = launch.vocab_splits(row_blocks, column_blocks, 132)
         assert 1 <= spans <= column_blocks
         rounds = -(-row_blocks * spans // 132)
         work = row_blocks * column_blocks

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support import make_problem
 from tests.triton.support import DEVICE, NARROW, on_device
 from unisd_kernels import unisd_loss
-from unisd_kernels.ops.fused_loss import loss_and_gradients
-from unisd_kernels.spec import LossInputs, LossSpec
-from unisd_kernels.tiles.base import Wanted
-from unisd_kernels.tiles.triton import TritonTiles
-from unisd_kernels.triton import pair, score
+from unisd_kernels.backends.base import NeedsGrad
+from unisd_kernels.backends.triton import score
+from unisd_kernels.backends.triton.backend import TritonBackend
+from unisd_kernels.config import LossConfig, LossInputs
+from unisd_kernels.ops.loss_autograd import loss_and_gradients
 
 # What makes the host wait for the device: a value read, or a shape that depends on values.
 _WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero"}
@@ -54,11 +54,11 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Every kernel of the filling, watched, by name."""
-    from unisd_kernels.triton import gradients, rows, statistics
+    """Every kernel of the backend, watched, by name."""
+    from unisd_kernels.backends.triton import fused_divergence, gradients, rows, statistics
 
     watched = {}
-    for module in (score, pair, gradients, rows, statistics):
+    for module in (score, fused_divergence, gradients, rows, statistics):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             watched[name] = Launches(getattr(module, name))
             monkeypatch.setattr(module, name, watched[name])
@@ -75,13 +75,13 @@ def test_nothing_is_read_back(launches, monkeypatch, design, beta, clip):
     monkeypatch.setattr("unisd_kernels.ops.agreement.check_cu_seqlens", lambda *_: None)
     problem = on_device(make_problem(lengths=(9, 0, 12), hidden_size=16, vocab_size=67, shared_head=True)).to(NARROW)
     inputs = LossInputs(**{**problem.arguments(), "auxiliary_hidden": tuple(problem.auxiliary_hidden)})
-    spec = LossSpec(beta=beta, feature_weight=0.1, temperature=0.7, **clip)
+    spec = LossConfig(beta=beta, feature_weight=0.1, temperature=0.7, **clip)
     with NoWaiting():
-        result, gradients, _ = loss_and_gradients(inputs, spec, Wanted(True, True), TritonTiles(design), 1 << 20)
+        result, gradients, _ = loss_and_gradients(inputs, spec, NeedsGrad(True, True), TritonBackend(design), 1 << 20)
     assert torch.isfinite(result.loss)
     assert gradients.hidden is not None
     assert gradients.hidden.any()
-    ours = "pair_kernel" if design == "fused" and beta == 0.0 else "block_statistics_kernel"
+    ours = "fused_divergence_kernel" if design == "fused" and beta == 0.0 else "block_statistics_kernel"
     assert launches[ours].grids
 
 
@@ -101,7 +101,7 @@ def test_products(launches, num_auxiliary, scorings):
     ).to(NARROW)
     unisd_loss(**problem.arguments(), impl="triton").loss.backward()
     assert len(launches["score_kernel"].grids) == scorings
-    assert len(launches["pair_kernel"].grids) == 1
+    assert len(launches["fused_divergence_kernel"].grids) == 1
     assert len(launches["divergence_gradient_kernel"].grids) == 1
     assert not launches["block_statistics_kernel"].grids
 
@@ -114,7 +114,7 @@ def test_no_tensor_is_larger_than_the_workspace(launches, design):
     workspace = 12 << 10
     with NoWaiting() as mode:
         inputs = LossInputs(**{**problem.arguments(), "auxiliary_hidden": ()})
-        loss_and_gradients(inputs, LossSpec(), Wanted(True), TritonTiles(design), workspace)
+        loss_and_gradients(inputs, LossConfig(), NeedsGrad(True), TritonBackend(design), workspace)
     assert mode.largest <= workspace < 2 * 48 * 131
 
 
@@ -152,7 +152,7 @@ def test_autocast_is_the_narrow_dtype(launches):
     with torch.autocast(DEVICE.type, NARROW):
         wide = unisd_loss(**problem.arguments(), impl="triton").loss
     # One head for both is still one after the casts.
-    assert launches["pair_kernel"].grids
+    assert launches["fused_divergence_kernel"].grids
     narrow = unisd_loss(**problem.to(NARROW).arguments(), impl="triton").loss
     torch.testing.assert_close(wide.detach(), narrow.detach(), rtol=1e-5, atol=1e-6)
     (gradient, *_) = torch.autograd.grad(wide, problem.leaves)

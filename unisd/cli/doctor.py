@@ -11,8 +11,8 @@ import torch
 import unisd_kernels
 from unisd.cli.device import choose_device
 from unisd.cli.parser import CommandParser
-from unisd_kernels import LMHead, _lib, available, explain, unisd_loss
-from unisd_kernels.tiles import driver
+from unisd_kernels import LMHead, available, explain, unisd_loss
+from unisd_kernels.backends import engine, extension
 
 _PACKAGES = (
     "unisd-kernels",
@@ -50,12 +50,12 @@ def main(arguments: list[str]) -> int:
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         print(f"  cuda           none (torch was built {built})")
     print("\ncompiled libraries:")
-    reason = _lib.cpu_unavailable()
-    print("  cpu            " + (f"not loaded: {reason}" if reason else f"loaded, runs with {_lib.cpu_isa()}"))
-    reason = _lib.cuda_unavailable()
+    reason = extension.cpu_unavailable()
+    print("  cpu            " + (f"not loaded: {reason}" if reason else f"loaded, runs with {extension.cpu_isa()}"))
+    reason = extension.cuda_unavailable()
     print("  cuda           " + (f"not loaded: {reason}" if reason else "loaded"))
     print("\n" + explain(device))
-    held, with_weight = (driver.default_workspace_bytes(device, trainable) >> 20 for trainable in (False, True))
+    held, with_weight = (engine.default_workspace_bytes(device, trainable) >> 20 for trainable in (False, True))
     print(f"logits held at a time: {held} MiB, {with_weight} MiB with a trainable head (`workspace_bytes` changes it)")
 
     print(f"\nself-test on {device}: UniSD* loss and gradient, float32 against the float64 reference")

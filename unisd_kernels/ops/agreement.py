@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from unisd_kernels.config import check_choice, check_number
 from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
 from unisd_kernels.reference.agreement import disagreement, sequence_weight, token_weight
 from unisd_kernels.results import AgreementWeights
-from unisd_kernels.spec import check_choice, check_number
 from unisd_kernels.validation import check_cu_seqlens, check_operand_dtype
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from unisd_kernels import reference
-from unisd_kernels.dispatch import resolve
+from unisd_kernels.backends import engine
+from unisd_kernels.backends.base import Backend, DivergenceRows, LogitTransform, NeedsGrad
+from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.registry import resolve
+from unisd_kernels.config import check_number
 from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.autograd import first_order_only, recordable, recordable_head, save, saved
-from unisd_kernels.spec import check_number
-from unisd_kernels.tiles import driver
-from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, Tiles, Wanted
-from unisd_kernels.tiles.projection import Projection
 from unisd_kernels.validation import (
     autocast_operands,
     check_heads_match,
@@ -88,7 +88,7 @@ def linear_divergence(
     given = student_head
     student_hidden, student_head = autocast_operands(student_hidden, student_head)
     teacher_hidden, teacher_head = autocast_operands(teacher_hidden, teacher_head, (given, student_head))
-    if implementation.tiles is None:
+    if implementation.backend is None:
         with torch.autocast(student_hidden.device.type, enabled=False):
             return reference.linear_divergence(
                 recordable(student_hidden),
@@ -98,7 +98,7 @@ def linear_divergence(
                 beta,
                 temperature,
             )
-    wanted = driver.wanted_gradients(student_hidden, student_head.active_weight, student_head.active_bias)
+    needs_grad = engine.needs_grad_of(student_hidden, student_head.active_weight, student_head.active_bias)
     return _LinearDivergence.apply(
         student_hidden,
         student_head.active_weight,
@@ -106,9 +106,9 @@ def linear_divergence(
         LogitTransform.of(student_head, temperature),
         Projection.of(teacher_hidden, teacher_head, temperature),
         float(beta),
-        wanted,
-        implementation.tiles(),
-        workspace_bytes or driver.default_workspace_bytes(student_hidden.device, wanted.weight),
+        needs_grad,
+        implementation.backend(),
+        workspace_bytes or engine.default_workspace_bytes(student_hidden.device, needs_grad.weight),
     )
 
 
@@ -122,20 +122,20 @@ class _LinearDivergence(torch.autograd.Function):
         transform: LogitTransform,
         teacher: Projection,
         beta: float,
-        wanted: Wanted,
-        tiles: Tiles,
+        needs_grad: NeedsGrad,
+        backend: Backend,
         workspace: int,
     ) -> torch.Tensor:
         student = Projection(hidden, weight, bias, transform).detach()
-        ctx.frozen_head = not wanted.head
+        ctx.frozen_head = not needs_grad.head
         ctx.hidden_dtype = hidden.dtype
         if ctx.frozen_head:
-            rows, gradients = driver.divergence(student, teacher, None, beta, tiles, workspace, wanted)
-            ctx.tiles = tiles
+            rows, gradients = engine.divergence(student, teacher, None, beta, backend, workspace, needs_grad)
+            ctx.backend = backend
             ctx.save_for_backward(gradients.hidden)
         else:
-            rows, _ = driver.divergence(student, teacher, None, beta, tiles, workspace)
-            ctx.settings = (transform, teacher.transform, beta, tiles, workspace)
+            rows, _ = engine.divergence(student, teacher, None, beta, backend, workspace)
+            ctx.settings = (transform, teacher.transform, beta, backend, workspace)
             save(ctx, hidden, weight, bias, teacher.hidden, teacher.weight, teacher.bias)
         return rows.divergence
 
@@ -144,21 +144,21 @@ class _LinearDivergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.frozen_head:
             (row_gradients,) = ctx.saved_tensors
-            return (ctx.tiles.scale_rows(row_gradients, upstream, ctx.hidden_dtype), *(None,) * 8)
+            return (ctx.backend.scale_rows(row_gradients, upstream, ctx.hidden_dtype), *(None,) * 8)
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = saved(ctx)
-        transform, teacher_transform, beta, tiles, workspace = ctx.settings
+        transform, teacher_transform, beta, backend, workspace = ctx.settings
 
         def row_weights(rows: slice, statistics: DivergenceRows) -> tuple[torch.Tensor, None]:
             return upstream[rows], None
 
-        gradients = driver.divergence(
+        gradients = engine.divergence(
             Projection(hidden, weight, bias, transform),
             Projection(teacher_hidden, teacher_weight, teacher_bias, teacher_transform),
             None,
             beta,
-            tiles,
+            backend,
             workspace,
-            Wanted(*ctx.needs_input_grad[:3]),
+            NeedsGrad(*ctx.needs_input_grad[:3]),
             row_weights,
         ).gradients
         return (*gradients.scaled(None, hidden.dtype, weight.dtype), *(None,) * 6)

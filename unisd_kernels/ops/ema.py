@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from unisd_kernels import _lib
-from unisd_kernels.dispatch import resolve
-from unisd_kernels.spec import check_choice, check_number
+from unisd_kernels.backends import extension
+from unisd_kernels.backends.registry import resolve
+from unisd_kernels.config import check_choice, check_number
 
 
 @torch.no_grad()
@@ -88,12 +88,12 @@ def ema_update_(
                 "in float32, or give compensation=[torch.zeros_like(p) ...] or rounding='stochastic'"
             )
         if compensation is not None:
-            given, wanted = (
+            given, needs_grad = (
                 f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
                 for tensor in (compensation[position], target)
             )
-            if given != wanted:
-                raise ValueError(f"tensor {position}: compensation is {given}, the teacher {wanted}")
+            if given != needs_grad:
+                raise ValueError(f"tensor {position}: compensation is {given}, the teacher {needs_grad}")
 
     if decay == 1.0:
         return
@@ -142,7 +142,7 @@ def _can_be_fused(target: torch.Tensor, source: torch.Tensor, compensation: torc
         return False
     if target.device.type == "cpu":
         return resolve(None, target.device, torch.float32).name == "native"
-    return target.device.type == "cuda" and _lib.cuda_unavailable() is None
+    return target.device.type == "cuda" and extension.cuda_unavailable() is None
 
 
 def _seed(generator: torch.Generator | None) -> int:

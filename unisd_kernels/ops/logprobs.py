@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from unisd_kernels import reference
-from unisd_kernels.dispatch import resolve
+from unisd_kernels.backends import engine
+from unisd_kernels.backends.base import Backend, LogitTransform, NeedsGrad
+from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.registry import resolve
+from unisd_kernels.config import check_flag, check_number
 from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.autograd import first_order_only, recordable, recordable_head, save, saved
 from unisd_kernels.results import LinearLogProbs
-from unisd_kernels.spec import check_flag, check_number
-from unisd_kernels.tiles import driver
-from unisd_kernels.tiles.base import LogitTransform, Tiles, Wanted
-from unisd_kernels.tiles.projection import Projection
 from unisd_kernels.validation import autocast_operands, check_hidden, check_target_ids, check_workspace
 
 
@@ -32,7 +32,7 @@ def linear_logprobs(
 
         z = softcap_c(a (h W^T + b)) / tau,  logp(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_j p_j z_j
 
-    One matrix product without gradient (an online log-sum-exp over vocabulary tiles). With a gradient to a frozen
+    One matrix product without gradient (an online log-sum-exp over vocabulary backend). With a gradient to a frozen
     head's hidden states and no entropy it is two in total: both statistics' row gradients are linear in the row
     `(p W)_n`, which is computed in the forward and scaled in the backward. Otherwise the backward recomputes the
     logits: one product more, plus one for each gradient.
@@ -67,24 +67,24 @@ def linear_logprobs(
     check_workspace(workspace_bytes)
     implementation = resolve(impl, hidden.device, hidden.dtype)
     hidden, head = autocast_operands(hidden, head)
-    if implementation.tiles is None:
+    if implementation.backend is None:
         with torch.autocast(hidden.device.type, enabled=False):
             return reference.linear_logprobs(
                 recordable(hidden), recordable_head(head), recordable(target_ids), temperature, return_entropy
             )
     target_ids = target_ids.long()
-    tiles = implementation.tiles()
+    backend = implementation.backend()
     weight, bias = head.active_weight, head.active_bias
-    wanted = driver.wanted_gradients(hidden, weight, bias)
-    workspace = workspace_bytes or driver.default_workspace_bytes(hidden.device, wanted.weight)
+    needs_grad = engine.needs_grad_of(hidden, weight, bias)
+    workspace = workspace_bytes or engine.default_workspace_bytes(hidden.device, needs_grad.weight)
     transform = LogitTransform.of(head, temperature)
-    if not wanted.any:
+    if not needs_grad.any:
         projection = Projection(hidden, weight, bias, transform).detach()
-        return LinearLogProbs(*driver.score(projection, target_ids, tiles, workspace, return_entropy))
-    if not wanted.head and not return_entropy:
-        logprobs, logsumexp = _FrozenHeadLogProbs.apply(hidden, weight, bias, target_ids, transform, tiles, workspace)
+        return LinearLogProbs(*engine.score(projection, target_ids, backend, workspace, return_entropy))
+    if not needs_grad.head and not return_entropy:
+        logprobs, logsumexp = _FrozenHeadLogProbs.apply(hidden, weight, bias, target_ids, transform, backend, workspace)
         return LinearLogProbs(logprobs, logsumexp, None)
-    outputs = _LinearLogProbs.apply(hidden, weight, bias, target_ids, transform, return_entropy, tiles, workspace)
+    outputs = _LinearLogProbs.apply(hidden, weight, bias, target_ids, transform, return_entropy, backend, workspace)
     return LinearLogProbs(*outputs)
 
 
@@ -100,13 +100,13 @@ class _LinearLogProbs(torch.autograd.Function):
         target_ids: torch.Tensor,
         transform: LogitTransform,
         return_entropy: bool,
-        tiles: Tiles,
+        backend: Backend,
         workspace: int,
     ) -> tuple[torch.Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.settings = (transform, tiles, workspace)
+        ctx.settings = (transform, backend, workspace)
         projection = Projection(hidden, weight, bias, transform).detach()
-        scores = driver.score(projection, target_ids, tiles, workspace, return_entropy)
+        scores = engine.score(projection, target_ids, backend, workspace, return_entropy)
         save(ctx, hidden, weight, bias, target_ids, *scores)
         return tuple(scores)
 
@@ -116,17 +116,17 @@ class _LinearLogProbs(torch.autograd.Function):
         if all(gradient is None for gradient in upstream):
             return (None,) * 8
         hidden, weight, bias, target_ids, *statistics = saved(ctx)
-        transform, tiles, workspace = ctx.settings
+        transform, backend, workspace = ctx.settings
         logprob_weight, logsumexp_weight, entropy_weight = upstream
-        gradients = driver.logprob_gradients(
+        gradients = engine.logprob_gradients(
             Projection(hidden, weight, bias, transform),
             target_ids,
-            driver.Scores(*statistics),
+            engine.Scores(*statistics),
             logprob_weight,
             logsumexp_weight,
             entropy_weight,
-            Wanted(*ctx.needs_input_grad[:3]),
-            tiles,
+            NeedsGrad(*ctx.needs_input_grad[:3]),
+            backend,
             workspace,
         )
         return (*gradients.scaled(None, hidden.dtype, weight.dtype), *(None,) * 5)
@@ -143,13 +143,13 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         bias: torch.Tensor | None,
         target_ids: torch.Tensor,
         transform: LogitTransform,
-        tiles: Tiles,
+        backend: Backend,
         workspace: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
         ctx.transform = transform
         projection = Projection(hidden, weight, bias, transform).detach()
-        scores, gradient = driver.score_with_gradient(projection, target_ids, tiles, workspace)
+        scores, gradient = engine.score_with_gradient(projection, target_ids, backend, workspace)
         save(ctx, hidden, weight, target_ids, scores.logprobs, scores.logsumexp, gradient)
         return scores.logprobs, scores.logsumexp
 

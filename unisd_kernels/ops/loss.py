@@ -11,21 +11,21 @@ from typing import Any
 import torch
 
 from unisd_kernels import reference
-from unisd_kernels.dispatch import resolve
-from unisd_kernels.heads import LMHead
-from unisd_kernels.ops.autograd import recordable, recordable_head
-from unisd_kernels.ops.compiled_loss import compiled_unisd_loss
-from unisd_kernels.ops.fused_loss import fused_unisd_loss
-from unisd_kernels.results import UniSDLoss
-from unisd_kernels.spec import (
+from unisd_kernels.backends import engine
+from unisd_kernels.backends.registry import resolve
+from unisd_kernels.config import (
     AgreementLevel,
     AgreementStatistic,
+    LossConfig,
     LossInputs,
-    LossSpec,
     Normalization,
     WeightNormalization,
 )
-from unisd_kernels.tiles import driver
+from unisd_kernels.heads import LMHead
+from unisd_kernels.ops.autograd import recordable, recordable_head
+from unisd_kernels.ops.loss_autograd import loss_with_autograd
+from unisd_kernels.ops.loss_compiled import compiled_unisd_loss
+from unisd_kernels.results import UniSDLoss
 from unisd_kernels.validation import autocast_operands, check_loss_inputs, check_workspace
 
 
@@ -125,7 +125,7 @@ def unisd_loss(
 
     Source: docs/design.md; UniSD, arXiv 2605.06597.
     """
-    spec = LossSpec(
+    config = LossConfig(
         beta=beta,
         temperature=temperature,
         clip_cap=clip_cap,
@@ -158,8 +158,8 @@ def unisd_loss(
     )
     check_workspace(workspace_bytes)
     if torch.compiler.is_compiling() and (impl or os.environ.get("UNISD_IMPL")) != "reference":
-        return compiled_unisd_loss(_under_autocast(inputs), spec, impl, workspace_bytes or _default_workspace(inputs))
-    check_loss_inputs(inputs, spec)
+        return compiled_unisd_loss(_under_autocast(inputs), config, impl, workspace_bytes or _default_workspace(inputs))
+    check_loss_inputs(inputs, config)
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
     if inputs.num_rows == 0:
         warnings.warn(
@@ -168,11 +168,11 @@ def unisd_loss(
         )
     inputs = _under_autocast(inputs)
     with torch.autocast(student_hidden.device.type, enabled=False):
-        if implementation.tiles is None:
-            result = reference.unisd_loss(_recordable(inputs), spec)
+        if implementation.backend is None:
+            result = reference.unisd_loss(_recordable(inputs), config)
         else:
             workspace = workspace_bytes or _default_workspace(inputs)
-            result = fused_unisd_loss(inputs, spec, implementation.tiles(), workspace)
+            result = loss_with_autograd(inputs, config, implementation.backend(), workspace)
     if result.loss.device.type == "cpu" and not bool(torch.isfinite(result.loss)):
         warnings.warn(f"unisd_loss is {float(result.loss.detach())}: {_blame(inputs)}", stacklevel=2)
     return result
@@ -193,7 +193,7 @@ def _recordable(inputs: LossInputs) -> LossInputs:
 
 def _default_workspace(inputs: LossInputs) -> int:
     weight_gradient = torch.is_grad_enabled() and inputs.student_head.weight.requires_grad
-    return driver.default_workspace_bytes(inputs.student_hidden.device, weight_gradient)
+    return engine.default_workspace_bytes(inputs.student_hidden.device, weight_gradient)
 
 
 def _views(auxiliary_hidden: torch.Tensor | Sequence[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:

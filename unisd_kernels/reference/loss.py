@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 
+from unisd_kernels.config import LossConfig, LossInputs
 from unisd_kernels.reference.agreement import agreement_weights
 from unisd_kernels.reference.clipping import clip_cap_from_quantile, clip_divergence
 from unisd_kernels.reference.contrastive import contrastive_hinge
@@ -13,7 +14,6 @@ from unisd_kernels.reference.divergence import linear_divergence
 from unisd_kernels.reference.features import feature_distance
 from unisd_kernels.reference.logprobs import linear_logprobs, statistics_dtype
 from unisd_kernels.results import UniSDLoss
-from unisd_kernels.spec import LossInputs, LossSpec
 
 
 def reduce_per_token(
@@ -40,20 +40,20 @@ def reduce_per_token(
     return torch.stack(groups).mean() if groups else values.sum()
 
 
-def unisd_loss(inputs: LossInputs, spec: LossSpec) -> UniSDLoss:
+def unisd_loss(inputs: LossInputs, config: LossConfig) -> UniSDLoss:
     """Dense UniSD loss; arguments and result as in `unisd_kernels.unisd_loss`."""
     dtype = statistics_dtype(inputs.student_hidden.dtype)
     zero = torch.zeros((), dtype=dtype, device=inputs.student_hidden.device)
-    has_divergence, has_contrast = spec.runs_divergence, spec.runs_contrast(inputs.negative_hidden is not None)
+    has_divergence, has_contrast = config.runs_divergence, config.runs_contrast(inputs.negative_hidden is not None)
 
     student = teacher = None
     if has_divergence or has_contrast:
         student = linear_logprobs(
-            inputs.student_hidden, inputs.student_head, inputs.target_ids, spec.temperature, spec.return_entropy
+            inputs.student_hidden, inputs.student_head, inputs.target_ids, config.temperature, config.return_entropy
         )
         with torch.no_grad():
             teacher = linear_logprobs(
-                inputs.teacher_hidden, inputs.teacher_head, inputs.target_ids, spec.temperature, spec.return_entropy
+                inputs.teacher_hidden, inputs.teacher_head, inputs.target_ids, config.temperature, config.return_entropy
             )
 
     divergence = clipped = weights = auxiliary = spread = None
@@ -64,13 +64,13 @@ def unisd_loss(inputs: LossInputs, spec: LossSpec) -> UniSDLoss:
             inputs.student_head,
             inputs.teacher_hidden,
             inputs.teacher_head,
-            spec.beta,
-            spec.temperature,
+            config.beta,
+            config.temperature,
         )
-        kept, clipped = _clip(divergence, spec)
-        weights, auxiliary, spread = _token_weights(inputs, spec)
-        normalization = spec.resolved_weight_normalization(auxiliary is not None)
-        divergence_loss = reduce_per_token(kept, inputs.cu_seqlens, spec.normalization, weights, normalization)
+        kept, clipped = _clip(divergence, config)
+        weights, auxiliary, spread = _token_weights(inputs, config)
+        normalization = config.resolved_weight_normalization(auxiliary is not None)
+        divergence_loss = reduce_per_token(kept, inputs.cu_seqlens, config.normalization, weights, normalization)
 
     negative = contrastive = None
     contrastive_loss = zero
@@ -80,22 +80,22 @@ def unisd_loss(inputs: LossInputs, spec: LossSpec) -> UniSDLoss:
         assert teacher is not None
         with torch.no_grad():
             head = inputs.teacher_head if inputs.negative_head is None else inputs.negative_head
-            negative = linear_logprobs(inputs.negative_hidden, head, inputs.target_ids, spec.temperature).logprobs
-        contrastive = contrastive_hinge(student.logprobs, teacher.logprobs, negative, spec.contrastive_margin)
-        contrastive_loss = reduce_per_token(contrastive, inputs.cu_seqlens, spec.normalization)
+            negative = linear_logprobs(inputs.negative_hidden, head, inputs.target_ids, config.temperature).logprobs
+        contrastive = contrastive_hinge(student.logprobs, teacher.logprobs, negative, config.contrastive_margin)
+        contrastive_loss = reduce_per_token(contrastive, inputs.cu_seqlens, config.normalization)
 
     features = None
     feature_loss = zero
-    if spec.feature_weight > 0:
+    if config.feature_weight > 0:
         features = feature_distance(inputs.student_hidden, inputs.teacher_hidden)
-        feature_loss = reduce_per_token(features, inputs.cu_seqlens, spec.normalization)
+        feature_loss = reduce_per_token(features, inputs.cu_seqlens, config.normalization)
 
     loss = (
-        spec.divergence_weight * divergence_loss
-        + spec.contrastive_weight * contrastive_loss
-        + spec.feature_weight * feature_loss
+        config.divergence_weight * divergence_loss
+        + config.contrastive_weight * contrastive_loss
+        + config.feature_weight * feature_loss
     )
-    share = inputs.share(spec.normalization, dtype)
+    share = inputs.share(config.normalization, dtype)
     return UniSDLoss(
         loss=loss * share,
         divergence_loss=(divergence_loss * share).detach(),
@@ -116,19 +116,21 @@ def unisd_loss(inputs: LossInputs, spec: LossSpec) -> UniSDLoss:
     )
 
 
-def _clip(divergence: torch.Tensor, spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def _clip(divergence: torch.Tensor, config: LossConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """D after clipping, and which of them were above the cap (bool [N])."""
-    if divergence.numel() == 0 or (spec.clip_cap is None and spec.clip_quantile is None):
+    if divergence.numel() == 0 or (config.clip_cap is None and config.clip_quantile is None):
         return divergence, torch.zeros_like(divergence, dtype=torch.bool)
-    if spec.clip_quantile is not None:
-        cap: float | torch.Tensor = clip_cap_from_quantile(divergence, spec.clip_quantile)
+    if config.clip_quantile is not None:
+        cap: float | torch.Tensor = clip_cap_from_quantile(divergence, config.clip_quantile)
     else:
-        cap = float(spec.clip_cap)  # type: ignore[arg-type]
+        cap = float(config.clip_cap)  # type: ignore[arg-type]
     return clip_divergence(divergence, cap), divergence.detach() > cap
 
 
 @torch.no_grad()
-def _token_weights(inputs: LossInputs, spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def _token_weights(
+    inputs: LossInputs, config: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Agreement weights times `token_weights` [N], the scores they come from [K, N], and their disagreement."""
     dtype = statistics_dtype(inputs.student_hidden.dtype)
     weights = torch.ones(inputs.num_rows, dtype=dtype, device=inputs.student_hidden.device)
@@ -142,9 +144,9 @@ def _token_weights(inputs: LossInputs, spec: LossSpec) -> tuple[torch.Tensor, to
         weights, spread = agreement_weights(
             auxiliary,
             inputs.cu_seqlens,
-            level=spec.agreement,
-            statistic=spec.agreement_statistic,
-            gamma=spec.agreement_gamma,
+            level=config.agreement,
+            statistic=config.agreement_statistic,
+            gamma=config.agreement_gamma,
         )
     if inputs.token_weights is not None:
         weights = weights * inputs.token_weights.to(dtype)

@@ -46,7 +46,7 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.cache
-def num_processors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     """How many programs of a large tile run at a time."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
@@ -55,8 +55,8 @@ def num_processors(device: torch.device) -> int:
     return 4
 
 
-def takes_descriptor(matrix: torch.Tensor) -> bool:
-    """Can the copy engine address this matrix? It wants contiguous rows that start at multiples of 16 bytes, one after
+def supports_tma(matrix: torch.Tensor) -> bool:
+    """Can TMA address this matrix? It wants contiguous rows that start at multiples of 16 bytes, one after
     the other: not on the same place, as where one row was expanded to several, and not closer than they are long."""
     size = matrix.element_size()
     return (
@@ -87,7 +87,7 @@ def product_precision(matrix: torch.Tensor) -> str:
 
 
 @functools.cache
-def spans_of_vocabulary(row_blocks: int, column_blocks: int, processors: int) -> int:
+def vocab_splits(row_blocks: int, column_blocks: int, processors: int) -> int:
     """Into how many spans to cut the vocabulary so that the rows' blocks times spans fill the device.
 
     Minimizes the number of rounds times the blocks in a span; each round also pays about one block for starting.
@@ -106,7 +106,7 @@ def matrices_or_descriptors(
 ) -> tuple[list[torch.Tensor | TensorDescriptor], bool]:
     """Descriptors of all matrices, for tiles of the given rows and `width` columns, if they are wanted and all of the
     matrices can have one; else the matrices. Says which."""
-    if wanted and all(takes_descriptor(matrix) for matrix, _ in matrices):
+    if wanted and all(supports_tma(matrix) for matrix, _ in matrices):
         return [descriptor(matrix, (rows, width)) for matrix, rows in matrices], True
     return [matrix for matrix, _ in matrices], False
 

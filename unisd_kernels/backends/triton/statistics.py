@@ -25,12 +25,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unisd_kernels.triton.functions import (
+from unisd_kernels.backends.triton.math import (
     COUNTS,
+    apply_softcap,
     exp,
     expm1,
     expm1_remainder,
-    finish_logits,
     log1p,
     log1p_remainder,
     nan_unless_finite,
@@ -137,12 +137,12 @@ def load_pair(
     is_difference,
     student_tanh,
     teacher_tanh,
-    STUDENT_CAP: tl.constexpr,
-    TEACHER_CAP: tl.constexpr,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
 ):
     """z_s and z_t - z_s of some columns, from two float32 tiles. `is_difference`: the second already holds it."""
-    z = finish_logits(tl.load(student + student_offsets, mask=mask, other=0.0), student_tanh, STUDENT_CAP)
-    other = finish_logits(tl.load(teacher + teacher_offsets, mask=mask, other=0.0), teacher_tanh, TEACHER_CAP)
+    z = apply_softcap(tl.load(student + student_offsets, mask=mask, other=0.0), student_tanh, STUDENT_SOFTCAP)
+    other = apply_softcap(tl.load(teacher + teacher_offsets, mask=mask, other=0.0), teacher_tanh, TEACHER_SOFTCAP)
     return z, tl.where(is_difference, other, other - z)
 
 
@@ -159,8 +159,8 @@ def block_statistics_kernel(
     num_blocks,
     student_tanh,
     teacher_tanh,
-    STUDENT_CAP: tl.constexpr,
-    TEACHER_CAP: tl.constexpr,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -183,8 +183,8 @@ def block_statistics_kernel(
         given[:, None],
         student_tanh,
         teacher_tanh,
-        STUDENT_CAP,
-        TEACHER_CAP,
+        STUDENT_SOFTCAP,
+        TEACHER_SOFTCAP,
     )
     z = tl.where(column_mask[None, :], z, MASKED)
     store_partials(partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY)
@@ -326,8 +326,8 @@ def mixture_kernel(
     teacher_tanh,
     beta,
     complement,  # 1 - beta, rounded once
-    STUDENT_CAP: tl.constexpr,
-    TEACHER_CAP: tl.constexpr,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """The generalized Jensen-Shannon divergence of one row, whose log-sum-exps are known. One program a row.
@@ -361,8 +361,8 @@ def mixture_kernel(
             given,
             student_tanh,
             teacher_tanh,
-            STUDENT_CAP,
-            TEACHER_CAP,
+            STUDENT_SOFTCAP,
+            TEACHER_SOFTCAP,
         )
         d = delta - difference
         student_logprob = tl.where(mask, z - logsumexp, -float("inf"))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_DIRECTORY = Path(__file__).parent
+_DIRECTORY = Path(__file__).parents[1]
 _CPU_LIBRARY = _DIRECTORY / "_C.abi3.so"
 _CUDA_LIBRARY = _DIRECTORY / "_C_cuda.abi3.so"
 

@@ -13,7 +13,7 @@ float16 (for bfloat16 operands too) rounds x to e |x|, e = 2^-11. With mu the me
               p_t |x| = p_s e^x |x|); if E_t[x] > 1 the block is far and stores z_t - max z_t instead.
 
 Weighted by p_s, as in a reverse KL, z_t would be rounded where it is far from its maximum: by e times hundreds. A JSD
-needs both and is not made here (tiles/triton.py).
+needs both and is not made here (backends/triton/backend.py).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unisd_kernels.triton.functions import COUNTS, finish_logits
-from unisd_kernels.triton.products import load_tile, product_tile
-from unisd_kernels.triton.statistics import MASKED, store_partials
+from unisd_kernels.backends.triton.gemm import gemm_tile, load_tile
+from unisd_kernels.backends.triton.math import COUNTS, apply_softcap
+from unisd_kernels.backends.triton.statistics import MASKED, store_partials
 
 # float16's largest number, less a margin; what is beyond it has no probability.
 _LARGEST = tl.constexpr(60000.0)
@@ -71,8 +71,8 @@ def finish_block(
     MARKED: tl.constexpr,
     STUDENT_BIAS: tl.constexpr,
     TEACHER_BIAS: tl.constexpr,
-    STUDENT_CAP: tl.constexpr,
-    TEACHER_CAP: tl.constexpr,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     STORE: tl.constexpr,
     FORWARD: tl.constexpr,
@@ -88,8 +88,8 @@ def finish_block(
             # A difference of hidden states gives a difference of logits, in which the bias is gone.
             bias = tl.where(given[:, None], 0.0, bias)
         other += bias
-    z = finish_logits(z * student_scale, student_tanh, STUDENT_CAP)
-    other = finish_logits(other * teacher_scale, teacher_tanh, TEACHER_CAP)
+    z = apply_softcap(z * student_scale, student_tanh, STUDENT_SOFTCAP)
+    other = apply_softcap(other * teacher_scale, teacher_tanh, TEACHER_SOFTCAP)
     delta = other - z
     if MARKED:
         delta = tl.where(given[:, None], other, delta)
@@ -122,7 +122,7 @@ def finish_block(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def pair_kernel(
+def fused_divergence_kernel(
     student_hidden,
     teacher_hidden,
     student_weight,
@@ -153,8 +153,8 @@ def pair_kernel(
     MARKED: tl.constexpr,
     STUDENT_BIAS: tl.constexpr,
     TEACHER_BIAS: tl.constexpr,
-    STUDENT_CAP: tl.constexpr,
-    TEACHER_CAP: tl.constexpr,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     STORE: tl.constexpr,
     FORWARD: tl.constexpr,  # KL(p_t || p_s), or KL(p_s || p_t)? Decides what is stored
@@ -218,7 +218,7 @@ def pair_kernel(
                 z = tl.dot(h, w.T, z, input_precision=PRECISION)
                 other = tl.dot(x, w.T, other, input_precision=PRECISION)
         else:
-            z = product_tile(
+            z = gemm_tile(
                 student_hidden,
                 student_weight,
                 first_row,
@@ -235,7 +235,7 @@ def pair_kernel(
                 BLOCK_COLUMNS,
                 BLOCK_WIDTH,
             )
-            other = product_tile(
+            other = gemm_tile(
                 teacher_hidden,
                 teacher_weight,
                 first_row,
@@ -288,8 +288,8 @@ def pair_kernel(
                 MARKED,
                 STUDENT_BIAS,
                 TEACHER_BIAS,
-                STUDENT_CAP,
-                TEACHER_CAP,
+                STUDENT_SOFTCAP,
+                TEACHER_SOFTCAP,
                 WANT_ENTROPY,
                 STORE,
                 FORWARD,

@@ -1,27 +1,27 @@
-"""The two designs of a divergence in the Triton filling (`tiles/triton.py` says when which, `docs/gpu.md` why)."""
+"""The two designs of a divergence in the Triton backend (`backend.py` says when which, `docs/gpu.md` why)."""
 
 from __future__ import annotations
 
 import torch
 import triton
 
-from unisd_kernels.tiles.base import DivergenceRows, Wanted
-from unisd_kernels.tiles.buffers import contiguous, most_rows, row_buffer, row_major, row_stride, split_rows
-from unisd_kernels.tiles.projection import Projection
-from unisd_kernels.triton import gradients, pair, statistics
-from unisd_kernels.triton import rows as row_kernels
-from unisd_kernels.triton.launch import (
+from unisd_kernels.backends.base import DivergenceRows, NeedsGrad
+from unisd_kernels.backends.buffers import contiguous, most_rows, row_buffer, row_major, row_stride, split_rows
+from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.triton import fused_divergence, gradients, statistics
+from unisd_kernels.backends.triton import rows as row_kernels
+from unisd_kernels.backends.triton.configs import GemmConfig, autotuning, candidates, choose, with_loads
+from unisd_kernels.backends.triton.launch import (
     LONG_COLUMNS,
     ROW_PADDING,
     TILE_COLUMNS,
     TILE_ROWS,
     matrices_or_descriptors,
-    num_processors,
+    num_sms,
     on_device,
     product_precision,
     tile_grid,
 )
-from unisd_kernels.triton.tuning import ProductConfig, autotuning, candidates, choose, with_loads
 
 # A block of statistics that are taken from logits in memory.
 _STATISTICS_ROWS, _STATISTICS_COLUMNS = 2, 1024
@@ -42,9 +42,9 @@ class _Walk:
     block_rows: int | None
 
     def __init__(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
+        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
     ) -> None:
-        self._student, self._teacher, self._beta, self._wanted = student, teacher, beta, wanted
+        self._student, self._teacher, self._beta, self._needs_grad = student, teacher, beta, needs_grad
         self._statistics: torch.Tensor | None = None
         self._partials: torch.Tensor | None = None
 
@@ -164,8 +164,8 @@ class _Walk:
                 FORWARD=self._beta == 0.0,
                 REVERSE=self._beta == 1.0,
                 SHIFTED=shifted,
-                STUDENT_CAP=cap is not None,
-                TEACHER_CAP=teacher_cap is not None,
+                STUDENT_SOFTCAP=cap is not None,
+                TEACHER_SOFTCAP=teacher_cap is not None,
                 HAS_WEIGHT=weight is not None,
                 HAS_LOGPROB_WEIGHT=logprob_weight is not None,
                 BLOCK_ROWS=block[0],
@@ -173,15 +173,15 @@ class _Walk:
             )
 
 
-class FusedWalk(_Walk):
+class FusedDivergence(_Walk):
     """One product kernel for both views; what the gradient needs in 16 bits (32 for float32 operands)."""
 
     def __init__(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
+        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
     ) -> None:
         self._shared = student.weight_is(teacher)
         student, teacher = _row_major_pair(student, teacher)
-        super().__init__(student, teacher, beta, workspace_bytes, wanted)
+        super().__init__(student, teacher, beta, workspace_bytes, needs_grad)
         dtype, device, columns = student.hidden.dtype, student.hidden.device, student.num_columns
         size = dtype.itemsize
         heavy = any(p.bias is not None or p.transform.softcap is not None for p in (student, teacher))
@@ -195,7 +195,7 @@ class FusedWalk(_Walk):
         options = candidates(self._kind, device) if autotuning() else candidates(self._kind, device)[:1]
         narrowest = min(config.columns // config.parts for config in options)
         partials_bytes = 4 * statistics.NUM_PARTIALS * triton.cdiv(columns, narrowest)
-        if wanted.any:
+        if needs_grad.any:
             row_bytes = row_stride(columns, ROW_PADDING) * size
             self._split_rows(workspace_bytes, row_bytes, row_bytes + partials_bytes)
             self._gradient = row_buffer(self.chunk_rows, columns, ROW_PADDING, dtype, device)
@@ -215,7 +215,7 @@ class FusedWalk(_Walk):
         with on_device(student.hidden):
             teacher, self._marks = self._teacher_rows(rows)
 
-            def run(config: ProductConfig) -> None:
+            def run(config: GemmConfig) -> None:
                 self._launch(config, student, teacher, want_entropy)
 
             shape = (num_rows, student.num_columns, student.hidden.shape[1])
@@ -223,14 +223,14 @@ class FusedWalk(_Walk):
             self._combine(student, teacher, target_ids, want_entropy)
         return self._rows(target_ids is not None, want_entropy)
 
-    def _launch(self, config: ProductConfig, student: Projection, teacher: Projection, want_entropy: bool) -> None:
+    def _launch(self, config: GemmConfig, student: Projection, teacher: Projection, want_entropy: bool) -> None:
         num_rows, num_columns = student.hidden.shape[0], student.num_columns
         device = student.hidden.device
         self._block_columns = config.columns // config.parts
         self._num_blocks = triton.cdiv(num_columns, self._block_columns)
         self._partials = _partial_statistics(num_rows, self._num_blocks, want_entropy, device)
         shifted_student = shifted_teacher = None
-        if self._wanted.any:
+        if self._needs_grad.any:
             shifted_student = self._gradient[self._local].view(self._shifted.dtype)
             shifted_teacher = self._shifted[:num_rows]
         hidden, teacher_hidden = student.hidden, teacher.hidden
@@ -244,9 +244,9 @@ class FusedWalk(_Walk):
             (teacher_weight, config.columns),
         )
         tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
-        programs = min(tiles, config.occupancy * num_processors(device))
+        programs = min(tiles, config.occupancy * num_sms(device))
         cap, teacher_cap = student.transform.tanh_scale, teacher.transform.tanh_scale
-        pair.pair_kernel[(programs,)](
+        fused_divergence.fused_divergence_kernel[(programs,)](
             *operands,
             student.bias,
             teacher.bias,
@@ -274,10 +274,10 @@ class FusedWalk(_Walk):
             MARKED=student.differs_by_rows(teacher),
             STUDENT_BIAS=student.bias is not None,
             TEACHER_BIAS=teacher.bias is not None,
-            STUDENT_CAP=cap is not None,
-            TEACHER_CAP=teacher_cap is not None,
+            STUDENT_SOFTCAP=cap is not None,
+            TEACHER_SOFTCAP=teacher_cap is not None,
             WANT_ENTROPY=want_entropy,
-            STORE=self._wanted.any,
+            STORE=self._needs_grad.any,
             FORWARD=self._beta == 0.0,
             DESCRIPTORS=with_descriptors,
             EVEN_WIDTH=hidden.shape[1] % config.width == 0 and teacher_hidden.shape[1] % config.width == 0,
@@ -312,29 +312,29 @@ class FusedWalk(_Walk):
         )
 
 
-class ChunkedWalk(_Walk):
+class ChunkedDivergence(_Walk):
     """Library products into float32 tiles of a block of rows; the gradient of a chunk in the operands' dtype."""
 
     def __init__(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
+        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
     ) -> None:
-        super().__init__(student, teacher, beta, workspace_bytes, wanted)
+        super().__init__(student, teacher, beta, workspace_bytes, needs_grad)
         dtype, device, columns = student.hidden.dtype, student.hidden.device, student.num_columns
         # Where it has their dtype, the gradient overwrites the student's logits.
         self._in_place = dtype == torch.float32
         stride = row_stride(columns, ROW_PADDING)
         partials_bytes = 4 * statistics.NUM_PARTIALS * triton.cdiv(columns, _STATISTICS_COLUMNS)
-        tiles_held = 1 if wanted.any and self._in_place else 2
+        tiles_held = 1 if needs_grad.any and self._in_place else 2
         self._split_rows(
             workspace_bytes,
-            stride * dtype.itemsize if wanted.any else 0,
+            stride * dtype.itemsize if needs_grad.any else 0,
             stride * 4 * tiles_held + partials_bytes,
         )
         block = self.block_rows or self.chunk_rows
         self._teacher_logits = row_buffer(block, columns, ROW_PADDING, torch.float32, device)
-        if wanted.any:
+        if needs_grad.any:
             self._gradient = row_buffer(self.chunk_rows, columns, ROW_PADDING, dtype, device)
-        if not (wanted.any and self._in_place):
+        if not (needs_grad.any and self._in_place):
             self._student_logits = row_buffer(block, columns, ROW_PADDING, torch.float32, device)
 
     def statistics(
@@ -342,7 +342,7 @@ class ChunkedWalk(_Walk):
     ) -> DivergenceRows:
         student = self._student
         count, columns, device = rows.stop - rows.start, student.num_columns, student.hidden.device
-        in_place = self._in_place and self._wanted.any
+        in_place = self._in_place and self._needs_grad.any
         self._student_tile = self._gradient[local] if in_place else self._student_logits[:count]
         self._teacher_tile = self._teacher_logits[:count]
         cap, teacher_cap = student.transform.tanh_scale, self._teacher.transform.tanh_scale
@@ -369,8 +369,8 @@ class ChunkedWalk(_Walk):
                 num_blocks,
                 cap or 1.0,
                 teacher_cap or 1.0,
-                STUDENT_CAP=cap is not None,
-                TEACHER_CAP=teacher_cap is not None,
+                STUDENT_SOFTCAP=cap is not None,
+                TEACHER_SOFTCAP=teacher_cap is not None,
                 WANT_ENTROPY=want_entropy,
                 BLOCK_ROWS=_STATISTICS_ROWS,
                 BLOCK_COLUMNS=_STATISTICS_COLUMNS,
@@ -391,8 +391,8 @@ class ChunkedWalk(_Walk):
                     teacher_cap or 1.0,
                     self._beta,
                     1.0 - self._beta,
-                    STUDENT_CAP=cap is not None,
-                    TEACHER_CAP=teacher_cap is not None,
+                    STUDENT_SOFTCAP=cap is not None,
+                    TEACHER_SOFTCAP=teacher_cap is not None,
                     BLOCK_COLUMNS=min(LONG_COLUMNS, triton.next_power_of_2(columns)),
                     num_warps=8,
                 )
@@ -442,7 +442,7 @@ def target_logits(
         tanh_scale or 1.0,
         MARKED=marks is not None,
         HAS_BIAS=projection.bias is not None,
-        HAS_CAP=tanh_scale is not None,
+        HAS_SOFTCAP=tanh_scale is not None,
         BLOCK_WIDTH=min(1024, triton.next_power_of_2(hidden.shape[1])),
     )
 

@@ -91,19 +91,19 @@ def nan_unless_finite(x):
 
 
 @triton.jit
-def finish_logits(x, tanh_scale, HAS_CAP: tl.constexpr):
+def apply_softcap(x, tanh_scale, HAS_SOFTCAP: tl.constexpr):
     """z from `product_scale (h W^T + b)`: the tanh of a soft cap, or nothing. NaN of what is not finite: minus infinity
     would drop out of a softmax, and a cap would make a number of it."""
     z = x
-    if HAS_CAP:
+    if HAS_SOFTCAP:
         z = tanh(x) * tanh_scale
     return z + nan_unless_finite(x)
 
 
 @triton.jit
-def cap_gradient(z, tanh_scale, HAS_CAP: tl.constexpr):
+def cap_gradient(z, tanh_scale, HAS_SOFTCAP: tl.constexpr):
     """dz / d(a x / tau): 1 - tanh^2 with a soft cap."""
-    if HAS_CAP:
+    if HAS_SOFTCAP:
         ratio = z / tanh_scale
         return 1.0 - ratio * ratio
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unisd_kernels.triton.functions import finish_logits
+from unisd_kernels.backends.triton.math import apply_softcap
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def target_logits_kernel(
     tanh_scale,
     MARKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
     """The logit of one token a row: `softcap(a (h_n W_y + b_y)) / tau`. `MARKED` rows hold differences: no bias.
@@ -97,4 +97,4 @@ def target_logits_kernel(
         if MARKED:
             b = tl.where(tl.load(is_difference + row) != 0, 0.0, b)
         x += b
-    tl.store(out + row, finish_logits(x * product_scale, tanh_scale, HAS_CAP))
+    tl.store(out + row, apply_softcap(x * product_scale, tanh_scale, HAS_SOFTCAP))

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from unisd_kernels import _lib
-from unisd_kernels.tiles.base import Tiles
+from unisd_kernels.backends import extension
+from unisd_kernels.backends.base import Backend
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Implementation:
         devices: device types it runs on; empty for every one.
         dtypes: of the operands; empty for every floating one.
         unavailable: returns why it cannot run in this environment, or None.
-        tiles: makes its tile filling; None for the dense reference.
+        backend: makes its backend; None for the dense reference.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Implementation:
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     unavailable: Callable[[], str | None]
-    tiles: Callable[[], Tiles] | None
+    backend: Callable[[], Backend] | None
 
     def reason_against(self, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
         """Why it cannot run on this device with operands of this dtype, or None if it can."""
@@ -51,22 +51,22 @@ class Implementation:
         return None
 
 
-def _torch_tiles() -> Tiles:
-    from unisd_kernels.tiles.torch import TorchTiles
+def _torch_backend() -> Backend:
+    from unisd_kernels.backends.torch import TorchBackend
 
-    return TorchTiles()
-
-
-def _native_tiles() -> Tiles:
-    from unisd_kernels.tiles.native import NativeTiles
-
-    return NativeTiles()
+    return TorchBackend()
 
 
-def _triton_tiles(design: str | None) -> Tiles:
-    from unisd_kernels.tiles.triton import TritonTiles
+def _native_backend() -> Backend:
+    from unisd_kernels.backends.native import NativeBackend
 
-    return TritonTiles(design)
+    return NativeBackend()
+
+
+def _triton_backend(design: str | None) -> Backend:
+    from unisd_kernels.backends.triton.backend import TritonBackend
+
+    return TritonBackend(design)
 
 
 @functools.cache
@@ -93,8 +93,8 @@ _IMPLEMENTATIONS: dict[str, Implementation] = {
             "memory-bounded, compiled for the CPU",
             ("cpu",),
             (torch.float32, torch.bfloat16, torch.float16),
-            _lib.cpu_unavailable,
-            _native_tiles,
+            extension.cpu_unavailable,
+            _native_backend,
         ),
         *(
             Implementation(
@@ -103,7 +103,7 @@ _IMPLEMENTATIONS: dict[str, Implementation] = {
                 _TRITON_DEVICES,
                 _TRITON_DTYPES,
                 _triton_unavailable,
-                functools.partial(_triton_tiles, design),
+                functools.partial(_triton_backend, design),
             )
             for name, description, design in (
                 ("triton", "memory-bounded, fused kernels for GPUs", None),
@@ -111,7 +111,7 @@ _IMPLEMENTATIONS: dict[str, Implementation] = {
                 ("triton_chunked", "the same, with library products", "chunked"),
             )
         ),
-        Implementation("torch", "memory-bounded, PyTorch operations on tiles", (), (), lambda: None, _torch_tiles),
+        Implementation("torch", "memory-bounded, PyTorch operations on tiles", (), (), lambda: None, _torch_backend),
         Implementation("reference", "dense definitions; holds [N, V]; for checking", (), (), lambda: None, None),
     )
 }

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 
+from unisd_kernels.backends import engine
+from unisd_kernels.backends.base import Backend, DivergenceRows, NeedsGrad
+from unisd_kernels.backends.projection import Projection
+from unisd_kernels.config import LossConfig, LossInputs
 from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.agreement import agreement_weights
 from unisd_kernels.ops.autograd import first_order_only
@@ -14,10 +18,6 @@ from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
 from unisd_kernels.reference.clipping import clip_cap_from_quantile
 from unisd_kernels.reference.logprobs import statistics_dtype
 from unisd_kernels.results import UniSDLoss
-from unisd_kernels.spec import LossInputs, LossSpec
-from unisd_kernels.tiles import driver
-from unisd_kernels.tiles.base import DivergenceRows, Tiles, Wanted
-from unisd_kernels.tiles.projection import Projection
 
 # Feature matching widens this many bytes of hidden states at a time.
 _FEATURE_CHUNK_BYTES = 16 << 20
@@ -35,17 +35,17 @@ class _Plan:
     negative_logprobs: torch.Tensor | None
     divergence_scale: torch.Tensor  # [N]: dL / d min(D_n, cap) before divergence_weight
     mean_scale: torch.Tensor  # [N]: dL / dC_n and dL / dF_n before their weights
-    spec: LossSpec
-    wanted: Wanted
-    tiles: Tiles
+    config: LossConfig
+    needs_grad: NeedsGrad
+    backend: Backend
     workspace: int
 
 
-def fused_unisd_loss(inputs: LossInputs, spec: LossSpec, tiles: Tiles, workspace: int) -> UniSDLoss:
+def loss_with_autograd(inputs: LossInputs, config: LossConfig, backend: Backend, workspace: int) -> UniSDLoss:
     """`unisd_loss` for checked inputs."""
     student = (inputs.student_hidden, inputs.student_head.active_weight, inputs.student_head.active_bias)
-    wanted = driver.wanted_gradients(*student)
-    return UniSDLoss(*_UniSDLoss.apply(*student, inputs, spec, wanted, tiles, workspace))
+    needs_grad = engine.needs_grad_of(*student)
+    return UniSDLoss(*_UniSDLoss.apply(*student, inputs, config, needs_grad, backend, workspace))
 
 
 class _UniSDLoss(torch.autograd.Function):
@@ -56,16 +56,16 @@ class _UniSDLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         inputs: LossInputs,
-        spec: LossSpec,
-        wanted: Wanted,
-        tiles: Tiles,
+        config: LossConfig,
+        needs_grad: NeedsGrad,
+        backend: Backend,
         workspace: int,
     ) -> tuple[torch.Tensor | None, ...]:
-        result, gradients, unit = loss_and_gradients(inputs, spec, wanted, tiles, workspace)
+        result, gradients, grad_scale = loss_and_gradients(inputs, config, needs_grad, backend, workspace)
         ctx.mark_non_differentiable(*(value for value in result[1:] if value is not None))
         ctx.set_materialize_grads(False)
         ctx.dtypes = (hidden.dtype, weight.dtype)
-        ctx.save_for_backward(*gradients, unit)
+        ctx.save_for_backward(*gradients, grad_scale)
         return tuple(result)
 
     @staticmethod
@@ -73,33 +73,33 @@ class _UniSDLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if upstream is None:
             return (None,) * 8
-        *gradients, unit = ctx.saved_tensors
-        return (*driver.Gradients(*gradients).scaled(upstream * unit, *ctx.dtypes), *(None,) * 5)
+        *gradients, grad_scale = ctx.saved_tensors
+        return (*engine.Gradients(*gradients).scaled(upstream * grad_scale, *ctx.dtypes), *(None,) * 5)
 
 
 @torch.no_grad()
 def loss_and_gradients(
-    inputs: LossInputs, spec: LossSpec, wanted: Wanted, tiles: Tiles, workspace: int
-) -> tuple[UniSDLoss, driver.Gradients, torch.Tensor]:
-    """The loss with its statistics, and its gradients in units of a 0-dim scale (`_unit`), which comes third."""
+    inputs: LossInputs, config: LossConfig, needs_grad: NeedsGrad, backend: Backend, workspace: int
+) -> tuple[UniSDLoss, engine.Gradients, torch.Tensor]:
+    """The loss with its statistics, and its gradients in units of a 0-dim scale (`_grad_scale`), which comes third."""
     target_ids = inputs.target_ids.long()
 
     def score(hidden: torch.Tensor, head: LMHead, temperature: float, ids: torch.Tensor = target_ids) -> torch.Tensor:
-        return driver.score(Projection.of(hidden, head, temperature), ids, tiles, workspace).logprobs
+        return engine.score(Projection.of(hidden, head, temperature), ids, backend, workspace).logprobs
 
-    has_divergence, has_contrast = spec.runs_divergence, spec.runs_contrast(inputs.negative_hidden is not None)
+    has_divergence, has_contrast = config.runs_divergence, config.runs_contrast(inputs.negative_hidden is not None)
     negative = None
     if has_contrast:
         assert inputs.negative_hidden is not None
         head = inputs.teacher_head if inputs.negative_head is None else inputs.negative_head
-        negative = score(inputs.negative_hidden, head, spec.temperature)
+        negative = score(inputs.negative_hidden, head, config.temperature)
     dtype = statistics_dtype(inputs.student_hidden.dtype)
     weights = torch.ones(inputs.num_rows, dtype=dtype, device=inputs.student_hidden.device)
     auxiliary = spread = None
     if inputs.auxiliary_hidden and has_divergence:
         head = inputs.teacher_head if inputs.auxiliary_head is None else inputs.auxiliary_head
         views = inputs.auxiliary_hidden
-        if tiles.stacks_views and len(views) * inputs.num_rows <= _STACKED_ROWS:
+        if backend.stacks_views and len(views) * inputs.num_rows <= _STACKED_ROWS:
             stacked = score(torch.cat(views), head, 1.0, target_ids.repeat(len(views)))
             auxiliary = stacked.view(len(views), inputs.num_rows)
         else:
@@ -107,38 +107,38 @@ def loss_and_gradients(
         weights, spread = agreement_weights(
             auxiliary,
             inputs.cu_seqlens,
-            level=spec.agreement,
-            statistic=spec.agreement_statistic,
-            gamma=spec.agreement_gamma,
+            level=config.agreement,
+            statistic=config.agreement_statistic,
+            gamma=config.agreement_gamma,
         )
     if inputs.token_weights is not None:
         weights = weights * inputs.token_weights.to(dtype)
 
-    divergence_scale, mean_scale = _row_scales(inputs, spec, weights)
-    student = Projection.of(inputs.student_hidden, inputs.student_head, spec.temperature)
+    divergence_scale, mean_scale = _row_scales(inputs, config, weights)
+    student = Projection.of(inputs.student_hidden, inputs.student_head, config.temperature)
     plan = _Plan(
-        Projection.of(inputs.teacher_hidden, inputs.teacher_head, spec.temperature),
+        Projection.of(inputs.teacher_hidden, inputs.teacher_head, config.temperature),
         target_ids,
         negative,
         divergence_scale,
         mean_scale,
-        spec,
-        wanted,
-        tiles,
+        config,
+        needs_grad,
+        backend,
         workspace,
     )
     rows: DivergenceRows | None
     if has_divergence or has_contrast:
-        rows, gradients, unit, clipped, contrastive = _divergence_and_contrastive(student, plan)
+        rows, gradients, grad_scale, clipped, contrastive = _divergence_and_contrastive(student, plan)
     else:
         # Feature matching alone: no logit is needed.
         rows, clipped, contrastive = None, None, None
-        gradients = driver.allocate(wanted, student, written=False)
-        unit = torch.ones((), dtype=student.dtype, device=student.hidden.device)
+        gradients = engine.allocate(needs_grad, student, written=False)
+        grad_scale = torch.ones((), dtype=student.dtype, device=student.hidden.device)
 
     features = None
-    if spec.feature_weight > 0:
-        features = _feature_matching(student, plan, gradients.hidden, unit)
+    if config.feature_weight > 0:
+        features = _feature_matching(student, plan, gradients.hidden, grad_scale)
     zero = torch.zeros((), dtype=student.dtype, device=student.hidden.device)
     divergence = was_clipped = None
     divergence_loss = zero.clone()
@@ -152,9 +152,9 @@ def loss_and_gradients(
     contrastive_loss = zero if contrastive is None else (mean_scale * contrastive).sum()
     feature_loss = zero.clone() if features is None else (mean_scale * features).sum()
     loss = (
-        spec.divergence_weight * divergence_loss
-        + spec.contrastive_weight * contrastive_loss
-        + spec.feature_weight * feature_loss
+        config.divergence_weight * divergence_loss
+        + config.contrastive_weight * contrastive_loss
+        + config.feature_weight * feature_loss
     )
     result = UniSDLoss(
         loss=loss,
@@ -174,14 +174,14 @@ def loss_and_gradients(
         auxiliary_logprobs=auxiliary,
         disagreement=spread,
     )
-    return result, gradients, unit
+    return result, gradients, grad_scale
 
 
-def _row_scales(inputs: LossInputs, spec: LossSpec, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _row_scales(inputs: LossInputs, config: LossConfig, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The reduction as row weights: L = sum_n divergence_scale_n D_n + mean_scale_n (...), both [N]."""
     num_rows, num_sequences = inputs.num_rows, inputs.num_sequences
-    weighted = spec.resolved_weight_normalization(bool(inputs.auxiliary_hidden)) == "weighted"
-    if spec.normalization == "sequence":
+    weighted = config.resolved_weight_normalization(bool(inputs.auxiliary_hidden)) == "weighted"
+    if config.normalization == "sequence":
         ids = sequence_ids(inputs.cu_seqlens, num_rows)
         lengths = sequence_lengths(inputs.cu_seqlens).to(weights.dtype)
         totals = sequence_sums(weights, inputs.cu_seqlens) if weighted else lengths
@@ -192,7 +192,7 @@ def _row_scales(inputs: LossInputs, spec: LossSpec, weights: torch.Tensor) -> tu
         total = weights.sum().clamp(min=1.0) if weighted else max(num_rows, 1)
         divergence_scale = weights / total
         mean_scale = torch.full_like(weights, 1.0 / max(num_rows, 1))
-    share = inputs.share(spec.normalization, weights.dtype)
+    share = inputs.share(config.normalization, weights.dtype)
     return divergence_scale * share, mean_scale * share
 
 
@@ -204,66 +204,68 @@ class _Clipped:
 
 def _divergence_and_contrastive(
     student: Projection, plan: _Plan
-) -> tuple[DivergenceRows, driver.Gradients, torch.Tensor, _Clipped | None, torch.Tensor | None]:
-    """Statistics, gradients in units of `unit`, the clipped rows, and C [N]."""
-    spec, wanted, negative = plan.spec, plan.wanted, plan.negative_logprobs
-    divergence_coefficient = plan.divergence_scale * spec.divergence_weight
-    contrastive_coefficient = plan.mean_scale * spec.contrastive_weight
-    unit = _unit(plan, divergence_coefficient, contrastive_coefficient)
+) -> tuple[DivergenceRows, engine.Gradients, torch.Tensor, _Clipped | None, torch.Tensor | None]:
+    """Statistics, gradients in units of `grad_scale`, the clipped rows, and C [N]."""
+    config, needs_grad, negative = plan.config, plan.needs_grad, plan.negative_logprobs
+    divergence_coefficient = plan.divergence_scale * config.divergence_weight
+    contrastive_coefficient = plan.mean_scale * config.contrastive_weight
+    grad_scale = _grad_scale(plan, divergence_coefficient, contrastive_coefficient)
 
     cap = None
-    if spec.clip_cap is not None:
-        cap = torch.full((), spec.clip_cap, dtype=student.dtype, device=unit.device)
+    if config.clip_cap is not None:
+        cap = torch.full((), config.clip_cap, dtype=student.dtype, device=grad_scale.device)
     # With a frozen head and no other term in the logits' gradient, weights and clip mask may wait until the rows of
     # dD/dh exist; it saves a pass over the logits, and for a quantile cap a whole walk.
-    deferred = wanted.hidden and not wanted.head and negative is None
-    weighs = spec.divergence_weight > 0
-    if spec.clip_quantile is not None and weighs and not deferred and wanted.any and student.hidden.shape[0]:
-        first = driver.divergence(student, plan.teacher, None, spec.beta, plan.tiles, plan.workspace)
-        cap = clip_cap_from_quantile(first.rows.divergence, spec.clip_quantile)
+    deferred = needs_grad.hidden and not needs_grad.head and negative is None
+    weighs = config.divergence_weight > 0
+    if config.clip_quantile is not None and weighs and not deferred and needs_grad.any and student.hidden.shape[0]:
+        first = engine.divergence(student, plan.teacher, None, config.beta, plan.backend, plan.workspace)
+        cap = clip_cap_from_quantile(first.rows.divergence, config.clip_quantile)
 
     def row_weights(rows: slice, statistics: DivergenceRows) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if deferred:
             return None, None
-        weight = divergence_coefficient[rows] / unit
+        weight = divergence_coefficient[rows] / grad_scale
         if cap is not None:
             weight = weight.masked_fill(statistics.divergence > cap, 0.0)
         if negative is None:
             return weight, None
-        value, sign = _hinge(statistics, negative[rows], spec.contrastive_margin)
-        return weight, (contrastive_coefficient[rows] / unit) * (value > 0) * sign
+        value, sign = _hinge(statistics, negative[rows], config.contrastive_margin)
+        return weight, (contrastive_coefficient[rows] / grad_scale) * (value > 0) * sign
 
     # Feature matching alone: the logits serve statistics only.
-    in_logits = spec.divergence_weight > 0 or (negative is not None and spec.contrastive_weight > 0)
-    rows, gradients = driver.divergence(
+    in_logits = config.divergence_weight > 0 or (negative is not None and config.contrastive_weight > 0)
+    rows, gradients = engine.divergence(
         student,
         plan.teacher,
         plan.target_ids,
-        spec.beta,
-        plan.tiles,
+        config.beta,
+        plan.backend,
         plan.workspace,
-        wanted if in_logits else Wanted(),
+        needs_grad if in_logits else NeedsGrad(),
         row_weights,
-        spec.return_entropy,
+        config.return_entropy,
     )
     if not in_logits:
-        gradients = driver.allocate(wanted, student, written=False)
-    if spec.clip_quantile is not None and cap is None and student.hidden.shape[0]:
-        cap = clip_cap_from_quantile(rows.divergence, spec.clip_quantile)
+        gradients = engine.allocate(needs_grad, student, written=False)
+    if config.clip_quantile is not None and cap is None and student.hidden.shape[0]:
+        cap = clip_cap_from_quantile(rows.divergence, config.clip_quantile)
     clipped = None if cap is None else _Clipped(cap, rows.divergence > cap)
     if deferred:
-        weight = divergence_coefficient / unit
+        weight = divergence_coefficient / grad_scale
         if clipped is not None:
             weight = weight.masked_fill(clipped.mask, 0.0)
         assert gradients.hidden is not None
         gradients.hidden.mul_(weight.unsqueeze(-1))
     contrastive = None
     if negative is not None:
-        contrastive = _hinge(rows, negative, spec.contrastive_margin)[0]
-    return rows, gradients, unit, clipped, contrastive
+        contrastive = _hinge(rows, negative, config.contrastive_margin)[0]
+    return rows, gradients, grad_scale, clipped, contrastive
 
 
-def _unit(plan: _Plan, divergence_coefficient: torch.Tensor, contrastive_coefficient: torch.Tensor) -> torch.Tensor:
+def _grad_scale(
+    plan: _Plan, divergence_coefficient: torch.Tensor, contrastive_coefficient: torch.Tensor
+) -> torch.Tensor:
     """The largest row coefficient: gradients are formed relative to it and scaled at the end, so that 1 / (number of
     tokens) does not push a float16 gradient tile into its subnormals. 0-dim, stays on the device."""
     largest = torch.ones((), dtype=plan.divergence_scale.dtype, device=plan.divergence_scale.device)
@@ -283,12 +285,12 @@ def _hinge(statistics: DivergenceRows, negative: torch.Tensor, margin: float) ->
 
 
 def _feature_matching(
-    student: Projection, plan: _Plan, gradient: torch.Tensor | None, unit: torch.Tensor
+    student: Projection, plan: _Plan, gradient: torch.Tensor | None, grad_scale: torch.Tensor
 ) -> torch.Tensor:
-    """F [N]; adds its gradient, in units of `unit`, to `gradient`."""
+    """F [N]; adds its gradient, in units of `grad_scale`, to `gradient`."""
     num_rows, width = student.hidden.shape
     distance = torch.zeros(num_rows, dtype=student.dtype, device=student.hidden.device)
-    coefficient = plan.mean_scale * (plan.spec.feature_weight * 2.0 / width) / unit
+    coefficient = plan.mean_scale * (plan.config.feature_weight * 2.0 / width) / grad_scale
     step = max(1, _FEATURE_CHUNK_BYTES // (student.dtype.itemsize * width))
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))

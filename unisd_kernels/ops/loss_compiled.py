@@ -1,7 +1,7 @@
 """The loss as one opaque operator, for `torch.compile`: the compiler need not see the walk over chunks of logits, whose
 number depends on the batch, and the graph of the caller does not break.
 
-Eager calls do not come here. The operator computes loss and gradients as they do (`fused_loss.loss_and_gradients`);
+Eager calls do not come here. The operator computes loss and gradients as they do (`loss_autograd.loss_and_gradients`);
 arguments are checked when it runs.
 """
 
@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
-from unisd_kernels.dispatch import resolve
+from unisd_kernels.backends import engine
+from unisd_kernels.backends.base import NeedsGrad
+from unisd_kernels.backends.registry import resolve
+from unisd_kernels.config import LossConfig, LossInputs, check_number
 from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.autograd import first_order_only
-from unisd_kernels.ops.fused_loss import loss_and_gradients
+from unisd_kernels.ops.loss_autograd import loss_and_gradients
 from unisd_kernels.reference.logprobs import statistics_dtype
 from unisd_kernels.results import UniSDLoss
-from unisd_kernels.spec import LossInputs, LossSpec, check_number
-from unisd_kernels.tiles import driver
-from unisd_kernels.tiles.base import Wanted
 from unisd_kernels.validation import check_loss_inputs
 
 _SCALARS = 4  # loss and its three parts lead the fields of UniSDLoss
 
 
-def compiled_unisd_loss(inputs: LossInputs, spec: LossSpec, impl: str | None, workspace: int) -> UniSDLoss:
+def compiled_unisd_loss(inputs: LossInputs, config: LossConfig, impl: str | None, workspace: int) -> UniSDLoss:
     """`unisd_loss` inside a graph."""
     # What the operator cannot see: it gets a float, and tensors without autograd. The rest is checked when it runs.
     for name in ("token_weights", "num_items"):
@@ -37,7 +37,7 @@ def compiled_unisd_loss(inputs: LossInputs, spec: LossSpec, impl: str | None, wo
     student, teacher = inputs.student_head, inputs.teacher_head
     auxiliary = teacher if inputs.auxiliary_head is None else inputs.auxiliary_head
     negative = teacher if inputs.negative_head is None else inputs.negative_head
-    wanted = driver.wanted_gradients(inputs.student_hidden, student.active_weight, student.active_bias)
+    needs_grad = engine.needs_grad_of(inputs.student_hidden, student.active_weight, student.active_bias)
     num_items = inputs.num_items
     heads = (student, teacher, auxiliary, negative)
     flat = _loss_operator(
@@ -58,26 +58,26 @@ def compiled_unisd_loss(inputs: LossInputs, spec: LossSpec, impl: str | None, wo
         [float(head.logit_scale) for head in heads],
         # Nor for no cap.
         [float(head.softcap or 0.0) for head in heads],
-        float(spec.beta),
-        float(spec.temperature),
-        spec.clip_cap,
-        spec.clip_quantile,
-        spec.agreement,
-        spec.agreement_statistic,
-        float(spec.agreement_gamma),
-        spec.weight_normalization,
-        float(spec.contrastive_weight),
-        float(spec.contrastive_margin),
-        float(spec.feature_weight),
-        float(spec.divergence_weight),
-        spec.normalization,
-        spec.return_entropy,
-        spec.return_statistics,
-        [wanted.hidden, wanted.weight, wanted.bias],
+        float(config.beta),
+        float(config.temperature),
+        config.clip_cap,
+        config.clip_quantile,
+        config.agreement,
+        config.agreement_statistic,
+        float(config.agreement_gamma),
+        config.weight_normalization,
+        float(config.contrastive_weight),
+        float(config.contrastive_margin),
+        float(config.feature_weight),
+        float(config.divergence_weight),
+        config.normalization,
+        config.return_entropy,
+        config.return_statistics,
+        [needs_grad.hidden, needs_grad.weight, needs_grad.bias],
         impl,
         workspace,
     )
-    present = _present(len(inputs.auxiliary_hidden), inputs.negative_hidden is not None, spec)
+    present = _present(len(inputs.auxiliary_hidden), inputs.negative_hidden is not None, config)
     loss, *statistics = (value if there else None for value, there in zip(flat, present))
     return UniSDLoss(loss, *(None if value is None else value.detach() for value in statistics))  # type: ignore[arg-type]
 
@@ -114,11 +114,11 @@ def _loss_operator(
     normalization: str,
     return_entropy: bool,
     return_statistics: bool,
-    wanted: list[bool],
+    needs_grad: list[bool],
     impl: str | None,
     workspace: int,
 ) -> list[torch.Tensor]:
-    """The 16 fields of UniSDLoss, then the gradients of hidden states, weight and bias, and their unit; what is absent
+    """The 16 fields of UniSDLoss, then the gradients of hidden states, weight and bias, and their scale; what is absent
     is an empty tensor."""
     student, teacher, auxiliary, negative = (
         LMHead(weight, bias, scale, cap or None)
@@ -144,7 +144,7 @@ def _loss_operator(
         token_weights,
         num_items if num_items_tensor is None else num_items_tensor,
     )
-    spec = LossSpec(
+    config = LossConfig(
         beta=beta,
         temperature=temperature,
         clip_cap=clip_cap,
@@ -161,13 +161,14 @@ def _loss_operator(
         return_entropy=return_entropy,
         return_statistics=return_statistics,
     )
-    check_loss_inputs(inputs, spec)
+    check_loss_inputs(inputs, config)
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
-    assert implementation.tiles is not None
-    result, gradients, unit = loss_and_gradients(inputs, spec, Wanted(*wanted), implementation.tiles(), workspace)
+    assert implementation.backend is not None
+    backend = implementation.backend()
+    result, gradients, grad_scale = loss_and_gradients(inputs, config, NeedsGrad(*needs_grad), backend, workspace)
     # An operator's results own their memory: statistics may be rows of one tensor, gradients are not.
-    fields = [unit.new_empty(0) if value is None else value.clone() for value in result]
-    return [*fields, *(unit.new_empty(0) if value is None else value for value in gradients), unit]
+    fields = [grad_scale.new_empty(0) if value is None else value.clone() for value in result]
+    return [*fields, *(grad_scale.new_empty(0) if value is None else value for value in gradients), grad_scale]
 
 
 @_loss_operator.register_fake
@@ -184,21 +185,21 @@ def _(  # type: ignore[no-untyped-def]
     cu_seqlens,
     *rest,
 ):
-    agreement, wanted = rest[9], rest[20]
+    agreement, needs_grad = rest[9], rest[20]
     num_rows = student_hidden.shape[0]
     dtype = statistics_dtype(student_hidden.dtype)
 
     def new(*shape, dtype=dtype):  # type: ignore[no-untyped-def]
         return student_hidden.new_empty(shape, dtype=dtype)
 
-    spec = LossSpec(
+    config = LossConfig(
         contrastive_weight=rest[13],
         feature_weight=rest[15],
         divergence_weight=rest[16],
         return_entropy=rest[18],
         return_statistics=rest[19],
     )
-    present = _present(len(auxiliary_hidden), negative_hidden is not None, spec)
+    present = _present(len(auxiliary_hidden), negative_hidden is not None, config)
     shapes: list[tuple[int, ...]] = [()] * _SCALARS + [(num_rows,)] * 10
     shapes.append((len(auxiliary_hidden), num_rows))
     shapes.append((num_rows if agreement == "token" else cu_seqlens.shape[0] - 1,))
@@ -208,20 +209,20 @@ def _(  # type: ignore[no-untyped-def]
     ]
     gradients = [
         new(*like.shape) if is_wanted else new(0)
-        for like, is_wanted in zip((student_hidden, student_weight, student_bias), wanted, strict=True)
+        for like, is_wanted in zip((student_hidden, student_weight, student_bias), needs_grad, strict=True)
     ]
     return [*fields, *gradients, new()]
 
 
-def _present(num_auxiliary: int, has_negative: bool, spec: LossSpec) -> list[bool]:
+def _present(num_auxiliary: int, has_negative: bool, config: LossConfig) -> list[bool]:
     """Which fields of UniSDLoss are not None."""
-    divergence, contrast = spec.runs_divergence, spec.runs_contrast(has_negative)
+    divergence, contrast = config.runs_divergence, config.runs_contrast(has_negative)
     optional = {
         **dict.fromkeys(("divergence", "clipped", "weights"), divergence),
         **dict.fromkeys(("student_logprobs", "teacher_logprobs"), divergence or contrast),
-        **dict.fromkeys(("student_entropy", "teacher_entropy"), spec.return_entropy and (divergence or contrast)),
+        **dict.fromkeys(("student_entropy", "teacher_entropy"), config.return_entropy and (divergence or contrast)),
         **dict.fromkeys(("negative_logprobs", "contrastive"), contrast),
-        "feature_distance": spec.feature_weight > 0,
+        "feature_distance": config.feature_weight > 0,
         **dict.fromkeys(("auxiliary_logprobs", "disagreement"), divergence and num_auxiliary > 0),
     }
     return [optional.get(name, True) for name in UniSDLoss._fields]
@@ -232,15 +233,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]
     ctx.num_others = len(inputs[4])
     ctx.num_auxiliary = len(inputs[6])
     ctx.dtypes = (inputs[0].dtype, inputs[1].dtype)
-    ctx.wanted = inputs[30]
+    ctx.needs_grad = inputs[30]
     ctx.save_for_backward(*output[len(UniSDLoss._fields) :])
 
 
 @first_order_only
 def _backward(ctx: Any, upstream: list[torch.Tensor]) -> tuple[object, ...]:
-    *gradients, unit = ctx.saved_tensors
-    kept = driver.Gradients(*(value if there else None for value, there in zip(gradients, ctx.wanted, strict=True)))
-    found = kept.scaled(upstream[0] * unit, *ctx.dtypes)
+    *gradients, grad_scale = ctx.saved_tensors
+    kept = engine.Gradients(*(value if there else None for value, there in zip(gradients, ctx.needs_grad, strict=True)))
+    found = kept.scaled(upstream[0] * grad_scale, *ctx.dtypes)
     rest: list[list[None] | None] = [None] * (ctx.num_inputs - 3)
     # Lists of tensors take lists of gradients.
     rest[1], rest[2], rest[3] = [None] * ctx.num_others, [None] * ctx.num_others, [None] * ctx.num_auxiliary

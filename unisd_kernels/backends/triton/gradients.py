@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unisd_kernels.triton.functions import COUNTS, cap_gradient, exp, expm1, finish_logits, log1p, tile_block
-from unisd_kernels.triton.statistics import (
+from unisd_kernels.backends.triton.math import COUNTS, apply_softcap, cap_gradient, exp, expm1, log1p, tile_block
+from unisd_kernels.backends.triton.statistics import (
     LOGSUMEXP_DIFFERENCE,
     MEAN_DIFFERENCE,
     MOMENT,
@@ -50,8 +50,8 @@ def divergence_gradient_kernel(
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
     SHIFTED: tl.constexpr,
-    STUDENT_CAP: tl.constexpr,
-    TEACHER_CAP: tl.constexpr,
+    STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_LOGPROB_WEIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -103,8 +103,8 @@ def divergence_gradient_kernel(
             given[:, None],
             student_tanh,
             teacher_tanh,
-            STUDENT_CAP,
-            TEACHER_CAP,
+            STUDENT_SOFTCAP,
+            TEACHER_SOFTCAP,
         )
         origin = tl.zeros_like(difference)
         d = delta - difference[:, None]
@@ -138,8 +138,8 @@ def divergence_gradient_kernel(
         of_logprob = tl.load(logprob_weight + rows, mask=row_mask, other=0.0)[:, None]
         targets = tl.load(target_ids + rows, mask=row_mask, other=-1).to(tl.int32)
         result += of_logprob * (tl.where(columns[None, :] == targets[:, None], 1.0, 0.0) - p)
-    if STUDENT_CAP:
-        result *= cap_gradient(z, student_tanh, STUDENT_CAP)
+    if STUDENT_SOFTCAP:
+        result *= cap_gradient(z, student_tanh, STUDENT_SOFTCAP)
     tl.store(gradient + wide * gradient_stride + columns[None, :], result.to(gradient.dtype.element_ty), mask=mask)
 
 
@@ -152,7 +152,7 @@ def softmax_statistics_kernel(
     num_columns,
     stride,
     tanh_scale,
-    HAS_CAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Log-sum-exp and target logit of a complete float32 row. One program a row, one read."""
@@ -164,7 +164,7 @@ def softmax_statistics_kernel(
     for start in range(0, num_columns, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         mask = columns < num_columns
-        z = finish_logits(tl.load(source + columns, mask=mask, other=0.0), tanh_scale, HAS_CAP)
+        z = apply_softcap(tl.load(source + columns, mask=mask, other=0.0), tanh_scale, HAS_SOFTCAP)
         z = tl.where(mask, z, -float("inf"))
         higher = tl.maximum(highest, z)
         # A lane that has seen nothing yet holds -inf, and -inf - -inf is no number.
@@ -174,7 +174,7 @@ def softmax_statistics_kernel(
         highest = higher
     top = tl.max(highest, 0)
     tl.store(logsumexp + row, top + tl.log(tl.sum(total * exp(highest - top), 0)))
-    tl.store(target_logits + row, finish_logits(tl.load(source + target), tanh_scale, HAS_CAP))
+    tl.store(target_logits + row, apply_softcap(tl.load(source + target), tanh_scale, HAS_SOFTCAP))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -192,7 +192,7 @@ def logprob_gradient_kernel(
     tile_stride,
     gradient_stride,
     tanh_scale,
-    HAS_CAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     HAS_LOGPROB_WEIGHT: tl.constexpr,
     HAS_LOGSUMEXP_WEIGHT: tl.constexpr,
     HAS_ENTROPY_WEIGHT: tl.constexpr,
@@ -210,7 +210,7 @@ def logprob_gradient_kernel(
     mask = row_mask[:, None] & (columns < num_columns)[None, :]
     wide = rows.to(tl.int64)[:, None]
     x = tl.load(tile + wide * tile_stride + columns[None, :], mask=mask, other=0.0)
-    z = finish_logits(x, tanh_scale, HAS_CAP)
+    z = apply_softcap(x, tanh_scale, HAS_SOFTCAP)
     logprob = z - tl.load(logsumexp + rows, mask=row_mask, other=0.0)[:, None]
     p = exp(logprob)
     of_p = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -227,6 +227,6 @@ def logprob_gradient_kernel(
     if HAS_LOGPROB_WEIGHT:
         targets = tl.load(target_ids + rows, mask=row_mask, other=-1).to(tl.int32)
         result += tl.where(columns[None, :] == targets[:, None], of_logprob[:, None], 0.0)
-    if HAS_CAP:
-        result *= cap_gradient(z, tanh_scale, HAS_CAP)
+    if HAS_SOFTCAP:
+        result *= cap_gradient(z, tanh_scale, HAS_SOFTCAP)
     tl.store(gradient + wide * gradient_stride + columns[None, :], result.to(gradient.dtype.element_ty), mask=mask)

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import triton
 
+from unisd_kernels.backends.triton.launch import architecture, has_whole_vectors, supports_tma
 from unisd_kernels.cache import cache_directory
-from unisd_kernels.triton.launch import architecture, has_whole_vectors, takes_descriptor
 
 
 @dataclass(frozen=True)
-class ProductConfig:
+class GemmConfig:
     """Tile of a product kernel.
 
     Attributes:
@@ -33,7 +33,7 @@ class ProductConfig:
         parts: blocks of statistics a tile (pair).
         occupancy: programs that share a multiprocessor; with two, the products of one run beside the statistics of the
             other.
-        descriptors: load through tensor descriptors (the copy engine) where the tensors allow it.
+        descriptors: load through tensor descriptors (TMA) where the tensors allow it.
         flatten: make one loop of tiles and steps, so that the loads of a tile run ahead into the end of the last one.
         warp_specialize: loads, products and statistics in warps of their own.
     """
@@ -56,73 +56,73 @@ class ProductConfig:
 # "pair-heavy" with a bias or a soft cap, "pair-separate" for two heads (two products one after the other); with
 # "-plain" where rows start off alignment, so that they are loaded number by number, which costs registers, or
 # "-float32" for such operands.
-_PLAIN = ProductConfig(64, 64, 32, 8, 3)
-_AMPERE: dict[str, tuple[ProductConfig, ...]] = {
-    "score": (ProductConfig(128, 128, 64, 8, 3), ProductConfig(64, 128, 64, 8, 4)),
-    "score-heavy": (ProductConfig(128, 128, 64, 8, 3), ProductConfig(64, 128, 64, 8, 4)),
-    "score-few": (ProductConfig(64, 64, 64, 4, 4), ProductConfig(32, 128, 64, 4, 3)),
-    "score-float32": (ProductConfig(64, 64, 32, 4, 3),),
-    "pair": (ProductConfig(64, 128, 64, 8, 3, parts=2), ProductConfig(128, 64, 32, 8, 4)),
-    "pair-heavy": (ProductConfig(64, 128, 64, 8, 3, parts=2), ProductConfig(128, 64, 32, 8, 4)),
-    "pair-separate": (ProductConfig(64, 128, 64, 8, 3, parts=2),),
+_PLAIN = GemmConfig(64, 64, 32, 8, 3)
+_AMPERE: dict[str, tuple[GemmConfig, ...]] = {
+    "score": (GemmConfig(128, 128, 64, 8, 3), GemmConfig(64, 128, 64, 8, 4)),
+    "score-heavy": (GemmConfig(128, 128, 64, 8, 3), GemmConfig(64, 128, 64, 8, 4)),
+    "score-few": (GemmConfig(64, 64, 64, 4, 4), GemmConfig(32, 128, 64, 4, 3)),
+    "score-float32": (GemmConfig(64, 64, 32, 4, 3),),
+    "pair": (GemmConfig(64, 128, 64, 8, 3, parts=2), GemmConfig(128, 64, 32, 8, 4)),
+    "pair-heavy": (GemmConfig(64, 128, 64, 8, 3, parts=2), GemmConfig(128, 64, 32, 8, 4)),
+    "pair-separate": (GemmConfig(64, 128, 64, 8, 3, parts=2),),
     "score-plain": (_PLAIN,),
     "pair-plain": (_PLAIN,),
     "pair-separate-plain": (_PLAIN,),
-    "pair-float32": (ProductConfig(64, 64, 32, 8, 2),),
-    "pair-separate-float32": (ProductConfig(64, 64, 32, 8, 2),),
+    "pair-float32": (GemmConfig(64, 64, 32, 8, 2),),
+    "pair-separate-float32": (GemmConfig(64, 64, 32, 8, 2),),
 }
-_HOPPER: dict[str, tuple[ProductConfig, ...]] = {
+_HOPPER: dict[str, tuple[GemmConfig, ...]] = {
     "score": (
-        ProductConfig(128, 256, 64, 8, 4, descriptors=True),
-        ProductConfig(128, 256, 64, 8, 3, descriptors=True),
-        ProductConfig(128, 128, 64, 8, 4, descriptors=True),
-        ProductConfig(128, 128, 64, 4, 3, descriptors=True, occupancy=2),
+        GemmConfig(128, 256, 64, 8, 4, descriptors=True),
+        GemmConfig(128, 256, 64, 8, 3, descriptors=True),
+        GemmConfig(128, 128, 64, 8, 4, descriptors=True),
+        GemmConfig(128, 128, 64, 4, 3, descriptors=True, occupancy=2),
     ),
     "score-heavy": (
-        ProductConfig(128, 128, 64, 8, 4, descriptors=True),
-        ProductConfig(64, 256, 64, 8, 4, descriptors=True),
+        GemmConfig(128, 128, 64, 8, 4, descriptors=True),
+        GemmConfig(64, 256, 64, 8, 4, descriptors=True),
     ),
     "score-few": (
-        ProductConfig(64, 128, 128, 4, 4, descriptors=True),
-        ProductConfig(64, 64, 128, 4, 4, descriptors=True),
+        GemmConfig(64, 128, 128, 4, 4, descriptors=True),
+        GemmConfig(64, 64, 128, 4, 4, descriptors=True),
     ),
     "score-float32": _AMPERE["score-float32"],
     # Not flattened, and in one part: otherwise the assembler waits for every matrix product, or registers spill.
     "pair": (
-        ProductConfig(128, 128, 64, 8, 3, descriptors=True),
-        ProductConfig(128, 64, 64, 8, 4, descriptors=True),
-        ProductConfig(64, 64, 64, 4, 4, descriptors=True, occupancy=2),
+        GemmConfig(128, 128, 64, 8, 3, descriptors=True),
+        GemmConfig(128, 64, 64, 8, 4, descriptors=True),
+        GemmConfig(64, 64, 64, 4, 4, descriptors=True, occupancy=2),
     ),
-    "pair-heavy": (ProductConfig(128, 64, 64, 8, 4, descriptors=True),),
-    "pair-separate": (ProductConfig(128, 64, 64, 8, 4, descriptors=True),),
+    "pair-heavy": (GemmConfig(128, 64, 64, 8, 4, descriptors=True),),
+    "pair-separate": (GemmConfig(128, 64, 64, 8, 4, descriptors=True),),
     "score-plain": (_PLAIN,),
     "pair-plain": (_PLAIN,),
     "pair-separate-plain": (_PLAIN,),
     "pair-float32": _AMPERE["pair-float32"],
     "pair-separate-float32": _AMPERE["pair-separate-float32"],
 }
-_BLACKWELL: dict[str, tuple[ProductConfig, ...]] = {
+_BLACKWELL: dict[str, tuple[GemmConfig, ...]] = {
     "score": (
-        ProductConfig(128, 256, 64, 8, 4, descriptors=True),
-        ProductConfig(128, 128, 64, 8, 4, descriptors=True, warp_specialize=True),
+        GemmConfig(128, 256, 64, 8, 4, descriptors=True),
+        GemmConfig(128, 128, 64, 8, 4, descriptors=True, warp_specialize=True),
     ),
-    "score-heavy": (ProductConfig(128, 128, 64, 8, 4, descriptors=True),),
-    "score-few": (ProductConfig(64, 128, 128, 4, 4, descriptors=True),),
+    "score-heavy": (GemmConfig(128, 128, 64, 8, 4, descriptors=True),),
+    "score-few": (GemmConfig(64, 128, 128, 4, 4, descriptors=True),),
     "score-float32": _AMPERE["score-float32"],
-    "pair": (ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
-    "pair-heavy": (ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
-    "pair-separate": (ProductConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
+    "pair": (GemmConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
+    "pair-heavy": (GemmConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
+    "pair-separate": (GemmConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
     "score-plain": (_PLAIN,),
     "pair-plain": (_PLAIN,),
     "pair-separate-plain": (_PLAIN,),
     "pair-float32": _AMPERE["pair-float32"],
-    "pair-separate-float32": (ProductConfig(64, 64, 16, 8, 2),),
+    "pair-separate-float32": (GemmConfig(64, 64, 16, 8, 2),),
 }
 # The interpreter's time is per operation and not per element; odd shapes need more than one tile all the same.
-_INTERPRETER: dict[str, tuple[ProductConfig, ...]] = {
-    kind: (ProductConfig(16, 32, 16, 4, 1, group=2, parts=2 if "pair" in kind else 1),) for kind in _AMPERE
+_INTERPRETER: dict[str, tuple[GemmConfig, ...]] = {
+    kind: (GemmConfig(16, 32, 16, 4, 1, group=2, parts=2 if "pair" in kind else 1),) for kind in _AMPERE
 }
-TABLE: dict[str, dict[str, tuple[ProductConfig, ...]]] = {
+TABLE: dict[str, dict[str, tuple[GemmConfig, ...]]] = {
     "sm_80": _AMPERE,
     "sm_90": _HOPPER,
     "sm_100": _BLACKWELL,
@@ -131,7 +131,7 @@ TABLE: dict[str, dict[str, tuple[ProductConfig, ...]]] = {
 _ALIASES = {"sm_103": "sm_100"}
 
 
-def candidates(kind: str, device: torch.device) -> tuple[ProductConfig, ...]:
+def candidates(kind: str, device: torch.device) -> tuple[GemmConfig, ...]:
     """Of the table; a GPU that is not in it gets those of sm_80, which ask for the least shared memory."""
     name = architecture(device)
     return TABLE.get(_ALIASES.get(name, name), _AMPERE)[kind]
@@ -140,7 +140,7 @@ def candidates(kind: str, device: torch.device) -> tuple[ProductConfig, ...]:
 def with_loads(kind: str, *operands: torch.Tensor) -> str:
     """The kind for these 16-bit operands: its "-plain" one where rows of theirs start off alignment."""
     config = candidates(kind, operands[0].device)[0]
-    aligned = takes_descriptor if config.descriptors else has_whole_vectors
+    aligned = supports_tma if config.descriptors else has_whole_vectors
     if all(aligned(operand) for operand in operands):
         return kind
     return f"{'score' if kind.startswith('score') else kind}-plain"
@@ -150,14 +150,12 @@ def autotuning() -> bool:
     return os.environ.get("UNISD_TRITON_AUTOTUNE", "0") not in ("", "0")
 
 
-_winners: dict[str, ProductConfig] = {}
+_winners: dict[str, GemmConfig] = {}
 # Milliseconds of every candidate measured in this process, by the same keys.
-measured: dict[str, dict[ProductConfig, float]] = {}
+measured: dict[str, dict[GemmConfig, float]] = {}
 
 
-def choose(
-    kind: str, device: torch.device, shape: Sequence[int], run: Callable[[ProductConfig], object]
-) -> ProductConfig:
+def choose(kind: str, device: torch.device, shape: Sequence[int], run: Callable[[GemmConfig], object]) -> GemmConfig:
     """The configuration for a product of this shape (rows, columns, width).
 
     The table's default, or, with `UNISD_TRITON_AUTOTUNE=1`, the fastest candidate: `run` launches one, and is called
@@ -182,7 +180,7 @@ def choose(
     return _winners[key]
 
 
-def _median_milliseconds(run: Callable[[ProductConfig], object], option: ProductConfig) -> float:
+def _median_milliseconds(run: Callable[[GemmConfig], object], option: GemmConfig) -> float:
     return float(triton.testing.do_bench(lambda: run(option), warmup=5, rep=50, return_mode="median"))
 
 
@@ -193,14 +191,14 @@ def _file(device: torch.device) -> Path:
     return cache_directory() / f"tuning-{safe}.json"
 
 
-def _load(device: torch.device) -> dict[str, ProductConfig]:
+def _load(device: torch.device) -> dict[str, GemmConfig]:
     path = _file(device)
     if not path.exists():
         return {}
-    return {key: ProductConfig(**value) for key, value in json.loads(path.read_text()).items()}
+    return {key: GemmConfig(**value) for key, value in json.loads(path.read_text()).items()}
 
 
-def _store(device: torch.device, winners: dict[str, ProductConfig]) -> None:
+def _store(device: torch.device, winners: dict[str, GemmConfig]) -> None:
     """Replaced as a whole, so that another process never reads half a file."""
     path = _file(device)
     path.parent.mkdir(parents=True, exist_ok=True)

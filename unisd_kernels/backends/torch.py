@@ -1,4 +1,4 @@
-"""The PyTorch filling: any device, any of torch's floating types, no compiler."""
+"""The PyTorch backend: any device, any of torch's floating types, no compiler."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, PairWalk, RunningScores, SoftmaxRows, Wanted
-from unisd_kernels.tiles.buffers import equal_chunks
-from unisd_kernels.tiles.pair_walk import TilePairWalk
-from unisd_kernels.tiles.projection import Projection
+from unisd_kernels.backends.base import DivergenceRows, LogitTransform, NeedsGrad, PairWalk, RunningScores, SoftmaxRows
+from unisd_kernels.backends.buffers import equal_chunks
+from unisd_kernels.backends.paired_logits import TilePairWalk
+from unisd_kernels.backends.projection import Projection
 
 # Elementwise passes on a CPU run over blocks of this many bytes, so that a block is still in the cache at the next
 # pass. Much smaller ones would pay for starting operations, larger ones would fall out of the cache.
@@ -68,8 +68,8 @@ class Partition(NamedTuple):
         self.highest.copy_(highest)
 
 
-class TorchTiles:
-    """See `unisd_kernels.tiles.base.Tiles`."""
+class TorchBackend:
+    """See `unisd_kernels.backends.base.Backend`."""
 
     name = "torch"
     stacks_views = False
@@ -133,9 +133,9 @@ class TorchTiles:
         return (rows * scale.unsqueeze(-1)).to(dtype)
 
     def pair_walk(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
+        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
     ) -> PairWalk:
-        return TilePairWalk(self, student, teacher, beta, workspace_bytes, wanted)
+        return TilePairWalk(self, student, teacher, beta, workspace_bytes, needs_grad)
 
     def softmax(
         self, tile: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
@@ -160,7 +160,7 @@ class TorchTiles:
         entropy: torch.Tensor | None,
         entropy_weight: torch.Tensor | None,
     ) -> None:
-        _finish_logits(tile, transform)
+        _apply_softcap(tile, transform)
         cap_gradient = _cap_gradient(tile, transform)
         # d logp_y / dz = 1[y] - p,   d lse / dz = p,   d entropy / dz = -p (log p + entropy)
         probs_weight = torch.zeros_like(logsumexp)
@@ -193,8 +193,8 @@ class TorchTiles:
         is_difference: torch.Tensor | None = None,
     ) -> tuple[DivergenceRows, DivergenceState]:
         assert is_difference is None
-        _finish_logits(student, student_transform)
-        _finish_logits(teacher, teacher_transform)
+        _apply_softcap(student, student_transform)
+        _apply_softcap(teacher, teacher_transform)
         cap_gradient = _cap_gradient(student, student_transform)
         # log_softmax reads and writes row by row, so writing over its input is safe.
         torch.log_softmax(student, -1, out=student)
@@ -256,7 +256,7 @@ class TorchTiles:
             student.mul_(state.cap_gradient)
 
 
-def _finish_logits(tile: torch.Tensor, transform: LogitTransform) -> None:
+def _apply_softcap(tile: torch.Tensor, transform: LogitTransform) -> None:
     """The cap; and a row with a logit that is NaN or infinite becomes NaN whatever is made of it. Left alone, minus
     infinity would drop out of a softmax, and the cap would make either infinity a number."""
     # From [rows] values, so that it costs two cheap passes; one entry is enough for any sum of the row.
@@ -268,7 +268,7 @@ def _finish_logits(tile: torch.Tensor, transform: LogitTransform) -> None:
 
 def _partition(tile: torch.Tensor, transform: LogitTransform, want_moment: bool) -> Partition:
     """Of a [rows, columns] tile of raw products, which are made logits in place."""
-    _finish_logits(tile, transform)
+    _apply_softcap(tile, transform)
     highest = tile.amax(-1, keepdim=True)
     shifted = tile - highest
     moment = None

@@ -1,9 +1,9 @@
-"""The Triton filling: NVIDIA GPUs, and AMD's and Intel's as far as Triton carries; the CPU under its interpreter.
+"""The Triton backend: NVIDIA GPUs, and AMD's and Intel's as far as Triton carries; the CPU under its interpreter.
 
 Scores come from a product kernel that keeps the logits in registers. For a divergence there are two designs
 (`docs/gpu.md` compares them):
 
-- fused (`triton/pair.py`): one product kernel for student and teacher, whose statistics are taken in registers and
+- fused (`fused_divergence.py`): one product kernel for student and teacher, whose statistics are taken in registers and
   whose logits are stored in 16 bits relative to a reference, for the gradient alone. For the two KLs with 16-bit
   operands and one head.
 - chunked: library products into float32 tiles, statistics in one read, gradients in one read and one write. Everything
@@ -17,30 +17,30 @@ from __future__ import annotations
 import torch
 import triton
 
-from unisd_kernels.tiles.base import LogitTransform, PairWalk, RunningScores, SoftmaxRows, Wanted
-from unisd_kernels.tiles.buffers import contiguous, equal_tiles, row_major, whole_tiles
-from unisd_kernels.tiles.projection import Projection
-from unisd_kernels.tiles.triton_walks import ChunkedWalk, FusedWalk, target_logits
-from unisd_kernels.triton import gradients, score
-from unisd_kernels.triton import rows as row_kernels
-from unisd_kernels.triton.launch import (
+from unisd_kernels.backends.base import LogitTransform, NeedsGrad, PairWalk, RunningScores, SoftmaxRows
+from unisd_kernels.backends.buffers import contiguous, equal_tiles, row_major, whole_tiles
+from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.triton import gradients, score
+from unisd_kernels.backends.triton import rows as row_kernels
+from unisd_kernels.backends.triton.configs import GemmConfig, choose, with_loads
+from unisd_kernels.backends.triton.divergence import ChunkedDivergence, FusedDivergence, target_logits
+from unisd_kernels.backends.triton.launch import (
     LONG_COLUMNS,
     ROW_PADDING,
     TILE_COLUMNS,
     TILE_ROWS,
     interpreting,
     matrices_or_descriptors,
-    num_processors,
+    num_sms,
     on_device,
     product_precision,
-    spans_of_vocabulary,
     tile_grid,
+    vocab_splits,
 )
-from unisd_kernels.triton.tuning import ProductConfig, choose, with_loads
 
 
-class TritonTiles:
-    """See `unisd_kernels.tiles.base.Tiles`.
+class TritonBackend:
+    """See `unisd_kernels.backends.base.Backend`.
 
     Args:
         design: "fused" or "chunked" to insist on one for the KLs; None for the default of the device.
@@ -91,10 +91,10 @@ class TritonTiles:
         if hidden.dtype != torch.float32:
             kind = with_loads(kind, hidden, weight)
 
-        def run(config: ProductConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def run(config: GemmConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
             row_blocks = triton.cdiv(num_rows, config.rows)
             column_blocks = triton.cdiv(num_columns, config.columns)
-            spans = spans_of_vocabulary(row_blocks, column_blocks, config.occupancy * num_processors(hidden.device))
+            spans = vocab_splits(row_blocks, column_blocks, config.occupancy * num_sms(hidden.device))
             blocks_per_span = triton.cdiv(column_blocks, spans)
             spans = triton.cdiv(column_blocks, blocks_per_span)
             partial = torch.empty(spans, num_rows, dtype=torch.float32, device=hidden.device)
@@ -117,7 +117,7 @@ class TritonTiles:
                 transform.product_scale,
                 transform.tanh_scale or 1.0,
                 HAS_BIAS=bias is not None,
-                HAS_CAP=transform.tanh_scale is not None,
+                HAS_SOFTCAP=transform.tanh_scale is not None,
                 WANT_ENTROPY=want_entropy,
                 DESCRIPTORS=with_descriptors,
                 EVEN_WIDTH=width % config.width == 0,
@@ -154,15 +154,15 @@ class TritonTiles:
         return out
 
     def pair_walk(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
+        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
     ) -> PairWalk:
         _check_interpretable(student)
         _check_interpretable(teacher)
         narrow = all(p.hidden.dtype in (torch.float16, torch.bfloat16) for p in (student, teacher))
         one_weight = narrow and student.weight_is(teacher)
         fused = beta in (0.0, 1.0) and (one_weight if self._design is None else self._design == "fused")
-        walk = FusedWalk if fused else ChunkedWalk
-        return walk(student, teacher, beta, workspace_bytes, wanted)
+        walk = FusedDivergence if fused else ChunkedDivergence
+        return walk(student, teacher, beta, workspace_bytes, needs_grad)
 
     def softmax(
         self, tile: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
@@ -176,7 +176,7 @@ class TritonTiles:
                 tile.shape[1],
                 tile.stride(0),
                 transform.tanh_scale or 1.0,
-                HAS_CAP=transform.tanh_scale is not None,
+                HAS_SOFTCAP=transform.tanh_scale is not None,
                 BLOCK_COLUMNS=min(LONG_COLUMNS, triton.next_power_of_2(tile.shape[1])),
                 num_warps=8,
             )
@@ -210,7 +210,7 @@ class TritonTiles:
                 tile.stride(0),
                 gradient.stride(0),
                 transform.tanh_scale or 1.0,
-                HAS_CAP=transform.tanh_scale is not None,
+                HAS_SOFTCAP=transform.tanh_scale is not None,
                 HAS_LOGPROB_WEIGHT=logprob_weight is not None,
                 HAS_LOGSUMEXP_WEIGHT=logsumexp_weight is not None,
                 HAS_ENTROPY_WEIGHT=entropy_weight is not None,

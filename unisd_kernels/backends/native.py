@@ -1,4 +1,4 @@
-"""The C++ filling (csrc/cpu): float32 arithmetic, vectorized and threaded, with its own matrix products.
+"""The C++ backend (csrc/cpu): float32 arithmetic, vectorized and threaded, with its own matrix products.
 
 The products read the weight where it lies, so small chunks cost no more than large ones, and scores never leave the
 first-level cache. Results are the same bits for any number of threads.
@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 
-from unisd_kernels import _lib
-from unisd_kernels.tiles.base import DivergenceRows, LogitTransform, PairWalk, RunningScores, SoftmaxRows, Wanted
-from unisd_kernels.tiles.buffers import contiguous, row_major
-from unisd_kernels.tiles.pair_walk import TilePairWalk
-from unisd_kernels.tiles.projection import Projection
+from unisd_kernels.backends import extension
+from unisd_kernels.backends.base import DivergenceRows, LogitTransform, NeedsGrad, PairWalk, RunningScores, SoftmaxRows
+from unisd_kernels.backends.buffers import contiguous, row_major
+from unisd_kernels.backends.paired_logits import TilePairWalk
+from unisd_kernels.backends.projection import Projection
 
 # The rows of `statistics` (csrc/statistics.h).
 _DIVERGENCE, _STUDENT_LOGPROB, _TEACHER_LOGPROB, _STUDENT_ENTROPY, _TEACHER_ENTROPY = range(5)
@@ -37,8 +37,8 @@ class DivergenceState(NamedTuple):
     statistics: torch.Tensor
 
 
-class NativeTiles:
-    """See `unisd_kernels.tiles.base.Tiles`."""
+class NativeBackend:
+    """See `unisd_kernels.backends.base.Backend`."""
 
     name = "native"
     stacks_views = False
@@ -60,7 +60,7 @@ class NativeTiles:
         return projection.dtype
 
     def logits(self, projection: Projection, rows: slice, out: torch.Tensor) -> None:
-        _lib.operations().linear_logits(
+        extension.operations().linear_logits(
             row_major(projection.hidden[rows]),
             row_major(projection.weight),
             _bias(projection),
@@ -69,7 +69,7 @@ class NativeTiles:
         )
 
     def hidden_gradient(self, projection: Projection, gradient: torch.Tensor, out: torch.Tensor) -> None:
-        _lib.operations().linear_backward(
+        extension.operations().linear_backward(
             gradient, row_major(projection.weight), projection.transform.gradient_scale, out
         )
 
@@ -77,7 +77,7 @@ class NativeTiles:
         self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
     ) -> None:
         transform = projection.transform
-        _lib.operations().linear_score(
+        extension.operations().linear_score(
             row_major(projection.hidden[rows]),
             row_major(projection.weight),
             _bias(projection),
@@ -91,19 +91,19 @@ class NativeTiles:
 
     def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty(rows.shape, dtype=dtype)
-        _lib.operations().scale_rows(rows, scale.to(torch.float32).contiguous(), out)
+        extension.operations().scale_rows(rows, scale.to(torch.float32).contiguous(), out)
         return out
 
     def pair_walk(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
+        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
     ) -> PairWalk:
-        return TilePairWalk(self, student, teacher, beta, workspace_bytes, wanted)
+        return TilePairWalk(self, student, teacher, beta, workspace_bytes, needs_grad)
 
     def softmax(
         self, tile: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
     ) -> SoftmaxRows:
         result = SoftmaxRows(tile.new_empty(tile.shape[0]), tile.new_empty(tile.shape[0]))
-        _lib.operations().tile_softmax_(tile, transform.tanh_scale, target_ids.contiguous(), *result)
+        extension.operations().tile_softmax_(tile, transform.tanh_scale, target_ids.contiguous(), *result)
         return result
 
     def logprob_gradient(
@@ -118,7 +118,7 @@ class NativeTiles:
         entropy: torch.Tensor | None,
         entropy_weight: torch.Tensor | None,
     ) -> None:
-        _lib.operations().tile_logprob_gradient_(
+        extension.operations().tile_logprob_gradient_(
             tile,
             transform.tanh_scale,
             logsumexp.contiguous(),
@@ -141,7 +141,7 @@ class NativeTiles:
         is_difference: torch.Tensor | None = None,
     ) -> tuple[DivergenceRows, DivergenceState]:
         statistics = student.new_empty(_NUM_STATISTICS, student.shape[0])
-        _lib.operations().tile_divergence_(
+        extension.operations().tile_divergence_(
             student,
             teacher,
             student_transform.tanh_scale,
@@ -170,7 +170,7 @@ class NativeTiles:
         weight: torch.Tensor | None,
         logprob_weight: torch.Tensor | None,
     ) -> None:
-        _lib.operations().tile_divergence_gradient_(
+        extension.operations().tile_divergence_gradient_(
             student,
             state.teacher,
             state.tanh_scale,

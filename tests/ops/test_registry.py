@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tests.support import make_problem
-from unisd_kernels import available, dispatch, explain, linear_logprobs
-from unisd_kernels.dispatch import resolve
+from unisd_kernels import available, explain, linear_logprobs
+from unisd_kernels.backends import registry
+from unisd_kernels.backends.registry import resolve
 
 CPU = torch.device("cpu")
 
@@ -41,9 +42,9 @@ def test_what_the_compiled_one_does_not_take_goes_to_pytorch():
 
 
 def test_an_installation_without_the_library_says_so_once(monkeypatch):
-    monkeypatch.setattr(dispatch, "_IMPLEMENTATIONS", dict(dispatch._IMPLEMENTATIONS))
-    entry = dataclasses.replace(dispatch._IMPLEMENTATIONS["native"], unavailable=lambda: "no compiler in this test")
-    monkeypatch.setitem(dispatch._IMPLEMENTATIONS, "native", entry)
+    monkeypatch.setattr(registry, "_IMPLEMENTATIONS", dict(registry._IMPLEMENTATIONS))
+    entry = dataclasses.replace(registry._IMPLEMENTATIONS["native"], unavailable=lambda: "no compiler in this test")
+    monkeypatch.setitem(registry._IMPLEMENTATIONS, "native", entry)
     with pytest.warns(UserWarning, match="impl='native' .* is not used: no compiler in this test"):
         assert resolve(None, CPU).name == "torch"
     with warnings.catch_warnings():
@@ -58,9 +59,9 @@ def test_an_installation_without_the_library_says_so_once(monkeypatch):
 def test_the_interpreter_is_never_chosen_by_itself():
     """Under TRITON_INTERPRET=1 the kernels run on a CPU, thousands of times slower: only when asked for by name."""
     script = (
-        "import torch\nfrom unisd_kernels import dispatch, available\n"
-        "dispatch._IMPLEMENTATIONS['native'] = dispatch._IMPLEMENTATIONS['torch']\n"
-        "print(dispatch.resolve(None, torch.device('cpu')).name, available('cpu')['triton'])"
+        "import torch\nfrom unisd_kernels import available\nfrom unisd_kernels.backends import registry\n"
+        "registry._IMPLEMENTATIONS['native'] = registry._IMPLEMENTATIONS['torch']\n"
+        "print(registry.resolve(None, torch.device('cpu')).name, available('cpu')['triton'])"
     )
     for setting, usable in (("1", True), ("0", False)):
         done = subprocess.run(
@@ -74,8 +75,8 @@ def test_the_interpreter_is_never_chosen_by_itself():
 
 
 def test_without_triton_a_gpu_gets_pytorch_and_a_warning(monkeypatch):
-    entry = dataclasses.replace(dispatch._IMPLEMENTATIONS["triton"], unavailable=lambda: "no triton in this test")
-    monkeypatch.setitem(dispatch._IMPLEMENTATIONS, "triton", entry)
+    entry = dataclasses.replace(registry._IMPLEMENTATIONS["triton"], unavailable=lambda: "no triton in this test")
+    monkeypatch.setitem(registry._IMPLEMENTATIONS, "triton", entry)
     with pytest.warns(UserWarning, match="impl='triton' .* is not used: no triton in this test"):
         assert resolve(None, torch.device("cuda"), torch.bfloat16).name == "torch"
 

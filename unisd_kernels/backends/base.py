@@ -1,7 +1,7 @@
-"""The interface between the driver and a filling: the few operations that touch [rows, columns] logits.
+"""The interface between the engine and a backend: the few operations that touch [rows, columns] logits.
 
-A filling implements `Tiles`. The driver makes the tiles with matrix products and walks rows and columns; it never
-looks at a logit. `tiles/torch.py` is the plain PyTorch filling.
+A backend implements `Backend`. The engine makes the tiles with matrix products and walks rows and columns; it never
+looks at a logit. `backends/torch.py` is the plain PyTorch backend.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from unisd_kernels.heads import LMHead
 
 if TYPE_CHECKING:
-    from unisd_kernels.tiles.projection import Projection
+    from unisd_kernels.backends.projection import Projection
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class DivergenceRows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class NeedsGrad:
     """Which gradients to compute. With none, no gradient tile is formed and no product is spent on it."""
 
     hidden: bool = False
@@ -90,7 +90,7 @@ class Wanted:
 
 class PairWalk(Protocol):
     """A student and a teacher over the same rows, chunk by chunk. Per chunk: `begin`, then for each block of its rows
-    `statistics` and, if wanted, `gradient`; then `gradient_tile` meets the weight in a product."""
+    `statistics` and, if needs_grad, `gradient`; then `gradient_tile` meets the weight in a product."""
 
     # Rows whose gradient is held at a time.
     chunk_rows: int
@@ -119,8 +119,8 @@ class PairWalk(Protocol):
         """[count, V]: the gradients of the chunk's rows."""
 
 
-class Tiles(Protocol):
-    """A filling. Tiles arrive as `product_scale * (h W^T + b)`, with contiguous rows, float32 or float64, and may be
+class Backend(Protocol):
+    """A backend. Tiles arrive as `product_scale * (h W^T + b)`, with contiguous rows, float32 or float64, and may be
     overwritten."""
 
     name: str
@@ -156,9 +156,9 @@ class Tiles(Protocol):
         """`scale_n rows_n`, rounded once to `dtype`; how upstream weights meet row gradients made in the forward."""
 
     def pair_walk(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, wanted: Wanted
+        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
     ) -> PairWalk:
-        """The walk for a divergence and those of the student's gradients that are wanted."""
+        """The walk for a divergence and those of the student's gradients that are needs_grad."""
 
     def softmax(
         self, tile: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
@@ -182,8 +182,8 @@ class Tiles(Protocol):
         `gradient_scale` is left to the caller) into `gradient`, which is the tile if it has its dtype."""
 
 
-class TileFilling(Tiles, Protocol):
-    """A filling whose divergence works on logits that products have made (`pair_walk.TilePairWalk`)."""
+class LogitBackend(Backend, Protocol):
+    """A backend whose divergence works on logits that products have made (`pair_walk.TilePairWalk`)."""
 
     # Does `divergence` take the difference z_t - z_s in place of z_t, in rows that `is_difference` marks? With one head
     # for both it is `(h_t - h_s) W^T`, which keeps the digits of a small divergence.

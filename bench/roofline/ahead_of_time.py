@@ -1,4 +1,4 @@
-"""Compile the kernels for GPUs that are not here: `python -m unisd_kernels.triton.ahead_of_time`.
+"""Compile the kernels for GPUs that are not here: `python -m bench.roofline.ahead_of_time`.
 
 Prints, for each architecture and variant, what the compiler reports: shared memory, registers, bytes spilled, and which
 matrix and copy instructions are in the code. Needs no GPU; must not run under the interpreter.
@@ -20,9 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from unisd_kernels.triton import gradients, pair, rows, score, statistics
-from unisd_kernels.triton.assembler import TOOLS, assemble
-from unisd_kernels.triton.tuning import TABLE, ProductConfig
+from bench.roofline.assembler import TOOLS, assemble
+from unisd_kernels.backends.triton import fused_divergence, gradients, rows, score, statistics
+from unisd_kernels.backends.triton.configs import TABLE, GemmConfig
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # What a product kernel must contain to run on the tensor cores at full rate.
@@ -42,7 +42,7 @@ class Variant:
     constants: dict[str, Any]
     warps: int = 4
     stages: int = 3
-    config: ProductConfig | None = None
+    config: GemmConfig | None = None
     # Endings of arguments that are no multiples of 16.
     odd: tuple[str, ...] = ()
 
@@ -122,19 +122,19 @@ def variants(architecture: str, everything: bool = False) -> Iterator[Variant]:
     """The kernels as an architecture runs them; `everything`: also the candidates that only a measurement picks."""
     table = TABLE[architecture]
 
-    def configs(kind: str) -> tuple[ProductConfig, ...]:
+    def configs(kind: str) -> tuple[GemmConfig, ...]:
         return table[kind] if everything else table[kind][:1]
 
     for config in configs("score"):
         yield _score("score", config)
     for config in configs("score-heavy"):
-        yield _score("score, entropy and soft cap", config, WANT_ENTROPY=True, HAS_CAP=True, HAS_BIAS=True)
+        yield _score("score, entropy and soft cap", config, WANT_ENTROPY=True, HAS_SOFTCAP=True, HAS_BIAS=True)
     for config in configs("score-few"):
         yield _score("score, few rows", config)
-        yield _score("score, few rows, entropy and soft cap", config, WANT_ENTROPY=True, HAS_CAP=True)
+        yield _score("score, few rows, entropy and soft cap", config, WANT_ENTROPY=True, HAS_SOFTCAP=True)
     biased: dict[str, Any] = {"WANT_ENTROPY": True, "STUDENT_BIAS": True, "TEACHER_BIAS": True}
     # A soft cap leaves no difference of rows that gives one of logits.
-    capped = {**biased, "STUDENT_CAP": True, "TEACHER_CAP": True, "MARKED": False}
+    capped = {**biased, "STUDENT_SOFTCAP": True, "TEACHER_SOFTCAP": True, "MARKED": False}
     for config in configs("pair"):
         yield _pair("pair", config)
         yield _pair("pair, entropy", config, WANT_ENTROPY=True)
@@ -151,7 +151,7 @@ def variants(architecture: str, everything: bool = False) -> Iterator[Variant]:
     uneven: dict[str, Any] = {"EVEN_WIDTH": False, "odd": odd}
     plain = table["score-plain"][0]
     yield _score("score, plain loads", plain, **uneven)
-    yield _score("score, plain loads, entropy and soft cap", plain, **uneven, WANT_ENTROPY=True, HAS_CAP=True)
+    yield _score("score, plain loads, entropy and soft cap", plain, **uneven, WANT_ENTROPY=True, HAS_SOFTCAP=True)
     yield _pair("pair, plain loads, entropy and bias", table["pair-plain"][0], **biased, **uneven)
     yield _pair("pair, plain loads, entropy, bias and soft cap", table["pair-plain"][0], **capped, **uneven)
     plain = table["pair-separate-plain"][0]
@@ -169,7 +169,7 @@ def variants(architecture: str, everything: bool = False) -> Iterator[Variant]:
     for precision in ("tf32", "ieee"):
         options: dict[str, Any] = {"element": "fp32", "PRECISION": precision}
         yield _score(f"score, float32, {precision}", table["score-float32"][0], **options)
-        odd_score: dict[str, Any] = {**uneven, "WANT_ENTROPY": True, "HAS_CAP": True}
+        odd_score: dict[str, Any] = {**uneven, "WANT_ENTROPY": True, "HAS_SOFTCAP": True}
         yield _score(f"score, float32, {precision}, plain loads", table["score-float32"][0], **options, **odd_score)
         yield _pair(f"pair, float32, {precision}", table["pair-float32"][0], **options)
         yield _pair(f"pair, float32, {precision}, plain loads", table["pair-float32"][0], **options, **capped, **uneven)
@@ -197,16 +197,16 @@ def _types(kernel: Any, **known: str) -> dict[str, str]:
     return types
 
 
-def _operand(element: str, rows_of_tile: int, config: ProductConfig, descriptors: bool) -> str:
+def _operand(element: str, rows_of_tile: int, config: GemmConfig, descriptors: bool) -> str:
     return f"tensordesc<{element}[{rows_of_tile},{config.width}]>" if descriptors else f"*{element}"
 
 
 def _score(
-    name: str, config: ProductConfig, element: str = "bf16", odd: tuple[str, ...] = (), **constants: Any
+    name: str, config: GemmConfig, element: str = "bf16", odd: tuple[str, ...] = (), **constants: Any
 ) -> Variant:
     fixed = {
         "HAS_BIAS": False,
-        "HAS_CAP": False,
+        "HAS_SOFTCAP": False,
         "WANT_ENTROPY": False,
         "DESCRIPTORS": config.descriptors,
         "EVEN_WIDTH": True,
@@ -228,16 +228,14 @@ def _score(
     return Variant(name, score.score_kernel, types, fixed, config.warps, config.stages, config, odd)
 
 
-def _pair(
-    name: str, config: ProductConfig, element: str = "bf16", odd: tuple[str, ...] = (), **constants: Any
-) -> Variant:
+def _pair(name: str, config: GemmConfig, element: str = "bf16", odd: tuple[str, ...] = (), **constants: Any) -> Variant:
     fixed = {
         "SHARED_WEIGHT": True,
         "MARKED": True,
         "STUDENT_BIAS": False,
         "TEACHER_BIAS": False,
-        "STUDENT_CAP": False,
-        "TEACHER_CAP": False,
+        "STUDENT_SOFTCAP": False,
+        "TEACHER_SOFTCAP": False,
         "WANT_ENTROPY": False,
         "STORE": True,
         "FORWARD": True,
@@ -257,7 +255,7 @@ def _pair(
     hidden = _operand(element, config.rows, config, descriptors)
     weight = _operand(element, config.columns, config, descriptors)
     types = _types(
-        pair.pair_kernel,
+        fused_divergence.fused_divergence_kernel,
         student_hidden=hidden,
         teacher_hidden=hidden,
         student_weight=weight,
@@ -267,12 +265,14 @@ def _pair(
         shifted_student=stored,
         shifted_teacher=stored,
     )
-    return Variant(name, pair.pair_kernel, types, fixed, config.warps, config.stages, config, odd)
+    return Variant(
+        name, fused_divergence.fused_divergence_kernel, types, fixed, config.warps, config.stages, config, odd
+    )
 
 
-def _elementwise(config: ProductConfig) -> Iterator[Variant]:
+def _elementwise(config: GemmConfig) -> Iterator[Variant]:
     columns = config.columns // config.parts
-    base = {"STUDENT_CAP": True, "TEACHER_CAP": True}
+    base = {"STUDENT_SOFTCAP": True, "TEACHER_SOFTCAP": True}
     kernel = gradients.divergence_gradient_kernel
     weights = {"HAS_WEIGHT": True, "HAS_LOGPROB_WEIGHT": True}
     yield Variant(
@@ -321,14 +321,14 @@ def _elementwise(config: ProductConfig) -> Iterator[Variant]:
     kernel = statistics.mixture_kernel
     yield Variant("mixture", kernel, _types(kernel), {**base, "BLOCK_COLUMNS": 2048}, warps=8)
     kernel = gradients.softmax_statistics_kernel
-    yield Variant("softmax", kernel, _types(kernel), {"HAS_CAP": True, "BLOCK_COLUMNS": 2048}, warps=8)
+    yield Variant("softmax", kernel, _types(kernel), {"HAS_SOFTCAP": True, "BLOCK_COLUMNS": 2048}, warps=8)
     kernel = gradients.logprob_gradient_kernel
     yield Variant(
         "gradient of scores",
         kernel,
         _types(kernel, gradient="*bf16"),
         {
-            "HAS_CAP": True,
+            "HAS_SOFTCAP": True,
             "HAS_LOGPROB_WEIGHT": True,
             "HAS_LOGSUMEXP_WEIGHT": True,
             "HAS_ENTROPY_WEIGHT": True,
@@ -343,7 +343,7 @@ def _elementwise(config: ProductConfig) -> Iterator[Variant]:
         "target logits",
         kernel,
         _types(kernel, hidden="*bf16", weight="*bf16", bias="*bf16"),
-        {"MARKED": True, "HAS_BIAS": True, "HAS_CAP": True, "BLOCK_WIDTH": 1024},
+        {"MARKED": True, "HAS_BIAS": True, "HAS_SOFTCAP": True, "BLOCK_WIDTH": 1024},
     )
     kernel = rows.difference_rows_kernel
     yield Variant(
@@ -373,7 +373,7 @@ def table(reports: list[Report]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m unisd_kernels.triton.ahead_of_time", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.roofline.ahead_of_time", description=__doc__)
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--everything", action="store_true", help="also the candidates that only a measurement picks")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these, by their names in the table")

@@ -17,9 +17,9 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from unisd_kernels.tiles.base import DivergenceRows, RunningScores, Tiles, Wanted
-from unisd_kernels.tiles.buffers import TILE_ROWS, most_rows, row_buffer, row_stride
-from unisd_kernels.tiles.projection import Projection
+from unisd_kernels.backends.base import Backend, DivergenceRows, NeedsGrad, RunningScores
+from unisd_kernels.backends.buffers import TILE_ROWS, most_rows, row_buffer, row_stride
+from unisd_kernels.backends.projection import Projection
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -59,8 +59,8 @@ class Gradients(NamedTuple):
         return finish(self.hidden, hidden_dtype), finish(self.weight, weight_dtype), finish(self.bias, weight_dtype)
 
 
-def allocate(wanted: Wanted, projection: Projection, written: bool) -> Gradients:
-    """For the wanted gradients; `written`: of hidden state and weight every element will be, and needs no zero."""
+def allocate(needs_grad: NeedsGrad, projection: Projection, written: bool) -> Gradients:
+    """For the needs_grad gradients; `written`: of hidden state and weight every element will be, and needs no zero."""
 
     def make(like: torch.Tensor | None, written: bool) -> torch.Tensor:
         assert like is not None
@@ -68,18 +68,18 @@ def allocate(wanted: Wanted, projection: Projection, written: bool) -> Gradients
         return function(like.shape, dtype=projection.dtype, device=like.device)
 
     return Gradients(
-        make(projection.hidden, written) if wanted.hidden else None,
-        make(projection.weight, written) if wanted.weight else None,
-        make(projection.bias, False) if wanted.bias else None,
+        make(projection.hidden, written) if needs_grad.hidden else None,
+        make(projection.weight, written) if needs_grad.weight else None,
+        make(projection.bias, False) if needs_grad.bias else None,
     )
 
 
-def wanted_gradients(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Wanted:
+def needs_grad_of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> NeedsGrad:
     """What autograd will ask for. Taken outside the autograd function: inside it `needs_input_grad` is also true
     under `no_grad`."""
     if not torch.is_grad_enabled():
-        return Wanted()
-    return Wanted(hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+        return NeedsGrad()
+    return NeedsGrad(hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
 
 
 def _exactly(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -120,16 +120,16 @@ class _LogitBuffers(NamedTuple):
 
     chunk_rows: int
     logits: torch.Tensor
-    gradient: torch.Tensor  # the same one, unless the filling writes gradients in a dtype of their own
+    gradient: torch.Tensor  # the same one, unless the backend writes gradients in a dtype of their own
 
     @classmethod
-    def of(cls, tiles: Tiles, projection: Projection, workspace_bytes: int, weight_gradient: bool) -> _LogitBuffers:
-        columns, padding, device = projection.num_columns, tiles.row_padding, projection.hidden.device
-        dtype, gradient_dtype = projection.dtype, tiles.gradient_dtype(projection)
+    def of(cls, backend: Backend, projection: Projection, workspace_bytes: int, weight_gradient: bool) -> _LogitBuffers:
+        columns, padding, device = projection.num_columns, backend.row_padding, projection.hidden.device
+        dtype, gradient_dtype = projection.dtype, backend.gradient_dtype(projection)
         in_place = gradient_dtype == dtype
         element_bytes = dtype.itemsize + (0 if in_place else gradient_dtype.itemsize)
         most = most_rows(workspace_bytes, row_stride(columns, padding) * element_bytes, columns)
-        rows = max(1, tiles.chunk_rows(projection.hidden.shape[0], most, weight_gradient))
+        rows = max(1, backend.chunk_rows(projection.hidden.shape[0], most, weight_gradient))
         logits = row_buffer(rows, columns, padding, dtype, device)
         gradient = logits if in_place else row_buffer(rows, columns, padding, gradient_dtype, device)
         return cls(rows, logits, gradient)
@@ -158,24 +158,24 @@ def _blocks(rows: slice, step: int | None) -> Iterator[tuple[slice, slice]]:
 def score(
     projection: Projection,
     target_ids: torch.Tensor,
-    tiles: Tiles,
+    backend: Backend,
     workspace_bytes: int,
     want_entropy: bool = False,
 ) -> Scores:
-    """Log-probability of the target, log-sum-exp and (if wanted) entropy of each row, by an online log-sum-exp."""
+    """Log-probability of the target, log-sum-exp and (if needs_grad) entropy of each row, by an online log-sum-exp."""
     num_rows, device, dtype = projection.hidden.shape[0], projection.hidden.device, projection.dtype
     logsumexp = torch.full((num_rows,), -torch.inf, dtype=dtype, device=device)
     target_logits = torch.zeros(num_rows, dtype=dtype, device=device)
     entropy = torch.zeros(num_rows, dtype=dtype, device=device) if want_entropy else None
     for rows in _spans(num_rows, _SCORE_ROWS):
         running = RunningScores(logsumexp[rows], target_logits[rows], None if entropy is None else entropy[rows])
-        tiles.score(projection, rows, target_ids[rows], running, workspace_bytes)
+        backend.score(projection, rows, target_ids[rows], running, workspace_bytes)
     return Scores(target_logits - logsumexp, logsumexp, entropy)
 
 
 @_exactly
 def score_with_gradient(
-    projection: Projection, target_ids: torch.Tensor, tiles: Tiles, workspace_bytes: int
+    projection: Projection, target_ids: torch.Tensor, backend: Backend, workspace_bytes: int
 ) -> tuple[Scores, torch.Tensor]:
     """Scores without entropy, and `d logsumexp_n / dh_n` [N, H] (two matrix products).
 
@@ -186,15 +186,15 @@ def score_with_gradient(
     logsumexp = torch.zeros(num_rows, dtype=dtype, device=device)
     target_logits = torch.zeros(num_rows, dtype=dtype, device=device)
     gradient = torch.zeros(projection.hidden.shape, dtype=dtype, device=device)
-    buffers = _LogitBuffers.of(tiles, projection, workspace_bytes, weight_gradient=False)
+    buffers = _LogitBuffers.of(backend, projection, workspace_bytes, weight_gradient=False)
     for rows in _spans(num_rows, buffers.chunk_rows):
         tile, tile_gradient = buffers.logits[: rows.stop - rows.start], buffers.gradient[: rows.stop - rows.start]
-        tiles.logits(projection, rows, tile)
-        for block, local in _blocks(rows, tiles.block_rows(projection.num_columns, device)):
-            part = tiles.softmax(tile[local], tile_gradient[local], projection.transform, target_ids[block])
+        backend.logits(projection, rows, tile)
+        for block, local in _blocks(rows, backend.block_rows(projection.num_columns, device)):
+            part = backend.softmax(tile[local], tile_gradient[local], projection.transform, target_ids[block])
             logsumexp[block] = part.logsumexp
             target_logits[block] = part.target_logits
-        tiles.hidden_gradient(projection, tile_gradient, gradient[rows])
+        backend.hidden_gradient(projection, tile_gradient, gradient[rows])
     return Scores(target_logits - logsumexp, logsumexp, None), gradient
 
 
@@ -206,23 +206,23 @@ def logprob_gradients(
     logprob_weight: torch.Tensor | None,
     logsumexp_weight: torch.Tensor | None,
     entropy_weight: torch.Tensor | None,
-    wanted: Wanted,
-    tiles: Tiles,
+    needs_grad: NeedsGrad,
+    backend: Backend,
     workspace_bytes: int,
 ) -> Gradients:
     """Gradient of `sum_n` weight times statistic over all rows, from recomputed logits (weights [N] or None)."""
     num_rows, device = projection.hidden.shape[0], projection.hidden.device
-    gradients = allocate(wanted, projection, written=num_rows > 0)
+    gradients = allocate(needs_grad, projection, written=num_rows > 0)
 
     def part(values: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
         return None if values is None else values[rows]
 
-    buffers = _LogitBuffers.of(tiles, projection, workspace_bytes, wanted.weight)
+    buffers = _LogitBuffers.of(backend, projection, workspace_bytes, needs_grad.weight)
     for rows in _spans(num_rows, buffers.chunk_rows):
         tile, tile_gradient = buffers.logits[: rows.stop - rows.start], buffers.gradient[: rows.stop - rows.start]
-        tiles.logits(projection, rows, tile)
-        for block, local in _blocks(rows, tiles.block_rows(projection.num_columns, device)):
-            tiles.logprob_gradient(
+        backend.logits(projection, rows, tile)
+        for block, local in _blocks(rows, backend.block_rows(projection.num_columns, device)):
+            backend.logprob_gradient(
                 tile[local],
                 tile_gradient[local],
                 projection.transform,
@@ -233,7 +233,7 @@ def logprob_gradients(
                 part(scores.entropy, block),
                 part(entropy_weight, block),
             )
-        _accumulate(tiles, projection, tile_gradient, rows, gradients)
+        _accumulate(backend, projection, tile_gradient, rows, gradients)
     return gradients
 
 
@@ -250,9 +250,9 @@ def divergence(
     teacher: Projection,
     target_ids: torch.Tensor | None,
     beta: float,
-    tiles: Tiles,
+    backend: Backend,
     workspace_bytes: int,
-    wanted: Wanted = Wanted(),
+    needs_grad: NeedsGrad = NeedsGrad(),
     row_weights: RowWeights = unit_row_weights,
     want_entropy: bool = False,
 ) -> DivergencePass:
@@ -262,7 +262,7 @@ def divergence(
     """
     num_rows = student.hidden.shape[0]
     device, dtype = student.hidden.device, student.dtype
-    gradients = allocate(wanted, student, written=num_rows > 0)
+    gradients = allocate(needs_grad, student, written=num_rows > 0)
     names = ["divergence"]
     if target_ids is not None:
         names += ["student_logprobs", "teacher_logprobs"]
@@ -271,7 +271,7 @@ def divergence(
     results = {name: torch.zeros(num_rows, dtype=dtype, device=device) for name in names}
 
     if num_rows:
-        walk = tiles.pair_walk(student, teacher, beta, workspace_bytes, wanted)
+        walk = backend.pair_walk(student, teacher, beta, workspace_bytes, needs_grad)
         for rows in _spans(num_rows, walk.chunk_rows):
             walk.begin(rows)
             for block, local in _blocks(rows, walk.block_rows):
@@ -279,19 +279,21 @@ def divergence(
                 statistics = walk.statistics(block, local, targets, want_entropy)
                 for name in names:
                     results[name][block] = getattr(statistics, name)
-                if wanted.any:
+                if needs_grad.any:
                     walk.gradient(local, targets, *row_weights(block, statistics))
-            if wanted.any:
-                _accumulate(tiles, student, walk.gradient_tile(rows.stop - rows.start), rows, gradients)
+            if needs_grad.any:
+                _accumulate(backend, student, walk.gradient_tile(rows.stop - rows.start), rows, gradients)
     return DivergencePass(
         DivergenceRows(**{name: results.get(name) for name in DivergenceRows._fields}),  # type: ignore[arg-type]
         gradients,
     )
 
 
-def _accumulate(tiles: Tiles, projection: Projection, tile: torch.Tensor, rows: slice, gradients: Gradients) -> None:
+def _accumulate(
+    backend: Backend, projection: Projection, tile: torch.Tensor, rows: slice, gradients: Gradients
+) -> None:
     if gradients.hidden is not None:
-        tiles.hidden_gradient(projection, tile, gradients.hidden[rows])
+        backend.hidden_gradient(projection, tile, gradients.hidden[rows])
     if gradients.weight is not None:
         projection.add_weight_gradient(tile, rows, gradients.weight, first=rows.start == 0)
     if gradients.bias is not None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from unisd_kernels.backends.base import LogitTransform
 from unisd_kernels.heads import LMHead
 from unisd_kernels.reference.logprobs import statistics_dtype
-from unisd_kernels.tiles.base import LogitTransform
 
 # A widened slice of a 16-bit weight takes at most this much.
 _WIDENED_BYTES = 16 << 20

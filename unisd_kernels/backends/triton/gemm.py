@@ -36,7 +36,7 @@ def load_tile(
 
 
 @triton.jit
-def product_tile(
+def gemm_tile(
     hidden,
     weight,
     first_row,

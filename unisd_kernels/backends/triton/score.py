@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unisd_kernels.triton.functions import COUNTS, exp, finish_logits
-from unisd_kernels.triton.products import product_tile
-from unisd_kernels.triton.statistics import MASKED
+from unisd_kernels.backends.triton.gemm import gemm_tile
+from unisd_kernels.backends.triton.math import COUNTS, apply_softcap, exp
+from unisd_kernels.backends.triton.statistics import MASKED
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -32,7 +32,7 @@ def score_kernel(
     product_scale,
     tanh_scale,
     HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_WIDTH: tl.constexpr,
@@ -60,7 +60,7 @@ def score_kernel(
     last_block = tl.minimum(first_block + blocks_per_span, tl.cdiv(num_columns, BLOCK_COLUMNS))
     for block in tl.range(first_block, last_block, warp_specialize=WARP_SPECIALIZE):
         first_column = block * BLOCK_COLUMNS
-        sums = product_tile(
+        sums = gemm_tile(
             hidden,
             weight,
             first_row,
@@ -80,7 +80,7 @@ def score_kernel(
         columns = first_column + tl.arange(0, BLOCK_COLUMNS)
         if HAS_BIAS:
             sums += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
-        z = finish_logits(sums * product_scale, tanh_scale, HAS_CAP)
+        z = apply_softcap(sums * product_scale, tanh_scale, HAS_SOFTCAP)
         z = tl.where(columns[None, :] < num_columns, z, MASKED)
         higher = tl.maximum(highest, tl.max(z, 1))
         rescale = exp(highest - higher)

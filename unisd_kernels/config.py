@@ -33,12 +33,12 @@ def check_number(name: str, value: float, *, low: float = -math.inf, high: float
     # Not math.isfinite: torch.compile may trace this with a symbol for the value.
     if not -_LARGEST <= value <= _LARGEST or value < low or value > high or (open_low and value == low):
         if math.isinf(low) and math.isinf(high):
-            wanted = "finite"
+            needs_grad = "finite"
         elif math.isinf(high):
-            wanted = f"{'>' if open_low else '>='} {low:g}"
+            needs_grad = f"{'>' if open_low else '>='} {low:g}"
         else:
-            wanted = f"in {']' if open_low else '['}{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
+            needs_grad = f"in {']' if open_low else '['}{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {needs_grad}, got {value}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -47,7 +47,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 @dataclass(frozen=True)
-class LossSpec:
+class LossConfig:
     """Hyper-parameters of `unisd_loss`; see its docstring for the meaning of each."""
 
     beta: float = 0.0

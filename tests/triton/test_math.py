@@ -8,18 +8,18 @@ import triton
 import triton.language as tl
 
 from tests.triton.support import DEVICE
-from unisd_kernels.triton import functions
+from unisd_kernels.backends.triton import math as kernel_math
 
 
 @triton.jit
 def _apply(source, out, FUNCTION: tl.constexpr, SIZE: tl.constexpr):
     x = tl.load(source + tl.arange(0, SIZE))
     if FUNCTION == 0:
-        x = functions.expm1(x)
+        x = kernel_math.expm1(x)
     elif FUNCTION == 1:
-        x = functions.log1p(x)
+        x = kernel_math.log1p(x)
     else:
-        x = functions.tanh(x)
+        x = kernel_math.tanh(x)
     tl.store(out + tl.arange(0, SIZE), x)
 
 
@@ -73,7 +73,7 @@ def _low_exp(x):
 @FUNCTIONS
 def test_relative_error_with_the_exponential_of_a_gpu(function, exact, low, high, exp, monkeypatch):
     """What a GPU is held to can be met by one whose instruction is as far off as it may be."""
-    monkeypatch.setattr(functions, "exp", exp)
+    monkeypatch.setattr(kernel_math, "exp", exp)
     _assert_relative_error(function, exact, low, high, 2.0**-22)
     if function == 0:
         with pytest.raises(AssertionError):
