@@ -81,7 +81,7 @@ class Assumptions:
     loss_epilogue: float = 0.084
     scoring_epilogue: float = 0.04
     workspace: int | None = None
-    scoring_rows: int = engine._SCORE_ROWS
+    scoring_rows: int = engine.SCORE_ROWS
 
 
 class Rows(NamedTuple):
@@ -269,7 +269,7 @@ def _pair_columns() -> int:
 
 def _spans(total: int, step: int) -> list[int]:
     """As the driver walks."""
-    return [span.stop - span.start for span in engine._spans(total, step)]
+    return [span.stop - span.start for span in engine.spans(total, step)]
 
 
 def measured_assumptions(file: Path) -> Assumptions:

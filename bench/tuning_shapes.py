@@ -97,11 +97,10 @@ def operation(shape: Shape, device: torch.device) -> Callable[[], object]:
 
         return score
     teacher = Projection.of(teacher_hidden, head, 1.0)
-    walk = TritonBackend("fused").pair_walk(student, teacher, 0.0, _WORKSPACE, NeedsGrad(hidden=True))
+    walk = TritonBackend("fused").divergence(student, teacher, 0.0, _WORKSPACE, NeedsGrad(hidden=True))
 
     def pair() -> None:
-        walk.begin(rows)
-        walk.statistics(rows, rows, targets, False)
+        walk.forward(walk.logits(rows), rows, rows, targets, False)
 
     return pair
 

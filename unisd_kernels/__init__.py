@@ -7,6 +7,7 @@ dense definitions of all of it. `explain()` says which implementation runs here 
 
 from unisd_kernels import reference
 from unisd_kernels.backends.registry import available, explain
+from unisd_kernels.config import LossConfig, LossInputs
 from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.agreement import agreement_weights
 from unisd_kernels.ops.divergence import linear_divergence
@@ -21,6 +22,8 @@ __all__ = [
     "AgreementWeights",
     "LMHead",
     "LinearLogProbs",
+    "LossConfig",
+    "LossInputs",
     "UniSDLoss",
     "__version__",
     "agreement_weights",

@@ -1,11 +1,12 @@
-"""The settings and tensors of one `unisd_loss` call, checked once and passed whole to every implementation."""
+"""Settings and tensors of one `unisd_loss` call, checked once and passed whole to every backend."""
 
 from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -46,6 +47,18 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+# The settings that are names.
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "agreement": get_args(AgreementLevel),
+    "agreement_statistic": get_args(AgreementStatistic),
+    "normalization": get_args(Normalization),
+    "weight_normalization": get_args(WeightNormalization),
+}
+_FLAGS = ("return_entropy", "return_statistics")
+# In `LossConfig.encode`; no setting that may be None is ever negative.
+_NONE = -1.0
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """Hyper-parameters of `unisd_loss`; see its docstring for the meaning of each."""
@@ -75,16 +88,41 @@ class LossConfig:
             check_number("clip_cap", self.clip_cap, low=0.0, open_low=True)
         if self.clip_quantile is not None:
             check_number("clip_quantile", self.clip_quantile, low=0.0, high=1.0)
-        check_choice("agreement", self.agreement, ("token", "sequence"))
-        check_choice("agreement_statistic", self.agreement_statistic, ("variance", "range"))
-        check_choice("normalization", self.normalization, ("sequence", "token"))
-        if self.weight_normalization is not None:
-            check_choice("weight_normalization", self.weight_normalization, ("weighted", "count"))
+        for name, choices in _CHOICES.items():
+            if name != "weight_normalization" or self.weight_normalization is not None:
+                check_choice(name, getattr(self, name), choices)
         for name in ("agreement_gamma", "contrastive_weight", "feature_weight", "divergence_weight"):
             check_number(name, getattr(self, name), low=0.0)
         check_number("contrastive_margin", self.contrastive_margin)
-        check_flag("return_entropy", self.return_entropy)
-        check_flag("return_statistics", self.return_statistics)
+        for name in _FLAGS:
+            check_flag(name, getattr(self, name))
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `unisd_loss`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def encode(self) -> list[float]:
+        """The settings as numbers in the order of the fields, which an operator's schema can hold: a choice by its
+        place among the choices, a flag as 0 or 1, None as -1."""
+
+        def number(name: str, value: Any) -> float:
+            if value is None:
+                return _NONE
+            return float(_CHOICES[name].index(value)) if name in _CHOICES else float(value)
+
+        return [number(name, value) for name, value in self.arguments().items()]
+
+    @classmethod
+    def decode(cls, numbers: Sequence[float]) -> LossConfig:
+        """The inverse of `encode`."""
+        settings: dict[str, Any] = dict(zip((field.name for field in fields(cls)), numbers, strict=True))
+        for name, choices in _CHOICES.items():
+            settings[name] = None if settings[name] == _NONE else choices[int(settings[name])]
+        for name in _FLAGS:
+            settings[name] = bool(settings[name])
+        for name in ("clip_cap", "clip_quantile"):
+            settings[name] = None if settings[name] == _NONE else settings[name]
+        return cls(**settings)
 
     @property
     def runs_divergence(self) -> bool:
@@ -106,18 +144,29 @@ class LossConfig:
 class LossInputs:
     """Tensors of `unisd_loss`, all with N packed rows (see its docstring)."""
 
-    student_hidden: torch.Tensor
+    student_hidden: torch.Tensor  # [N, H_s]
     student_head: LMHead
-    teacher_hidden: torch.Tensor
+    teacher_hidden: torch.Tensor  # [N, H_t]
     teacher_head: LMHead
-    target_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    auxiliary_hidden: tuple[torch.Tensor, ...] = ()
+    target_ids: torch.Tensor  # [N]
+    cu_seqlens: torch.Tensor  # [B + 1]
+    auxiliary_hidden: tuple[torch.Tensor, ...] = ()  # K times [N, H]
     auxiliary_head: LMHead | None = None
-    negative_hidden: torch.Tensor | None = None
+    negative_hidden: torch.Tensor | None = None  # [N, H]
     negative_head: LMHead | None = None
-    token_weights: torch.Tensor | None = None
+    token_weights: torch.Tensor | None = None  # [N]
     num_items: float | torch.Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `unisd_loss`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def heads(self) -> tuple[LMHead, LMHead, LMHead, LMHead]:
+        """Heads of student, teacher, auxiliary and negative views; the teacher's where a view has none of its own."""
+        auxiliary = self.teacher_head if self.auxiliary_head is None else self.auxiliary_head
+        negative = self.teacher_head if self.negative_head is None else self.negative_head
+        return self.student_head, self.teacher_head, auxiliary, negative
 
     @property
     def num_rows(self) -> int:
@@ -128,7 +177,7 @@ class LossInputs:
         return self.cu_seqlens.numel() - 1
 
     def share(self, normalization: Normalization, dtype: torch.dtype) -> float | torch.Tensor:
-        """What this call's items are of all `num_items`; without a row there is nothing to share."""
+        """This call's share of all `num_items`; without a row there is nothing to share."""
         if self.num_items is None or self.num_rows == 0:
             return 1.0
         local = self.num_sequences if normalization == "sequence" else self.num_rows

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from unisd_kernels.config import LossConfig, LossInputs, check_number
+from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.heads import LMHead
-from unisd_kernels.reference.logprobs import statistics_dtype
 
 # Of hidden states and heads. float8 has no arithmetic of its own, and its scale is kept elsewhere.
 _OPERANDS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -182,35 +182,6 @@ def check_workspace(workspace_bytes: int | None) -> None:
         raise TypeError(f"workspace_bytes must be an int or None, got {type(workspace_bytes).__name__}")
     if workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes must be > 0, got {workspace_bytes}")
-
-
-def autocast_operands(
-    hidden: torch.Tensor, head: LMHead, like: tuple[LMHead, LMHead] | None = None
-) -> tuple[torch.Tensor, LMHead]:
-    """What autocast would feed a linear layer: both operands in the autocast dtype. Differentiable; the identity
-    outside autocast and for float64.
-
-    Args:
-        like: another head and what this function made of it. A head in the same memory, without a gradient of its own,
-            takes that over: one copy is held, and both are still seen to be one head.
-    """
-    device_type = hidden.device.type
-    if not torch.is_autocast_enabled(device_type) or hidden.dtype == torch.float64:
-        return hidden, head
-    dtype = torch.get_autocast_dtype(device_type)
-
-    def narrow(name: str) -> torch.Tensor | None:
-        tensor = getattr(head, name)
-        # Addresses are not there to be seen while torch.compile traces.
-        if tensor is None or like is None or tensor.requires_grad or torch.compiler.is_compiling():
-            return None if tensor is None else tensor.to(dtype)
-        other, made = (getattr(each, name) for each in like)
-        same = other is not None and tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape
-        return made.detach() if same and tensor.stride() == other.stride() else tensor.to(dtype)
-
-    weight, bias = narrow("weight"), narrow("bias")
-    assert weight is not None
-    return hidden.to(dtype), LMHead(weight, bias, head.logit_scale, head.softcap, head.vocab_size)
 
 
 def check_loss_inputs(inputs: LossInputs, config: LossConfig) -> None:

@@ -49,7 +49,7 @@ def two_candidates(monkeypatch):
 
 def test_shapes_are_those_of_the_walks():
     assert {shape.kind for shape in SHAPES} == {"pair", "score", "score-few"}
-    assert all(shape.rows == engine._SCORE_ROWS for shape in SHAPES if shape.kind == "score")
+    assert all(shape.rows == engine.SCORE_ROWS for shape in SHAPES if shape.kind == "score")
     assert [(shape.name, shape.rows) for shape in SHAPES if shape.kind == "pair"][:2] == [
         ("llama3.1-8b", 512),
         ("llama3.1-8b", 1024),

@@ -140,13 +140,13 @@ def test_a_tiny_workspace_is_refused():
     ("total", "step"), [(1, 5), (5, 5), (12, 5), (896, 384), (8192, 896), (1000, 256), (128, 256), (0, 3)]
 )
 def test_spans_cover_every_row_once(total, step):
-    spans = list(engine._spans(total, step))
+    spans = list(engine.spans(total, step))
     assert [row for span in spans for row in range(span.start, span.stop)] == list(range(total))
     assert len(spans) == -(-total // step)
     assert all(span.stop - span.start <= step for span in spans)
 
 
 def test_whole_tiles_are_spread_evenly():
-    sizes = [span.stop - span.start for span in engine._spans(8192, 896)]
+    sizes = [span.stop - span.start for span in engine.spans(8192, 896)]
     assert set(sizes) == {896, 768}
-    assert [span.stop - span.start for span in engine._spans(896, 384)] == [384, 256, 256]
+    assert [span.stop - span.start for span in engine.spans(896, 384)] == [384, 256, 256]

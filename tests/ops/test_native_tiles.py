@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.ops.test_native_products import frame_is_untouched, inside
 from tests.support import assert_accurate, max_error
 from unisd_kernels.backends import extension
-from unisd_kernels.backends.base import LogitTransform
+from unisd_kernels.backends.base import LogitPair, LogitTransform, ScoreGrads, Scores
 from unisd_kernels.backends.native import _NUM_STATISTICS
 from unisd_kernels.backends.torch import TorchBackend
 
@@ -200,17 +200,8 @@ def test_logprob_gradient(rows, columns, cap, with_weights, seed):
     assert frame_is_untouched(ours, CANARY)
     # From the same statistics, rounded to float32.
     native = tile.clone()
-    TorchBackend().logprob_gradient(
-        native,
-        native,
-        LogitTransform(1.0, cap, 1.0),
-        logsumexp,
-        ids,
-        weights[0],
-        weights[1],
-        entropy if with_weights[2] else None,
-        weights[2],
-    )
+    scores = Scores(logsumexp, logsumexp, entropy)
+    TorchBackend().score_backward(native, native, LogitTransform(1.0, cap, 1.0), ids, scores, ScoreGrads(*weights))
     assert_accurate("gradient", ours, exact, native)
 
 
@@ -256,8 +247,9 @@ def torch_tiles(student, teacher, cap, teacher_cap, ids, beta, weight, logprob_w
     """The same by the PyTorch backend, in float32."""
     tile = student.clone()
     transforms = LogitTransform(1.0, cap, 1.0), LogitTransform(1.0, teacher_cap, 1.0)
-    rows, state = TorchBackend().divergence(tile, teacher.clone(), *transforms, ids, beta, True)
-    TorchBackend().divergence_gradient(tile, state, ids, weight, logprob_weight)
+    logits = LogitPair(tile, teacher.clone(), None)
+    rows, saved = TorchBackend().divergence_of_logits(logits, *transforms, ids, beta, True)
+    TorchBackend().divergence_of_logits_backward(saved, ids, weight, logprob_weight)
     return list(rows), tile
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unisd_kernels import reference
-from unisd_kernels.quantiles import linear_quantile
+from unisd_kernels.ops.quantile import linear_quantile
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30), st.floats(0, 1))

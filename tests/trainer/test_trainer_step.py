@@ -37,8 +37,8 @@ def test_first_step_of_every_preset_equals_the_dense_computation(tmp_path, prese
 def test_feature_matching_alone_makes_no_logits(tmp_path):
     """Neither their products nor their metrics; TRL's entropy would be a zero that nobody measured."""
     with (
-        mock.patch("unisd_kernels.backends.engine.divergence", side_effect=AssertionError("logits were made")),
-        mock.patch("unisd_kernels.backends.engine.score", side_effect=AssertionError("logits were made")),
+        mock.patch("unisd_kernels.backends.engine.Engine.divergence", side_effect=AssertionError("logits were made")),
+        mock.patch("unisd_kernels.backends.engine.Engine.score", side_effect=AssertionError("logits were made")),
     ):
         run, loss, _ = first_step(tmp_path, tiny_run.llama(), preset="match_repr")
     logs = run.state.log_history[0]

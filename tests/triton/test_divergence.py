@@ -224,7 +224,7 @@ def test_the_choice_of_design():
     def walk(dtype, beta, design=None):
         hidden, weight = torch.zeros(4, 8, dtype=dtype), torch.zeros(9, 8, dtype=dtype)
         projection = Projection(hidden.to(DEVICE), weight.to(DEVICE), None, LogitTransform(1.0, None, 1.0))
-        return type(TritonBackend(design).pair_walk(projection, projection, beta, 1 << 20, NeedsGrad())).__name__
+        return type(TritonBackend(design).divergence(projection, projection, beta, 1 << 20, NeedsGrad())).__name__
 
     assert walk(NARROW, 0.0) == walk(NARROW, 1.0) == "FusedDivergence"
     assert walk(NARROW, 0.5) == walk(torch.float32, 0.0) == "ChunkedDivergence"

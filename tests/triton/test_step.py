@@ -10,6 +10,7 @@ from tests.support import make_problem
 from tests.triton.support import DEVICE, NARROW, on_device
 from unisd_kernels import unisd_loss
 from unisd_kernels.backends.base import NeedsGrad
+from unisd_kernels.backends.engine import Engine
 from unisd_kernels.backends.triton import score
 from unisd_kernels.backends.triton.backend import TritonBackend
 from unisd_kernels.config import LossConfig, LossInputs
@@ -77,7 +78,9 @@ def test_nothing_is_read_back(launches, monkeypatch, design, beta, clip):
     inputs = LossInputs(**{**problem.arguments(), "auxiliary_hidden": tuple(problem.auxiliary_hidden)})
     spec = LossConfig(beta=beta, feature_weight=0.1, temperature=0.7, **clip)
     with NoWaiting():
-        result, gradients, _ = loss_and_gradients(inputs, spec, NeedsGrad(True, True), TritonBackend(design), 1 << 20)
+        result, gradients, _ = loss_and_gradients(
+            inputs, spec, NeedsGrad(True, True), Engine(TritonBackend(design), 1 << 20)
+        )
     assert torch.isfinite(result.loss)
     assert gradients.hidden is not None
     assert gradients.hidden.any()
@@ -114,7 +117,7 @@ def test_no_tensor_is_larger_than_the_workspace(launches, design):
     workspace = 12 << 10
     with NoWaiting() as mode:
         inputs = LossInputs(**{**problem.arguments(), "auxiliary_hidden": ()})
-        loss_and_gradients(inputs, LossConfig(), NeedsGrad(True), TritonBackend(design), workspace)
+        loss_and_gradients(inputs, LossConfig(), NeedsGrad(True), Engine(TritonBackend(design), workspace))
     assert mode.largest <= workspace < 2 * 48 * 131
 
 

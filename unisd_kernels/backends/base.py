@@ -1,7 +1,11 @@
-"""The interface between the engine and a backend: the few operations that touch [rows, columns] logits.
+"""Protocols between the engine and a backend: the few operations that touch [rows, V] logits.
 
-A backend implements `Backend`. The engine makes the tiles with matrix products and walks rows and columns; it never
-looks at a logit. `backends/torch.py` is the plain PyTorch backend.
+The engine (`engine.py`) walks chunks of rows and makes the remaining products of a gradient; it never looks at a logit.
+A backend does. Everything passes as a value: no object keeps what an earlier call left.
+
+Symbols as in docs/design.md: N packed rows, H hidden size, V columns. "The scaled product" of a head is
+`a x / tau`, `x = h W^T + b`: the argument of the soft cap, up to a constant; gradients of logits are taken with respect
+to it, and `gradient_scale` is applied to the small result of their product instead of to the tile.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """From the raw product `x = h W^T + b` to the logit `z = softcap_c(a x) / tau`."""
+    """Constants between the raw product `x = h W^T + b` and the logit `z = softcap_c(a x) / tau`."""
 
     logit_scale: float
     softcap: float | None
@@ -31,38 +35,60 @@ class LogitTransform:
 
     @property
     def product_scale(self) -> float:
-        """What the raw product is multiplied by before the tile is handed over: all of the transform without a cap,
-        and the argument of the tanh with one. Matrix products apply it for free (`alpha`)."""
+        """Factor of the raw product before the tile is handed over: all of the transform without a cap, the argument of
+        the tanh with one. Matrix products apply it for free (`alpha`)."""
         return self.logit_scale / (self.temperature if self.softcap is None else self.softcap)
 
     @property
     def tanh_scale(self) -> float | None:
-        """`c / tau`, by which the tanh is multiplied; None without a cap."""
+        """Factor `c / tau` of the tanh; None without a cap."""
         return None if self.softcap is None else self.softcap / self.temperature
 
     @property
     def gradient_scale(self) -> float:
-        """`a / tau`: the constant part of `dz / dx`. It is applied to the small result, not to the tile."""
+        """Constant part `a / tau` of `dz / dx`. It is applied to the small result, not to the tile."""
         return self.logit_scale / self.temperature
 
 
 class RunningScores(NamedTuple):
-    """Statistics of rows, [rows] each, written in place: of the columns seen so far, or of all."""
+    """Statistics of rows, [rows] each, written in place; they come with the values given here."""
 
-    logsumexp: torch.Tensor  # initially -inf
-    target_logits: torch.Tensor
-    entropy: torch.Tensor | None  # initially 0
+    logsumexp: torch.Tensor  # -inf
+    target_logits: torch.Tensor  # 0
+    entropy: torch.Tensor | None  # 0; None: not asked for
 
 
 class SoftmaxRows(NamedTuple):
-    """Statistics of complete rows, [rows]."""
+    """Statistics of complete rows, [rows] each."""
 
     logsumexp: torch.Tensor
     target_logits: torch.Tensor
 
 
+class Scores(NamedTuple):
+    """Log-probability of the target, log-sum-exp and entropy, [rows] each; without entropy None."""
+
+    logprobs: torch.Tensor
+    logsumexp: torch.Tensor
+    entropy: torch.Tensor | None
+
+    def of_rows(self, rows: slice) -> Scores:
+        return Scores(self.logprobs[rows], self.logsumexp[rows], None if self.entropy is None else self.entropy[rows])
+
+
+class ScoreGrads(NamedTuple):
+    """Upstream gradients of `Scores`, [rows] each; None where there is none."""
+
+    logprobs: torch.Tensor | None
+    logsumexp: torch.Tensor | None
+    entropy: torch.Tensor | None
+
+    def of_rows(self, rows: slice) -> ScoreGrads:
+        return ScoreGrads(*(None if value is None else value[rows] for value in self))
+
+
 class DivergenceRows(NamedTuple):
-    """Statistics of complete rows; all [rows] and float32 (float64 for float64)."""
+    """Statistics of complete rows, [rows] each, float32 (float64 for float64)."""
 
     divergence: torch.Tensor
     student_logprobs: torch.Tensor | None
@@ -79,6 +105,14 @@ class NeedsGrad:
     weight: bool = False
     bias: bool = False
 
+    @classmethod
+    def of(cls, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> NeedsGrad:
+        """What autograd will ask for. Taken outside the autograd function: inside it `needs_input_grad` is also true
+        under `no_grad`."""
+        if not torch.is_grad_enabled():
+            return cls()
+        return cls(hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+
     @property
     def any(self) -> bool:
         return self.hidden or self.weight or self.bias
@@ -88,40 +122,49 @@ class NeedsGrad:
         return self.weight or self.bias
 
 
-class PairWalk(Protocol):
-    """A student and a teacher over the same rows, chunk by chunk. Per chunk: `begin`, then for each block of its rows
-    `statistics` and, if needs_grad, `gradient`; then `gradient_tile` meets the weight in a product."""
+class Divergence(Protocol):
+    """Student and teacher over the same rows in one call of the engine: sizes and buffers, nothing of an earlier block.
+
+    Chunk by chunk: `logits`, then for each block of the chunk's rows `forward` and, if needed, `backward`; then the
+    engine multiplies `gradient` with the weight.
+    """
 
     # Rows whose gradient is held at a time.
     chunk_rows: int
-    # Rows of a chunk whose statistics are taken at a time, or None for all.
+    # Rows of a chunk whose statistics are taken at a time; None for all.
     block_rows: int | None
 
-    def begin(self, rows: slice) -> None:
-        """Start on some rows, at most `chunk_rows`."""
+    def logits(self, rows: slice) -> Any:
+        """Products of a chunk that its blocks share, for `forward`; None where they are made block by block."""
 
-    def statistics(
-        self, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
-    ) -> DivergenceRows:
-        """Of a block: `rows` of all, which are `local` in the chunk."""
+    def forward(
+        self, chunk: Any, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
+    ) -> tuple[DivergenceRows, Any]:
+        """Statistics of a block, and `saved` for its `backward`.
 
-    def gradient(
+        Args:
+            chunk: what `logits` returned for the chunk.
+            rows: the block's rows in the whole; `local` in the chunk.
+            target_ids: [rows], or None where no log-probability is asked for.
+        """
+
+    def backward(
         self,
-        local: slice,
+        saved: Any,
         target_ids: torch.Tensor | None,
         weight: torch.Tensor | None,
         logprob_weight: torch.Tensor | None,
     ) -> None:
-        """The gradient of `sum_n weight_n D_n + logprob_weight_n logp_n(y_n)` with respect to `a x / tau` of the
-        student, for the block of the last `statistics`. A weight of None is one (`weight`) or absent."""
+        """Write the block's rows of the gradient of `sum_n weight_n D_n + logprob_weight_n logp_n(y_n)` with respect to
+        the student's scaled product. Weights are [rows]; None is one for `weight`, and none for `logprob_weight`."""
 
-    def gradient_tile(self, count: int) -> torch.Tensor:
-        """[count, V]: the gradients of the chunk's rows."""
+    def gradient(self, count: int) -> torch.Tensor:
+        """[count, V]: what `backward` wrote for the chunk's `count` rows."""
 
 
 class Backend(Protocol):
-    """A backend. Tiles arrive as `product_scale * (h W^T + b)`, with contiguous rows, float32 or float64, and may be
-    overwritten."""
+    """The operations on logits. Tiles arrive as `product_scale * (h W^T + b)`, with contiguous rows, float32 or
+    float64, and may be overwritten."""
 
     name: str
     # Are the auxiliary views of a small batch better scored as one? On a CPU they are not.
@@ -137,7 +180,7 @@ class Backend(Protocol):
         """How many rows of a chunk to hand over at a time (cache blocking), or None for the whole chunk."""
 
     def gradient_dtype(self, projection: Projection) -> torch.dtype:
-        """Of the gradient tiles that `softmax` and `logprob_gradient` write: the logits' own, which then overwrite
+        """Dtype of the gradient tiles that `softmax` and `score_backward` write: the logits' own, which then overwrite
         them, or a narrower one."""
 
     def logits(self, projection: Projection, rows: slice, out: torch.Tensor) -> None:
@@ -149,67 +192,73 @@ class Backend(Protocol):
     def score(
         self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
     ) -> None:
-        """Log-sum-exp, target logit and entropy of some rows over the whole vocabulary, without holding more than
-        `tile_bytes` of logits. `running` comes with its initial values."""
-
-    def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`scale_n rows_n`, rounded once to `dtype`; how upstream weights meet row gradients made in the forward."""
-
-    def pair_walk(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
-    ) -> PairWalk:
-        """The walk for a divergence and those of the student's gradients that are needs_grad."""
+        """Write log-sum-exp, target logit and entropy of some rows over the whole vocabulary into `running`, without
+        holding more than `tile_bytes` of logits. `target_ids` is [rows]."""
 
     def softmax(
-        self, tile: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
+        self, logits: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
     ) -> SoftmaxRows:
-        """Statistics of complete rows; writes `p_j * d z_j / d (a x_j / tau)`, the gradient of their log-sum-exp with
-        respect to `a x / tau`, into `gradient`, which is the tile if it has its dtype."""
+        """Statistics of complete rows [rows, V]; writes `p_j * d z_j / d (a x_j / tau)`, the gradient of their
+        log-sum-exp, into `gradient` [rows, V], which is the tile itself if it has its dtype."""
 
-    def logprob_gradient(
+    def score_backward(
         self,
-        tile: torch.Tensor,
+        logits: torch.Tensor,
         gradient: torch.Tensor,
         transform: LogitTransform,
-        logsumexp: torch.Tensor,
         target_ids: torch.Tensor,
-        logprob_weight: torch.Tensor | None,
-        logsumexp_weight: torch.Tensor | None,
-        entropy: torch.Tensor | None,
-        entropy_weight: torch.Tensor | None,
+        scores: Scores,
+        grads: ScoreGrads,
     ) -> None:
-        """Write the gradient of `sum_n weight_n * statistic_n` with respect to `a x / tau` (the constant
-        `gradient_scale` is left to the caller) into `gradient`, which is the tile if it has its dtype."""
+        """Write the gradient of `sum_n` upstream times statistic into `gradient` [rows, V], which is the tile itself if
+        it has its dtype. `logits` is [rows, V]; the rest is [rows]."""
+
+    def divergence(
+        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
+    ) -> Divergence:
+        """What walks the rows for a divergence and those of the student's gradients that are needed."""
+
+    def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`scale_n rows_n`, rounded once to `dtype`; how upstream weights [N] meet row gradients [N, H] made in the
+        forward."""
+
+
+class LogitPair(NamedTuple):
+    """Scaled products of complete rows of two views, [rows, V] each with contiguous rows; may be overwritten."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    # Bool [rows], or None for nowhere: here the second tile holds z_t - z_s.
+    teacher_is_delta: torch.Tensor | None
+
+    def of_rows(self, rows: slice) -> LogitPair:
+        is_delta = None if self.teacher_is_delta is None else self.teacher_is_delta[rows]
+        return LogitPair(self.student[rows], self.teacher[rows], is_delta)
 
 
 class LogitBackend(Backend, Protocol):
-    """A backend whose divergence works on logits that products have made (`pair_walk.TilePairWalk`)."""
+    """A backend whose divergence works on logits that products have made (`logit_divergence.py`)."""
 
-    # Does `divergence` take the difference z_t - z_s in place of z_t, in rows that `is_difference` marks? With one head
-    # for both it is `(h_t - h_s) W^T`, which keeps the digits of a small divergence.
-    takes_difference: bool
+    # Does it take z_t - z_s in place of z_t? With one head for both that is `(h_t - h_s) W^T`, which keeps the digits
+    # of a small divergence.
+    takes_delta: bool
 
-    def divergence(
+    def divergence_of_logits(
         self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        student_transform: LogitTransform,
-        teacher_transform: LogitTransform,
+        logits: LogitPair,
+        student: LogitTransform,
+        teacher: LogitTransform,
         target_ids: torch.Tensor | None,
         beta: float,
         want_entropy: bool,
-        is_difference: torch.Tensor | None = None,
     ) -> tuple[DivergenceRows, Any]:
-        """Statistics of complete rows, and a state for `divergence_gradient`. Both tiles may be overwritten.
-        `is_difference` (bool [rows]): these rows of the second tile hold z_t - z_s; only where `takes_difference`."""
+        """Statistics of complete rows, and `saved` for `divergence_of_logits_backward`. `target_ids` is [rows]."""
 
-    def divergence_gradient(
+    def divergence_of_logits_backward(
         self,
-        student: torch.Tensor,
-        state: Any,
+        saved: Any,
         target_ids: torch.Tensor | None,
         weight: torch.Tensor | None,
         logprob_weight: torch.Tensor | None,
     ) -> None:
-        """Write the gradient of `sum_n weight_n D_n + logprob_weight_n logp_n(y_n)` with respect to `a x / tau` of
-        the student into the student's tile. A weight of None is one (`weight`) or absent (`logprob_weight`)."""
+        """As `Divergence.backward`, into the student's tile."""

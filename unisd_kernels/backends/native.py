@@ -11,9 +11,18 @@ from typing import NamedTuple
 import torch
 
 from unisd_kernels.backends import extension
-from unisd_kernels.backends.base import DivergenceRows, LogitTransform, NeedsGrad, PairWalk, RunningScores, SoftmaxRows
+from unisd_kernels.backends.base import (
+    DivergenceRows,
+    LogitPair,
+    LogitTransform,
+    NeedsGrad,
+    RunningScores,
+    ScoreGrads,
+    Scores,
+    SoftmaxRows,
+)
 from unisd_kernels.backends.buffers import contiguous, row_major
-from unisd_kernels.backends.paired_logits import TilePairWalk
+from unisd_kernels.backends.logit_divergence import LogitDivergence
 from unisd_kernels.backends.projection import Projection
 
 # The rows of `statistics` (csrc/statistics.h).
@@ -27,22 +36,21 @@ _PANEL_STEP = 16
 _MOST_ROWS = 144
 
 
-class DivergenceState(NamedTuple):
-    """What `divergence_gradient` needs besides the student's tile, which holds its logits."""
+class SavedDivergence(NamedTuple):
+    """Values for `divergence_of_logits_backward`, which writes into the student's tile."""
 
-    teacher: torch.Tensor
-    is_difference: torch.Tensor | None
-    tanh_scale: float | None
+    logits: LogitPair
+    tanh_scale: float | None  # the student's
     beta: float
-    statistics: torch.Tensor
+    statistics: torch.Tensor  # [_NUM_STATISTICS, rows]
 
 
 class NativeBackend:
-    """See `unisd_kernels.backends.base.Backend`."""
+    """See `unisd_kernels.backends.base.LogitBackend`."""
 
     name = "native"
     stacks_views = False
-    takes_difference = True
+    takes_delta = True
     # A row of logits is often a multiple of 4096 bytes long, so that the same column of all rows falls into one set of
     # the cache; one cache line more, and it does not.
     row_padding = 16
@@ -94,59 +102,54 @@ class NativeBackend:
         extension.operations().scale_rows(rows, scale.to(torch.float32).contiguous(), out)
         return out
 
-    def pair_walk(
+    def divergence(
         self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
-    ) -> PairWalk:
-        return TilePairWalk(self, student, teacher, beta, workspace_bytes, needs_grad)
+    ) -> LogitDivergence:
+        return LogitDivergence(self, student, teacher, beta, workspace_bytes, needs_grad)
 
     def softmax(
-        self, tile: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
+        self, logits: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
     ) -> SoftmaxRows:
-        result = SoftmaxRows(tile.new_empty(tile.shape[0]), tile.new_empty(tile.shape[0]))
-        extension.operations().tile_softmax_(tile, transform.tanh_scale, target_ids.contiguous(), *result)
+        result = SoftmaxRows(logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[0]))
+        extension.operations().tile_softmax_(logits, transform.tanh_scale, target_ids.contiguous(), *result)
         return result
 
-    def logprob_gradient(
+    def score_backward(
         self,
-        tile: torch.Tensor,
+        logits: torch.Tensor,
         gradient: torch.Tensor,
         transform: LogitTransform,
-        logsumexp: torch.Tensor,
         target_ids: torch.Tensor,
-        logprob_weight: torch.Tensor | None,
-        logsumexp_weight: torch.Tensor | None,
-        entropy: torch.Tensor | None,
-        entropy_weight: torch.Tensor | None,
+        scores: Scores,
+        grads: ScoreGrads,
     ) -> None:
         extension.operations().tile_logprob_gradient_(
-            tile,
+            logits,
             transform.tanh_scale,
-            logsumexp.contiguous(),
+            scores.logsumexp.contiguous(),
             target_ids.contiguous(),
-            contiguous(logprob_weight),
-            contiguous(logsumexp_weight),
-            contiguous(entropy),
-            contiguous(entropy_weight),
+            contiguous(grads.logprobs),
+            contiguous(grads.logsumexp),
+            contiguous(scores.entropy),
+            contiguous(grads.entropy),
         )
 
-    def divergence(
+    def divergence_of_logits(
         self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        student_transform: LogitTransform,
-        teacher_transform: LogitTransform,
+        logits: LogitPair,
+        student: LogitTransform,
+        teacher: LogitTransform,
         target_ids: torch.Tensor | None,
         beta: float,
         want_entropy: bool,
-        is_difference: torch.Tensor | None = None,
-    ) -> tuple[DivergenceRows, DivergenceState]:
-        statistics = student.new_empty(_NUM_STATISTICS, student.shape[0])
+    ) -> tuple[DivergenceRows, SavedDivergence]:
+        statistics = logits.student.new_empty(_NUM_STATISTICS, logits.student.shape[0])
         extension.operations().tile_divergence_(
-            student,
-            teacher,
-            student_transform.tanh_scale,
-            teacher_transform.tanh_scale,
-            is_difference,
+            logits.student,
+            logits.teacher,
+            student.tanh_scale,
+            teacher.tanh_scale,
+            logits.teacher_is_delta,
             contiguous(target_ids),
             beta,
             want_entropy,
@@ -160,24 +163,23 @@ class NativeBackend:
             statistics[_STUDENT_ENTROPY] if with_entropy else None,
             statistics[_TEACHER_ENTROPY] if with_entropy else None,
         )
-        return rows, DivergenceState(teacher, is_difference, student_transform.tanh_scale, beta, statistics)
+        return rows, SavedDivergence(logits, student.tanh_scale, beta, statistics)
 
-    def divergence_gradient(
+    def divergence_of_logits_backward(
         self,
-        student: torch.Tensor,
-        state: DivergenceState,
+        saved: SavedDivergence,
         target_ids: torch.Tensor | None,
         weight: torch.Tensor | None,
         logprob_weight: torch.Tensor | None,
     ) -> None:
         extension.operations().tile_divergence_gradient_(
-            student,
-            state.teacher,
-            state.tanh_scale,
-            state.is_difference,
+            saved.logits.student,
+            saved.logits.teacher,
+            saved.tanh_scale,
+            saved.logits.teacher_is_delta,
             contiguous(target_ids),
-            state.beta,
-            state.statistics,
+            saved.beta,
+            saved.statistics,
             contiguous(weight),
             contiguous(logprob_weight),
         )

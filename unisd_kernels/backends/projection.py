@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from unisd_kernels.backends.base import LogitTransform
+from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.heads import LMHead
-from unisd_kernels.reference.logprobs import statistics_dtype
 
 # A widened slice of a 16-bit weight takes at most this much.
 _WIDENED_BYTES = 16 << 20
@@ -44,9 +44,8 @@ class Projection:
         """Is the other one's weight this very memory?"""
         return _is_same(self.weight, other.weight)
 
-    def differs_by_rows(self, other: Projection) -> bool:
-        """Is `z_other - z_self` the projection of `h_other - h_self`? True for one and the same head without a soft
-        cap."""
+    def delta_is_projection(self, other: Projection) -> bool:
+        """Is `z_other - z_self` the projection of `h_other - h_self`? True of one head for both without a soft cap."""
         return (
             self.transform == other.transform
             and self.transform.softcap is None
@@ -54,14 +53,14 @@ class Projection:
             and _is_same(self.bias, other.bias)
         )
 
-    def logits_differ_linearly(self, other: Projection) -> bool:
-        """`differs_by_rows`, and the device projects rows that are wider than the weight (the difference of two
+    def can_project_delta(self, other: Projection) -> bool:
+        """`delta_is_projection`, and the device projects rows that are wider than the weight (the difference of two
         16-bit rows may have more digits than either)."""
-        return self.differs_by_rows(other) and not self._mixed_product
+        return self.delta_is_projection(other) and not self._mixed_product
 
-    def minus(self, other: Projection, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """What to project of some rows, for heads that satisfy `logits_differ_linearly`, and in which of them (bool) it
-        is `hidden - other.hidden`: where that is no longer than `hidden`, which it is in the others.
+    def delta_rows(self, other: Projection, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [rows, H] to project in place of some of `hidden`, for heads that satisfy `can_project_delta`; and where
+        (bool [rows]) they are `hidden - other.hidden`: where that is no longer than `hidden`. The others are `hidden`.
 
         A projection's rounding goes with the length of what is projected. From d = h - h_o the logits z - z_o have an
         error of |d| and z = z_o + (z - z_o) one of |h_o| + |d| <= |h| + 2 |d|; from h itself they are |h_o| + |h| <=
@@ -71,8 +70,8 @@ class Projection:
         hidden = self.hidden[rows].to(self.dtype)
         difference = hidden - other.hidden[rows].to(self.dtype)
         # In float64, where the squares neither overflow nor differ by the order of their sum.
-        is_difference = difference.double().square_().sum(-1) <= hidden.double().square_().sum(-1)
-        return torch.where(is_difference.unsqueeze(-1), difference, hidden), is_difference
+        is_delta = difference.double().square_().sum(-1) <= hidden.double().square_().sum(-1)
+        return torch.where(is_delta.unsqueeze(-1), difference, hidden), is_delta
 
     @property
     def num_columns(self) -> int:
@@ -80,7 +79,7 @@ class Projection:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of logits, statistics and accumulators."""
+        """Dtype of logits, statistics and accumulators."""
         return statistics_dtype(self.hidden.dtype)
 
     @property

@@ -7,9 +7,18 @@ from typing import NamedTuple
 
 import torch
 
-from unisd_kernels.backends.base import DivergenceRows, LogitTransform, NeedsGrad, PairWalk, RunningScores, SoftmaxRows
+from unisd_kernels.backends.base import (
+    DivergenceRows,
+    LogitPair,
+    LogitTransform,
+    NeedsGrad,
+    RunningScores,
+    ScoreGrads,
+    Scores,
+    SoftmaxRows,
+)
 from unisd_kernels.backends.buffers import equal_chunks
-from unisd_kernels.backends.paired_logits import TilePairWalk
+from unisd_kernels.backends.logit_divergence import LogitDivergence
 from unisd_kernels.backends.projection import Projection
 
 # Elementwise passes on a CPU run over blocks of this many bytes, so that a block is still in the cache at the next
@@ -27,16 +36,17 @@ _LARGE_DELTA = 60.0
 _SMALL_SHARE = 1 / 16
 
 
-class DivergenceState(NamedTuple):
-    """What `divergence_gradient` needs besides the tile."""
+class SavedDivergence(NamedTuple):
+    """Values for `divergence_of_logits_backward`, [rows, V] each."""
 
+    student: torch.Tensor  # the tile to write into
     student_probs: torch.Tensor
     factor: torch.Tensor | None  # the gradient is student_probs * factor; None: it stands in the tile (beta = 0)
     cap_gradient: torch.Tensor | None  # 1 - tanh^2, with a soft cap
 
 
 class Partition(NamedTuple):
-    """Per row, of the columns seen so far, relative to the largest logit: so nothing depends on how large that is."""
+    """Sums over the columns seen so far, [rows] each, relative to the largest logit: nothing depends on its size."""
 
     highest: torch.Tensor
     total: torch.Tensor  # sum_j e^(z_j - highest)
@@ -44,7 +54,7 @@ class Partition(NamedTuple):
 
     @classmethod
     def join(cls, blocks: list[Partition]) -> Partition:
-        """Of blocks of rows, of all of them."""
+        """One partition of the rows of several blocks."""
         moments = [block.moment for block in blocks if block.moment is not None]
         return cls(
             torch.cat([block.highest for block in blocks]),
@@ -69,11 +79,11 @@ class Partition(NamedTuple):
 
 
 class TorchBackend:
-    """See `unisd_kernels.backends.base.Backend`."""
+    """See `unisd_kernels.backends.base.LogitBackend`."""
 
     name = "torch"
     stacks_views = False
-    takes_difference = False
+    takes_delta = False
     row_padding = 0
 
     def chunk_rows(self, num_rows: int, most: int, weight_gradient: bool) -> int:
@@ -132,67 +142,64 @@ class TorchBackend:
     def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return (rows * scale.unsqueeze(-1)).to(dtype)
 
-    def pair_walk(
+    def divergence(
         self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
-    ) -> PairWalk:
-        return TilePairWalk(self, student, teacher, beta, workspace_bytes, needs_grad)
+    ) -> LogitDivergence:
+        return LogitDivergence(self, student, teacher, beta, workspace_bytes, needs_grad)
 
     def softmax(
-        self, tile: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
+        self, logits: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
     ) -> SoftmaxRows:
-        logsumexp = _partition(tile, transform, want_moment=False).logsumexp()
-        target_logits = tile.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
-        cap_gradient = _cap_gradient(tile, transform)
-        tile.sub_(logsumexp.unsqueeze(-1)).exp_()
+        logsumexp = _partition(logits, transform, want_moment=False).logsumexp()
+        target_logits = logits.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
+        cap_gradient = _cap_gradient(logits, transform)
+        logits.sub_(logsumexp.unsqueeze(-1)).exp_()
         if cap_gradient is not None:
-            tile.mul_(cap_gradient)
+            logits.mul_(cap_gradient)
         return SoftmaxRows(logsumexp, target_logits)
 
-    def logprob_gradient(
+    def score_backward(
         self,
-        tile: torch.Tensor,
+        logits: torch.Tensor,
         gradient: torch.Tensor,
         transform: LogitTransform,
-        logsumexp: torch.Tensor,
         target_ids: torch.Tensor,
-        logprob_weight: torch.Tensor | None,
-        logsumexp_weight: torch.Tensor | None,
-        entropy: torch.Tensor | None,
-        entropy_weight: torch.Tensor | None,
+        scores: Scores,
+        grads: ScoreGrads,
     ) -> None:
+        tile = logits
         _apply_softcap(tile, transform)
         cap_gradient = _cap_gradient(tile, transform)
         # d logp_y / dz = 1[y] - p,   d lse / dz = p,   d entropy / dz = -p (log p + entropy)
-        probs_weight = torch.zeros_like(logsumexp)
-        if logprob_weight is not None:
-            probs_weight = probs_weight - logprob_weight
-        if logsumexp_weight is not None:
-            probs_weight = probs_weight + logsumexp_weight
-        tile.sub_(logsumexp.unsqueeze(-1))
-        if entropy_weight is not None:
-            assert entropy is not None
+        probs_weight = torch.zeros_like(scores.logsumexp)
+        if grads.logprobs is not None:
+            probs_weight = probs_weight - grads.logprobs
+        if grads.logsumexp is not None:
+            probs_weight = probs_weight + grads.logsumexp
+        tile.sub_(scores.logsumexp.unsqueeze(-1))
+        if grads.entropy is not None:
+            assert scores.entropy is not None
             probs = tile.exp()
-            tile.add_(entropy.unsqueeze(-1)).mul_(entropy_weight.unsqueeze(-1)).neg_()
+            tile.add_(scores.entropy.unsqueeze(-1)).mul_(grads.entropy.unsqueeze(-1)).neg_()
             tile.add_(probs_weight.unsqueeze(-1)).mul_(probs)
         else:
             tile.exp_().mul_(probs_weight.unsqueeze(-1))
-        if logprob_weight is not None:
-            tile.scatter_add_(-1, target_ids.unsqueeze(-1), logprob_weight.to(tile.dtype).unsqueeze(-1))
+        if grads.logprobs is not None:
+            tile.scatter_add_(-1, target_ids.unsqueeze(-1), grads.logprobs.to(tile.dtype).unsqueeze(-1))
         if cap_gradient is not None:
             tile.mul_(cap_gradient)
 
-    def divergence(
+    def divergence_of_logits(
         self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
+        logits: LogitPair,
         student_transform: LogitTransform,
         teacher_transform: LogitTransform,
         target_ids: torch.Tensor | None,
         beta: float,
         want_entropy: bool,
-        is_difference: torch.Tensor | None = None,
-    ) -> tuple[DivergenceRows, DivergenceState]:
-        assert is_difference is None
+    ) -> tuple[DivergenceRows, SavedDivergence]:
+        student, teacher, teacher_is_delta = logits
+        assert teacher_is_delta is None
         _apply_softcap(student, student_transform)
         _apply_softcap(teacher, teacher_transform)
         cap_gradient = _cap_gradient(student, student_transform)
@@ -233,27 +240,27 @@ class TorchBackend:
         rows = DivergenceRows(
             divergence.clamp(min=0.0), student_logprobs, teacher_logprobs, student_entropy, teacher_entropy
         )
-        return rows, DivergenceState(student_probs, factor, cap_gradient)
+        return rows, SavedDivergence(student, student_probs, factor, cap_gradient)
 
-    def divergence_gradient(
+    def divergence_of_logits_backward(
         self,
-        student: torch.Tensor,
-        state: DivergenceState,
+        saved: SavedDivergence,
         target_ids: torch.Tensor | None,
         weight: torch.Tensor | None,
         logprob_weight: torch.Tensor | None,
     ) -> None:
-        if state.factor is not None:
-            torch.mul(state.student_probs, state.factor, out=student)
+        student = saved.student
+        if saved.factor is not None:
+            torch.mul(saved.student_probs, saved.factor, out=student)
         if weight is not None:
             student.mul_(weight.unsqueeze(-1))
         if logprob_weight is not None:
-            student.addcmul_(state.student_probs, logprob_weight.unsqueeze(-1), value=-1.0)
+            student.addcmul_(saved.student_probs, logprob_weight.unsqueeze(-1), value=-1.0)
         if logprob_weight is not None:
             assert target_ids is not None
             student.scatter_add_(-1, target_ids.unsqueeze(-1), logprob_weight.unsqueeze(-1))
-        if state.cap_gradient is not None:
-            student.mul_(state.cap_gradient)
+        if saved.cap_gradient is not None:
+            student.mul_(saved.cap_gradient)
 
 
 def _apply_softcap(tile: torch.Tensor, transform: LogitTransform) -> None:
@@ -267,7 +274,7 @@ def _apply_softcap(tile: torch.Tensor, transform: LogitTransform) -> None:
 
 
 def _partition(tile: torch.Tensor, transform: LogitTransform, want_moment: bool) -> Partition:
-    """Of a [rows, columns] tile of raw products, which are made logits in place."""
+    """Partition of a [rows, columns] tile of scaled products, which are made logits in place."""
     _apply_softcap(tile, transform)
     highest = tile.amax(-1, keepdim=True)
     shifted = tile - highest

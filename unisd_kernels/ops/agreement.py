@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from unisd_kernels.config import check_choice, check_number
+from unisd_kernels.ops.quantile import linear_quantile
 from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
-from unisd_kernels.reference.agreement import disagreement, sequence_weight, token_weight
 from unisd_kernels.results import AgreementWeights
 from unisd_kernels.validation import check_cu_seqlens, check_operand_dtype
 
@@ -64,8 +64,24 @@ def agreement_weights(
         size = num_rows if level == "token" else num_sequences
         return AgreementWeights(logprobs.new_ones(num_rows), logprobs.new_zeros(size))
     if level == "token":
-        spread = disagreement(logprobs, statistic, unbiased=True)
-        return AgreementWeights(token_weight(spread, gamma, quantile), spread)
+        spread = _spread(logprobs, statistic, unbiased=True)
+        if not num_rows:
+            return AgreementWeights(torch.ones_like(spread), spread)
+        scale = linear_quantile(spread, quantile).clamp(min=1e-6)
+        return AgreementWeights((1.0 / (1.0 + gamma * (spread / scale).clamp(max=10.0))).clamp(min=0.01), spread)
     means = sequence_sums(logprobs, cu_seqlens) / sequence_lengths(cu_seqlens).clamp(min=1)
-    spread = disagreement(means, statistic, unbiased=False)
-    return AgreementWeights(sequence_weight(spread, gamma)[sequence_ids(cu_seqlens, num_rows)], spread)
+    spread = _spread(means, statistic, unbiased=False)
+    weights = torch.exp(-gamma * spread).clamp(min=1e-6)
+    return AgreementWeights(weights[sequence_ids(cu_seqlens, num_rows)], spread)
+
+
+def _spread(scores: torch.Tensor, statistic: str, unbiased: bool) -> torch.Tensor:
+    """Variance (0 for K = 1) or range over the views of [K, M] scores, [M]."""
+    if statistic == "range":
+        return scores.amax(0) - scores.amin(0)
+    num_views = scores.shape[0]
+    if num_views == 1:
+        return torch.zeros_like(scores[0])
+    # In two steps, so that an empty batch is no special case (`var` warns about one).
+    deviations = scores - scores.mean(dim=0)
+    return deviations.square().sum(dim=0) / (num_views - unbiased)

@@ -1,4 +1,4 @@
-"""What the autograd functions share: a backward that refuses to be differentiated, and inference tensors."""
+"""Shared by the autograd functions: a backward that refuses to be differentiated, and inference tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from unisd_kernels.config import LossInputs
 from unisd_kernels.heads import LMHead
 
 _R = TypeVar("_R")
@@ -59,3 +60,16 @@ def recordable_head(head: LMHead) -> LMHead:
     """See `recordable`."""
     bias = None if head.bias is None else recordable(head.bias)
     return replace(head, weight=recordable(head.weight), bias=bias)
+
+
+def recordable_inputs(inputs: LossInputs) -> LossInputs:
+    """See `recordable`."""
+
+    def take(value: Any) -> Any:
+        if isinstance(value, LMHead):
+            return recordable_head(value)
+        if isinstance(value, tuple):
+            return tuple(map(take, value))
+        return recordable(value) if isinstance(value, torch.Tensor) else value
+
+    return LossInputs(**{name: take(value) for name, value in inputs.arguments().items()})

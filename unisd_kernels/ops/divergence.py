@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 from unisd_kernels import reference
-from unisd_kernels.backends import engine
-from unisd_kernels.backends.base import Backend, DivergenceRows, LogitTransform, NeedsGrad
+from unisd_kernels.autocast import autocast_operands
+from unisd_kernels.backends.base import DivergenceRows, LogitTransform, NeedsGrad
+from unisd_kernels.backends.engine import Engine
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.registry import resolve
 from unisd_kernels.config import check_number
 from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.autograd import first_order_only, recordable, recordable_head, save, saved
 from unisd_kernels.validation import (
-    autocast_operands,
     check_heads_match,
     check_hidden,
     check_same_precision,
@@ -85,9 +85,9 @@ def linear_divergence(
     check_number("temperature", temperature, low=0.0, open_low=True)
     check_workspace(workspace_bytes)
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
-    given = student_head
+    wide_head = student_head
     student_hidden, student_head = autocast_operands(student_hidden, student_head)
-    teacher_hidden, teacher_head = autocast_operands(teacher_hidden, teacher_head, (given, student_head))
+    teacher_hidden, teacher_head = autocast_operands(teacher_hidden, teacher_head, (wide_head, student_head))
     if implementation.backend is None:
         with torch.autocast(student_hidden.device.type, enabled=False):
             return reference.linear_divergence(
@@ -98,7 +98,7 @@ def linear_divergence(
                 beta,
                 temperature,
             )
-    needs_grad = engine.needs_grad_of(student_hidden, student_head.active_weight, student_head.active_bias)
+    needs_grad = NeedsGrad.of(student_hidden, student_head.active_weight, student_head.active_bias)
     return _LinearDivergence.apply(
         student_hidden,
         student_head.active_weight,
@@ -107,8 +107,7 @@ def linear_divergence(
         Projection.of(teacher_hidden, teacher_head, temperature),
         float(beta),
         needs_grad,
-        implementation.backend(),
-        workspace_bytes or engine.default_workspace_bytes(student_hidden.device, needs_grad.weight),
+        Engine.of(implementation.backend(), workspace_bytes, student_hidden.device, needs_grad.weight),
     )
 
 
@@ -123,19 +122,18 @@ class _LinearDivergence(torch.autograd.Function):
         teacher: Projection,
         beta: float,
         needs_grad: NeedsGrad,
-        backend: Backend,
-        workspace: int,
+        engine: Engine,
     ) -> torch.Tensor:
         student = Projection(hidden, weight, bias, transform).detach()
         ctx.frozen_head = not needs_grad.head
         ctx.hidden_dtype = hidden.dtype
         if ctx.frozen_head:
-            rows, gradients = engine.divergence(student, teacher, None, beta, backend, workspace, needs_grad)
-            ctx.backend = backend
+            rows, gradients = engine.divergence(student, teacher, None, beta, needs_grad)
+            ctx.backend = engine.backend
             ctx.save_for_backward(gradients.hidden)
         else:
-            rows, _ = engine.divergence(student, teacher, None, beta, backend, workspace)
-            ctx.settings = (transform, teacher.transform, beta, backend, workspace)
+            rows, _ = engine.divergence(student, teacher, None, beta)
+            ctx.settings = (transform, teacher.transform, beta, engine)
             save(ctx, hidden, weight, bias, teacher.hidden, teacher.weight, teacher.bias)
         return rows.divergence
 
@@ -144,21 +142,19 @@ class _LinearDivergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.frozen_head:
             (row_gradients,) = ctx.saved_tensors
-            return (ctx.backend.scale_rows(row_gradients, upstream, ctx.hidden_dtype), *(None,) * 8)
+            return (ctx.backend.scale_rows(row_gradients, upstream, ctx.hidden_dtype), *(None,) * 7)
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = saved(ctx)
-        transform, teacher_transform, beta, backend, workspace = ctx.settings
+        transform, teacher_transform, beta, engine = ctx.settings
 
         def row_weights(rows: slice, statistics: DivergenceRows) -> tuple[torch.Tensor, None]:
             return upstream[rows], None
 
-        gradients = engine.divergence(
+        _, gradients = engine.divergence(
             Projection(hidden, weight, bias, transform),
             Projection(teacher_hidden, teacher_weight, teacher_bias, teacher_transform),
             None,
             beta,
-            backend,
-            workspace,
             NeedsGrad(*ctx.needs_input_grad[:3]),
             row_weights,
-        ).gradients
-        return (*gradients.scaled(None, hidden.dtype, weight.dtype), *(None,) * 6)
+        )
+        return (*gradients.scaled(None, hidden.dtype, weight.dtype), *(None,) * 5)

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 
 from unisd_kernels import reference
-from unisd_kernels.backends import engine
-from unisd_kernels.backends.base import Backend, LogitTransform, NeedsGrad
+from unisd_kernels.autocast import autocast_operands
+from unisd_kernels.backends.base import LogitTransform, NeedsGrad, ScoreGrads, Scores
+from unisd_kernels.backends.engine import Engine
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.registry import resolve
 from unisd_kernels.config import check_flag, check_number
 from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.autograd import first_order_only, recordable, recordable_head, save, saved
 from unisd_kernels.results import LinearLogProbs
-from unisd_kernels.validation import autocast_operands, check_hidden, check_target_ids, check_workspace
+from unisd_kernels.validation import check_hidden, check_target_ids, check_workspace
 
 
 def linear_logprobs(
@@ -32,7 +33,7 @@ def linear_logprobs(
 
         z = softcap_c(a (h W^T + b)) / tau,  logp(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_j p_j z_j
 
-    One matrix product without gradient (an online log-sum-exp over vocabulary backend). With a gradient to a frozen
+    One matrix product without gradient (an online log-sum-exp over vocabulary tiles). With a gradient to a frozen
     head's hidden states and no entropy it is two in total: both statistics' row gradients are linear in the row
     `(p W)_n`, which is computed in the forward and scaled in the backward. Otherwise the backward recomputes the
     logits: one product more, plus one for each gradient.
@@ -73,18 +74,17 @@ def linear_logprobs(
                 recordable(hidden), recordable_head(head), recordable(target_ids), temperature, return_entropy
             )
     target_ids = target_ids.long()
-    backend = implementation.backend()
     weight, bias = head.active_weight, head.active_bias
-    needs_grad = engine.needs_grad_of(hidden, weight, bias)
-    workspace = workspace_bytes or engine.default_workspace_bytes(hidden.device, needs_grad.weight)
+    needs_grad = NeedsGrad.of(hidden, weight, bias)
+    engine = Engine.of(implementation.backend(), workspace_bytes, hidden.device, needs_grad.weight)
     transform = LogitTransform.of(head, temperature)
     if not needs_grad.any:
         projection = Projection(hidden, weight, bias, transform).detach()
-        return LinearLogProbs(*engine.score(projection, target_ids, backend, workspace, return_entropy))
+        return LinearLogProbs(*engine.score(projection, target_ids, return_entropy))
     if not needs_grad.head and not return_entropy:
-        logprobs, logsumexp = _FrozenHeadLogProbs.apply(hidden, weight, bias, target_ids, transform, backend, workspace)
+        logprobs, logsumexp = _FrozenHeadLogProbs.apply(hidden, weight, bias, target_ids, transform, engine)
         return LinearLogProbs(logprobs, logsumexp, None)
-    outputs = _LinearLogProbs.apply(hidden, weight, bias, target_ids, transform, return_entropy, backend, workspace)
+    outputs = _LinearLogProbs.apply(hidden, weight, bias, target_ids, transform, return_entropy, engine)
     return LinearLogProbs(*outputs)
 
 
@@ -100,13 +100,12 @@ class _LinearLogProbs(torch.autograd.Function):
         target_ids: torch.Tensor,
         transform: LogitTransform,
         return_entropy: bool,
-        backend: Backend,
-        workspace: int,
+        engine: Engine,
     ) -> tuple[torch.Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.settings = (transform, backend, workspace)
+        ctx.settings = (transform, engine)
         projection = Projection(hidden, weight, bias, transform).detach()
-        scores = engine.score(projection, target_ids, backend, workspace, return_entropy)
+        scores = engine.score(projection, target_ids, return_entropy)
         save(ctx, hidden, weight, bias, target_ids, *scores)
         return tuple(scores)
 
@@ -114,22 +113,17 @@ class _LinearLogProbs(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if all(gradient is None for gradient in upstream):
-            return (None,) * 8
+            return (None,) * 7
         hidden, weight, bias, target_ids, *statistics = saved(ctx)
-        transform, backend, workspace = ctx.settings
-        logprob_weight, logsumexp_weight, entropy_weight = upstream
-        gradients = engine.logprob_gradients(
+        transform, engine = ctx.settings
+        gradients = engine.score_gradients(
             Projection(hidden, weight, bias, transform),
             target_ids,
-            engine.Scores(*statistics),
-            logprob_weight,
-            logsumexp_weight,
-            entropy_weight,
+            Scores(*statistics),
+            ScoreGrads(*upstream),
             NeedsGrad(*ctx.needs_input_grad[:3]),
-            backend,
-            workspace,
         )
-        return (*gradients.scaled(None, hidden.dtype, weight.dtype), *(None,) * 5)
+        return (*gradients.scaled(None, hidden.dtype, weight.dtype), *(None,) * 4)
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
@@ -143,13 +137,12 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         bias: torch.Tensor | None,
         target_ids: torch.Tensor,
         transform: LogitTransform,
-        backend: Backend,
-        workspace: int,
+        engine: Engine,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
         ctx.transform = transform
         projection = Projection(hidden, weight, bias, transform).detach()
-        scores, gradient = engine.score_with_gradient(projection, target_ids, backend, workspace)
+        scores, gradient = engine.score_with_gradient(projection, target_ids)
         save(ctx, hidden, weight, target_ids, scores.logprobs, scores.logsumexp, gradient)
         return scores.logprobs, scores.logsumexp
 
@@ -159,7 +152,7 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         ctx: Any, logprob_weight: torch.Tensor | None, logsumexp_weight: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         if logprob_weight is None and logsumexp_weight is None:
-            return (None,) * 7
+            return (None,) * 6
         hidden, weight, target_ids, logprobs, logsumexp, gradient = saved(ctx)
         on_logsumexp = torch.zeros_like(logsumexp)
         if logsumexp_weight is not None:
@@ -171,4 +164,4 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
             projection = Projection(hidden, weight, None, ctx.transform)
             target_gradient = projection.target_gradient(target_ids, logprobs + logsumexp)
             result.addcmul_(target_gradient, logprob_weight.unsqueeze(-1))
-        return (result.to(hidden.dtype), *(None,) * 6)
+        return (result.to(hidden.dtype), *(None,) * 5)

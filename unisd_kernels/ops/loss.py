@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
-from typing import Any
 
 import torch
 
 from unisd_kernels import reference
-from unisd_kernels.backends import engine
+from unisd_kernels.autocast import autocast_inputs
+from unisd_kernels.backends.base import NeedsGrad
+from unisd_kernels.backends.engine import Engine
 from unisd_kernels.backends.registry import resolve
 from unisd_kernels.config import (
     AgreementLevel,
@@ -22,11 +22,11 @@ from unisd_kernels.config import (
     WeightNormalization,
 )
 from unisd_kernels.heads import LMHead
-from unisd_kernels.ops.autograd import recordable, recordable_head
-from unisd_kernels.ops.loss_autograd import loss_with_autograd
-from unisd_kernels.ops.loss_compiled import compiled_unisd_loss
+from unisd_kernels.ops.autograd import recordable_inputs
+from unisd_kernels.ops.loss_autograd import LossFunction
+from unisd_kernels.ops.loss_compiled import loss_compiled
 from unisd_kernels.results import UniSDLoss
-from unisd_kernels.validation import autocast_operands, check_loss_inputs, check_workspace
+from unisd_kernels.validation import check_loss_inputs, check_workspace
 
 
 def unisd_loss(
@@ -158,7 +158,7 @@ def unisd_loss(
     )
     check_workspace(workspace_bytes)
     if torch.compiler.is_compiling() and (impl or os.environ.get("UNISD_IMPL")) != "reference":
-        return compiled_unisd_loss(_under_autocast(inputs), config, impl, workspace_bytes or _default_workspace(inputs))
+        return loss_compiled(autocast_inputs(inputs), config, impl, workspace_bytes)
     check_loss_inputs(inputs, config)
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
     if inputs.num_rows == 0:
@@ -166,34 +166,18 @@ def unisd_loss(
             "unisd_loss got no rows (every completion token is masked): the loss is 0 with zero gradients",
             stacklevel=2,
         )
-    inputs = _under_autocast(inputs)
+    inputs = autocast_inputs(inputs)
     with torch.autocast(student_hidden.device.type, enabled=False):
         if implementation.backend is None:
-            result = reference.unisd_loss(_recordable(inputs), config)
+            result = reference.unisd_loss(recordable_inputs(inputs), config)
         else:
-            workspace = workspace_bytes or _default_workspace(inputs)
-            result = loss_with_autograd(inputs, config, implementation.backend(), workspace)
+            student = (inputs.student_hidden, inputs.student_head.active_weight, inputs.student_head.active_bias)
+            needs_grad = NeedsGrad.of(*student)
+            engine = Engine.of(implementation.backend(), workspace_bytes, student_hidden.device, needs_grad.weight)
+            result = UniSDLoss(*LossFunction.apply(*student, inputs, config, needs_grad, engine))
     if result.loss.device.type == "cpu" and not bool(torch.isfinite(result.loss)):
         warnings.warn(f"unisd_loss is {float(result.loss.detach())}: {_blame(inputs)}", stacklevel=2)
     return result
-
-
-def _recordable(inputs: LossInputs) -> LossInputs:
-    """For the reference: what autograd may save."""
-
-    def take(value: Any) -> Any:
-        if isinstance(value, LMHead):
-            return recordable_head(value)
-        if isinstance(value, tuple):
-            return tuple(map(take, value))
-        return recordable(value) if isinstance(value, torch.Tensor) else value
-
-    return LossInputs(**{field.name: take(getattr(inputs, field.name)) for field in fields(LossInputs)})
-
-
-def _default_workspace(inputs: LossInputs) -> int:
-    weight_gradient = torch.is_grad_enabled() and inputs.student_head.weight.requires_grad
-    return engine.default_workspace_bytes(inputs.student_hidden.device, weight_gradient)
 
 
 def _views(auxiliary_hidden: torch.Tensor | Sequence[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
@@ -211,34 +195,6 @@ def _views(auxiliary_hidden: torch.Tensor | Sequence[torch.Tensor] | None) -> tu
             f"auxiliary_hidden must be a tensor [K, N, H] or K tensors [N, H], got {type(auxiliary_hidden).__name__}"
         )
     return tuple(auxiliary_hidden)
-
-
-def _under_autocast(inputs: LossInputs) -> LossInputs:
-    if not torch.is_autocast_enabled(inputs.student_hidden.device.type):
-        return inputs
-    student_hidden, student_head = autocast_operands(inputs.student_hidden, inputs.student_head)
-    like = (inputs.student_head, student_head)
-    teacher_hidden, teacher_head = autocast_operands(inputs.teacher_hidden, inputs.teacher_head, like)
-    auxiliary_head, negative_head = inputs.auxiliary_head, inputs.negative_head
-    if auxiliary_head is not None:
-        auxiliary_head = autocast_operands(inputs.teacher_hidden, auxiliary_head, like)[1]
-    if negative_head is not None:
-        negative_head = autocast_operands(inputs.teacher_hidden, negative_head, like)[1]
-    dtype = student_hidden.dtype
-    return LossInputs(
-        student_hidden=student_hidden,
-        student_head=student_head,
-        teacher_hidden=teacher_hidden,
-        teacher_head=teacher_head,
-        target_ids=inputs.target_ids,
-        cu_seqlens=inputs.cu_seqlens,
-        auxiliary_hidden=tuple(hidden.to(dtype) for hidden in inputs.auxiliary_hidden),
-        auxiliary_head=auxiliary_head,
-        negative_hidden=None if inputs.negative_hidden is None else inputs.negative_hidden.to(dtype),
-        negative_head=negative_head,
-        token_weights=inputs.token_weights,
-        num_items=inputs.num_items,
-    )
 
 
 def _blame(inputs: LossInputs) -> str:

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from unisd_kernels.backends import engine
-from unisd_kernels.backends.base import Backend, DivergenceRows, NeedsGrad
+from unisd_kernels.backends.base import DivergenceRows, NeedsGrad
+from unisd_kernels.backends.engine import Engine, Gradients, allocate
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.config import LossConfig, LossInputs
+from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.agreement import agreement_weights
 from unisd_kernels.ops.autograd import first_order_only
+from unisd_kernels.ops.quantile import clip_cap
 from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
-from unisd_kernels.reference.clipping import clip_cap_from_quantile
-from unisd_kernels.reference.logprobs import statistics_dtype
 from unisd_kernels.results import UniSDLoss
 
 # Feature matching widens this many bytes of hidden states at a time.
@@ -28,27 +28,22 @@ _STACKED_ROWS = 2048
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that the walk over the logits needs besides the student."""
+    """Everything that the walk over the logits needs besides the student."""
 
     teacher: Projection
-    target_ids: torch.Tensor
-    negative_logprobs: torch.Tensor | None
+    target_ids: torch.Tensor  # [N]
+    negative_logprobs: torch.Tensor | None  # [N]
     divergence_scale: torch.Tensor  # [N]: dL / d min(D_n, cap) before divergence_weight
     mean_scale: torch.Tensor  # [N]: dL / dC_n and dL / dF_n before their weights
     config: LossConfig
     needs_grad: NeedsGrad
-    backend: Backend
-    workspace: int
+    engine: Engine
 
 
-def loss_with_autograd(inputs: LossInputs, config: LossConfig, backend: Backend, workspace: int) -> UniSDLoss:
-    """`unisd_loss` for checked inputs."""
-    student = (inputs.student_hidden, inputs.student_head.active_weight, inputs.student_head.active_bias)
-    needs_grad = engine.needs_grad_of(*student)
-    return UniSDLoss(*_UniSDLoss.apply(*student, inputs, config, needs_grad, backend, workspace))
+class LossFunction(torch.autograd.Function):
+    """`unisd_loss` of checked inputs; differentiable in the student's hidden states, weight and bias, which come first
+    because autograd looks at no tensor inside a value."""
 
-
-class _UniSDLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -58,10 +53,9 @@ class _UniSDLoss(torch.autograd.Function):
         inputs: LossInputs,
         config: LossConfig,
         needs_grad: NeedsGrad,
-        backend: Backend,
-        workspace: int,
+        engine: Engine,
     ) -> tuple[torch.Tensor | None, ...]:
-        result, gradients, grad_scale = loss_and_gradients(inputs, config, needs_grad, backend, workspace)
+        result, gradients, grad_scale = loss_and_gradients(inputs, config, needs_grad, engine)
         ctx.mark_non_differentiable(*(value for value in result[1:] if value is not None))
         ctx.set_materialize_grads(False)
         ctx.dtypes = (hidden.dtype, weight.dtype)
@@ -72,38 +66,39 @@ class _UniSDLoss(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 8
+            return (None,) * 7
         *gradients, grad_scale = ctx.saved_tensors
-        return (*engine.Gradients(*gradients).scaled(upstream * grad_scale, *ctx.dtypes), *(None,) * 5)
+        return (*Gradients(*gradients).scaled(upstream * grad_scale, *ctx.dtypes), *(None,) * 4)
 
 
-@torch.no_grad()
 def loss_and_gradients(
-    inputs: LossInputs, config: LossConfig, needs_grad: NeedsGrad, backend: Backend, workspace: int
-) -> tuple[UniSDLoss, engine.Gradients, torch.Tensor]:
-    """The loss with its statistics, and its gradients in units of a 0-dim scale (`_grad_scale`), which comes third."""
+    inputs: LossInputs, config: LossConfig, needs_grad: NeedsGrad, engine: Engine
+) -> tuple[UniSDLoss, Gradients, torch.Tensor]:
+    """The loss with its statistics, and its gradients in units of a 0-dim scale (`_grad_scale`), which comes third.
+
+    To be called where autograd does not record.
+    """
     target_ids = inputs.target_ids.long()
+    student_head, teacher_head, auxiliary_head, negative_head = inputs.heads
 
     def score(hidden: torch.Tensor, head: LMHead, temperature: float, ids: torch.Tensor = target_ids) -> torch.Tensor:
-        return engine.score(Projection.of(hidden, head, temperature), ids, backend, workspace).logprobs
+        return engine.score(Projection.of(hidden, head, temperature), ids).logprobs
 
     has_divergence, has_contrast = config.runs_divergence, config.runs_contrast(inputs.negative_hidden is not None)
     negative = None
     if has_contrast:
         assert inputs.negative_hidden is not None
-        head = inputs.teacher_head if inputs.negative_head is None else inputs.negative_head
-        negative = score(inputs.negative_hidden, head, config.temperature)
+        negative = score(inputs.negative_hidden, negative_head, config.temperature)
     dtype = statistics_dtype(inputs.student_hidden.dtype)
     weights = torch.ones(inputs.num_rows, dtype=dtype, device=inputs.student_hidden.device)
     auxiliary = spread = None
     if inputs.auxiliary_hidden and has_divergence:
-        head = inputs.teacher_head if inputs.auxiliary_head is None else inputs.auxiliary_head
         views = inputs.auxiliary_hidden
-        if backend.stacks_views and len(views) * inputs.num_rows <= _STACKED_ROWS:
-            stacked = score(torch.cat(views), head, 1.0, target_ids.repeat(len(views)))
+        if engine.backend.stacks_views and len(views) * inputs.num_rows <= _STACKED_ROWS:
+            stacked = score(torch.cat(views), auxiliary_head, 1.0, target_ids.repeat(len(views)))
             auxiliary = stacked.view(len(views), inputs.num_rows)
         else:
-            auxiliary = torch.stack([score(hidden, head, 1.0) for hidden in views])
+            auxiliary = torch.stack([score(hidden, auxiliary_head, 1.0) for hidden in views])
         weights, spread = agreement_weights(
             auxiliary,
             inputs.cu_seqlens,
@@ -115,17 +110,16 @@ def loss_and_gradients(
         weights = weights * inputs.token_weights.to(dtype)
 
     divergence_scale, mean_scale = _row_scales(inputs, config, weights)
-    student = Projection.of(inputs.student_hidden, inputs.student_head, config.temperature)
+    student = Projection.of(inputs.student_hidden, student_head, config.temperature)
     plan = _Plan(
-        Projection.of(inputs.teacher_hidden, inputs.teacher_head, config.temperature),
+        Projection.of(inputs.teacher_hidden, teacher_head, config.temperature),
         target_ids,
         negative,
         divergence_scale,
         mean_scale,
         config,
         needs_grad,
-        backend,
-        workspace,
+        engine,
     )
     rows: DivergenceRows | None
     if has_divergence or has_contrast:
@@ -133,7 +127,7 @@ def loss_and_gradients(
     else:
         # Feature matching alone: no logit is needed.
         rows, clipped, contrastive = None, None, None
-        gradients = engine.allocate(needs_grad, student, written=False)
+        gradients = allocate(needs_grad, student, written=False)
         grad_scale = torch.ones((), dtype=student.dtype, device=student.hidden.device)
 
     features = None
@@ -204,7 +198,7 @@ class _Clipped:
 
 def _divergence_and_contrastive(
     student: Projection, plan: _Plan
-) -> tuple[DivergenceRows, engine.Gradients, torch.Tensor, _Clipped | None, torch.Tensor | None]:
+) -> tuple[DivergenceRows, Gradients, torch.Tensor, _Clipped | None, torch.Tensor | None]:
     """Statistics, gradients in units of `grad_scale`, the clipped rows, and C [N]."""
     config, needs_grad, negative = plan.config, plan.needs_grad, plan.negative_logprobs
     divergence_coefficient = plan.divergence_scale * config.divergence_weight
@@ -219,8 +213,8 @@ def _divergence_and_contrastive(
     deferred = needs_grad.hidden and not needs_grad.head and negative is None
     weighs = config.divergence_weight > 0
     if config.clip_quantile is not None and weighs and not deferred and needs_grad.any and student.hidden.shape[0]:
-        first = engine.divergence(student, plan.teacher, None, config.beta, plan.backend, plan.workspace)
-        cap = clip_cap_from_quantile(first.rows.divergence, config.clip_quantile)
+        first, _ = plan.engine.divergence(student, plan.teacher, None, config.beta)
+        cap = clip_cap(first.divergence, config.clip_quantile)
 
     def row_weights(rows: slice, statistics: DivergenceRows) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if deferred:
@@ -235,21 +229,19 @@ def _divergence_and_contrastive(
 
     # Feature matching alone: the logits serve statistics only.
     in_logits = config.divergence_weight > 0 or (negative is not None and config.contrastive_weight > 0)
-    rows, gradients = engine.divergence(
+    rows, gradients = plan.engine.divergence(
         student,
         plan.teacher,
         plan.target_ids,
         config.beta,
-        plan.backend,
-        plan.workspace,
         needs_grad if in_logits else NeedsGrad(),
         row_weights,
         config.return_entropy,
     )
     if not in_logits:
-        gradients = engine.allocate(needs_grad, student, written=False)
+        gradients = allocate(needs_grad, student, written=False)
     if config.clip_quantile is not None and cap is None and student.hidden.shape[0]:
-        cap = clip_cap_from_quantile(rows.divergence, config.clip_quantile)
+        cap = clip_cap(rows.divergence, config.clip_quantile)
     clipped = None if cap is None else _Clipped(cap, rows.divergence > cap)
     if deferred:
         weight = divergence_coefficient / grad_scale

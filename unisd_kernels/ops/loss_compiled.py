@@ -2,7 +2,8 @@
 number depends on the batch, and the graph of the caller does not break.
 
 Eager calls do not come here. The operator computes loss and gradients as they do (`loss_autograd.loss_and_gradients`);
-arguments are checked when it runs.
+arguments are checked when it runs. An operator's schema holds tensors and numbers only: the tensors travel as a list
+with a mask of which are there, the settings as `LossConfig.encode` gives them.
 """
 
 from __future__ import annotations
@@ -11,205 +12,139 @@ from typing import Any
 
 import torch
 
-from unisd_kernels.backends import engine
 from unisd_kernels.backends.base import NeedsGrad
+from unisd_kernels.backends.engine import Engine, Gradients
 from unisd_kernels.backends.registry import resolve
 from unisd_kernels.config import LossConfig, LossInputs, check_number
+from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.autograd import first_order_only
 from unisd_kernels.ops.loss_autograd import loss_and_gradients
-from unisd_kernels.reference.logprobs import statistics_dtype
 from unisd_kernels.results import UniSDLoss
 from unisd_kernels.validation import check_loss_inputs
 
 _SCALARS = 4  # loss and its three parts lead the fields of UniSDLoss
+# Of the list of tensors: the student's three get gradients and come first, as many auxiliary views as there are last.
+_DIFFERENTIABLE = 3
+_HEADS = ("student", "teacher", "auxiliary", "negative")
+_SINGLE = ("student_hidden", "teacher_hidden", "negative_hidden", "target_ids", "cu_seqlens", "token_weights")
+_SLOTS = (
+    "student_hidden",
+    *(f"{head}_head.{part}" for head in _HEADS for part in ("weight", "bias")),
+    *_SINGLE[1:],
+    "num_items",
+)
 
 
-def compiled_unisd_loss(inputs: LossInputs, config: LossConfig, impl: str | None, workspace: int) -> UniSDLoss:
+def loss_compiled(inputs: LossInputs, config: LossConfig, impl: str | None, workspace_bytes: int | None) -> UniSDLoss:
     """`unisd_loss` inside a graph."""
-    # What the operator cannot see: it gets a float, and tensors without autograd. The rest is checked when it runs.
+    # The operator gets a float, and tensors without autograd, so it cannot see these. The rest is checked when it runs.
     for name in ("token_weights", "num_items"):
         value = getattr(inputs, name)
         if isinstance(value, torch.Tensor) and value.requires_grad:
             raise ValueError(f"{name} must not require a gradient; detach it")
-    if inputs.num_items is not None and not isinstance(inputs.num_items, torch.Tensor):
-        check_number("num_items", inputs.num_items, low=0.0)
-    student, teacher = inputs.student_head, inputs.teacher_head
-    auxiliary = teacher if inputs.auxiliary_head is None else inputs.auxiliary_head
-    negative = teacher if inputs.negative_head is None else inputs.negative_head
-    needs_grad = engine.needs_grad_of(inputs.student_hidden, student.active_weight, student.active_bias)
     num_items = inputs.num_items
-    heads = (student, teacher, auxiliary, negative)
+    if num_items is not None and not isinstance(num_items, torch.Tensor):
+        check_number("num_items", num_items, low=0.0)
+    student = inputs.student_head
+    needs_grad = NeedsGrad.of(inputs.student_hidden, student.active_weight, student.active_bias)
+    slots = _slots(inputs)
+    tensors = [tensor for tensor in slots if tensor is not None]
     flat = _loss_operator(
-        inputs.student_hidden,
-        student.active_weight,
-        student.active_bias,
-        inputs.teacher_hidden,
-        [head.active_weight.detach() for head in heads[1:]],
-        # No bias is an empty one here: a list has no place for None.
-        [head.weight.new_empty(0) if head.active_bias is None else head.active_bias.detach() for head in heads[1:]],
-        list(inputs.auxiliary_hidden),
-        inputs.negative_hidden,
-        inputs.target_ids,
-        inputs.cu_seqlens,
-        inputs.token_weights,
-        num_items if isinstance(num_items, torch.Tensor) else None,
+        [*tensors, *inputs.auxiliary_hidden],
+        [tensor is not None for tensor in slots],
+        # No cap is a cap of 0 here.
+        [constant for head in inputs.heads for constant in (float(head.logit_scale), float(head.softcap or 0.0))],
         None if num_items is None or isinstance(num_items, torch.Tensor) else float(num_items),
-        [float(head.logit_scale) for head in heads],
-        # Nor for no cap.
-        [float(head.softcap or 0.0) for head in heads],
-        float(config.beta),
-        float(config.temperature),
-        config.clip_cap,
-        config.clip_quantile,
-        config.agreement,
-        config.agreement_statistic,
-        float(config.agreement_gamma),
-        config.weight_normalization,
-        float(config.contrastive_weight),
-        float(config.contrastive_margin),
-        float(config.feature_weight),
-        float(config.divergence_weight),
-        config.normalization,
-        config.return_entropy,
-        config.return_statistics,
+        config.encode(),
         [needs_grad.hidden, needs_grad.weight, needs_grad.bias],
         impl,
-        workspace,
+        workspace_bytes,
     )
     present = _present(len(inputs.auxiliary_hidden), inputs.negative_hidden is not None, config)
     loss, *statistics = (value if there else None for value, there in zip(flat, present))
     return UniSDLoss(loss, *(None if value is None else value.detach() for value in statistics))  # type: ignore[arg-type]
 
 
+def _slots(inputs: LossInputs) -> list[torch.Tensor | None]:
+    """The tensors of `_SLOTS`; an auxiliary or negative head is left out where it is the teacher's."""
+    own = (inputs.student_head, inputs.teacher_head, inputs.auxiliary_head, inputs.negative_head)
+    slots: dict[str, torch.Tensor | None] = {name: getattr(inputs, name) for name in _SINGLE}
+    for name, head in zip(_HEADS, own, strict=True):
+        weight = bias = None
+        if head is not None:
+            weight, bias = head.active_weight, head.active_bias
+            if name != "student":
+                weight, bias = weight.detach(), None if bias is None else bias.detach()
+        slots[f"{name}_head.weight"], slots[f"{name}_head.bias"] = weight, bias
+    slots["num_items"] = inputs.num_items if isinstance(inputs.num_items, torch.Tensor) else None
+    return [slots[name] for name in _SLOTS]
+
+
+def _named(tensors: list[torch.Tensor], present: list[bool]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """The tensors that are there by name, and the auxiliary views."""
+    names = [name for name, there in zip(_SLOTS, present, strict=True) if there]
+    return dict(zip(names, tensors)), tensors[len(names) :]
+
+
 @torch.library.custom_op("unisd::loss", mutates_args=())
 def _loss_operator(
-    student_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
-    student_bias: torch.Tensor | None,
-    teacher_hidden: torch.Tensor,
-    other_weights: list[torch.Tensor],
-    other_biases: list[torch.Tensor],
-    auxiliary_hidden: list[torch.Tensor],
-    negative_hidden: torch.Tensor | None,
-    target_ids: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    token_weights: torch.Tensor | None,
-    num_items_tensor: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    present: list[bool],
+    head_constants: list[float],
     num_items: float | None,
-    logit_scales: list[float],
-    softcaps: list[float],
-    beta: float,
-    temperature: float,
-    clip_cap: float | None,
-    clip_quantile: float | None,
-    agreement: str,
-    agreement_statistic: str,
-    agreement_gamma: float,
-    weight_normalization: str | None,
-    contrastive_weight: float,
-    contrastive_margin: float,
-    feature_weight: float,
-    divergence_weight: float,
-    normalization: str,
-    return_entropy: bool,
-    return_statistics: bool,
+    config: list[float],
     needs_grad: list[bool],
     impl: str | None,
-    workspace: int,
+    workspace_bytes: int | None,
 ) -> list[torch.Tensor]:
     """The 16 fields of UniSDLoss, then the gradients of hidden states, weight and bias, and their scale; what is absent
     is an empty tensor."""
-    student, teacher, auxiliary, negative = (
-        LMHead(weight, bias, scale, cap or None)
-        for weight, bias, scale, cap in zip(
-            [student_weight, *other_weights],
-            [student_bias, *(bias if bias.numel() else None for bias in other_biases)],
-            logit_scales,
-            softcaps,
-            strict=True,
-        )
-    )
+    named, auxiliary_hidden = _named(tensors, present)
+    heads = {
+        f"{name}_head": LMHead(named[f"{name}_head.weight"], named.get(f"{name}_head.bias"), scale, cap or None)
+        for name, scale, cap in zip(_HEADS, head_constants[::2], head_constants[1::2], strict=True)
+        if f"{name}_head.weight" in named
+    }
     inputs = LossInputs(
-        student_hidden,
-        student,
-        teacher_hidden,
-        teacher,
-        target_ids,
-        cu_seqlens,
-        tuple(auxiliary_hidden),
-        auxiliary,
-        negative_hidden,
-        negative,
-        token_weights,
-        num_items if num_items_tensor is None else num_items_tensor,
+        **{name: named.get(name) for name in _SINGLE},  # type: ignore[arg-type]
+        **heads,  # type: ignore[arg-type]
+        auxiliary_hidden=tuple(auxiliary_hidden),
+        num_items=named.get("num_items", num_items),
     )
-    config = LossConfig(
-        beta=beta,
-        temperature=temperature,
-        clip_cap=clip_cap,
-        clip_quantile=clip_quantile,
-        agreement=agreement,  # type: ignore[arg-type]
-        agreement_statistic=agreement_statistic,  # type: ignore[arg-type]
-        agreement_gamma=agreement_gamma,
-        weight_normalization=weight_normalization,  # type: ignore[arg-type]
-        contrastive_weight=contrastive_weight,
-        contrastive_margin=contrastive_margin,
-        feature_weight=feature_weight,
-        divergence_weight=divergence_weight,
-        normalization=normalization,  # type: ignore[arg-type]
-        return_entropy=return_entropy,
-        return_statistics=return_statistics,
-    )
-    check_loss_inputs(inputs, config)
-    implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
+    settings = LossConfig.decode(config)
+    check_loss_inputs(inputs, settings)
+    device = inputs.student_hidden.device
+    implementation = resolve(impl, device, inputs.student_hidden.dtype)
     assert implementation.backend is not None
-    backend = implementation.backend()
-    result, gradients, grad_scale = loss_and_gradients(inputs, config, NeedsGrad(*needs_grad), backend, workspace)
+    needed = NeedsGrad(*needs_grad)
+    engine = Engine.of(implementation.backend(), workspace_bytes, device, needed.weight)
+    result, gradients, grad_scale = loss_and_gradients(inputs, settings, needed, engine)
     # An operator's results own their memory: statistics may be rows of one tensor, gradients are not.
     fields = [grad_scale.new_empty(0) if value is None else value.clone() for value in result]
     return [*fields, *(grad_scale.new_empty(0) if value is None else value for value in gradients), grad_scale]
 
 
 @_loss_operator.register_fake
-def _(  # type: ignore[no-untyped-def]
-    student_hidden,
-    student_weight,
-    student_bias,
-    teacher_hidden,
-    other_weights,
-    other_biases,
-    auxiliary_hidden,
-    negative_hidden,
-    target_ids,
-    cu_seqlens,
-    *rest,
-):
-    agreement, needs_grad = rest[9], rest[20]
-    num_rows = student_hidden.shape[0]
-    dtype = statistics_dtype(student_hidden.dtype)
+def _(tensors, present, head_constants, num_items, config, needs_grad, impl, workspace_bytes):  # type: ignore[no-untyped-def]
+    named, auxiliary_hidden = _named(tensors, present)
+    hidden, settings = named["student_hidden"], LossConfig.decode(config)
+    num_rows, dtype = hidden.shape[0], statistics_dtype(hidden.dtype)
 
     def new(*shape, dtype=dtype):  # type: ignore[no-untyped-def]
-        return student_hidden.new_empty(shape, dtype=dtype)
+        return hidden.new_empty(shape, dtype=dtype)
 
-    config = LossConfig(
-        contrastive_weight=rest[13],
-        feature_weight=rest[15],
-        divergence_weight=rest[16],
-        return_entropy=rest[18],
-        return_statistics=rest[19],
-    )
-    present = _present(len(auxiliary_hidden), negative_hidden is not None, config)
+    fields_present = _present(len(auxiliary_hidden), "negative_hidden" in named, settings)
     shapes: list[tuple[int, ...]] = [()] * _SCALARS + [(num_rows,)] * 10
     shapes.append((len(auxiliary_hidden), num_rows))
-    shapes.append((num_rows if agreement == "token" else cu_seqlens.shape[0] - 1,))
+    shapes.append((num_rows if settings.agreement == "token" else named["cu_seqlens"].shape[0] - 1,))
     fields = [
         new(*(shape if there else (0,)), dtype=torch.bool if there and name == "clipped" else dtype)
-        for name, shape, there in zip(UniSDLoss._fields, shapes, present, strict=True)
+        for name, shape, there in zip(UniSDLoss._fields, shapes, fields_present, strict=True)
     ]
     gradients = [
-        new(*like.shape) if is_wanted else new(0)
-        for like, is_wanted in zip((student_hidden, student_weight, student_bias), needs_grad, strict=True)
+        new(*named[name].shape) if is_needed else new(0)
+        for name, is_needed in zip(_SLOTS[:_DIFFERENTIABLE], needs_grad, strict=True)
     ]
     return [*fields, *gradients, new()]
 
@@ -229,23 +164,21 @@ def _present(num_auxiliary: int, has_negative: bool, config: LossConfig) -> list
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    ctx.num_inputs = len(inputs)
-    ctx.num_others = len(inputs[4])
-    ctx.num_auxiliary = len(inputs[6])
-    ctx.dtypes = (inputs[0].dtype, inputs[1].dtype)
-    ctx.needs_grad = inputs[30]
+    tensors, present, *others = inputs
+    ctx.num_tensors, ctx.num_others = len(tensors), 1 + len(others)
+    ctx.has_bias = present[_SLOTS.index("student_head.bias")]
+    ctx.dtypes = (tensors[0].dtype, tensors[1].dtype)
+    ctx.needs_grad = others[3]
     ctx.save_for_backward(*output[len(UniSDLoss._fields) :])
 
 
 @first_order_only
 def _backward(ctx: Any, upstream: list[torch.Tensor]) -> tuple[object, ...]:
     *gradients, grad_scale = ctx.saved_tensors
-    kept = engine.Gradients(*(value if there else None for value, there in zip(gradients, ctx.needs_grad, strict=True)))
-    found = kept.scaled(upstream[0] * grad_scale, *ctx.dtypes)
-    rest: list[list[None] | None] = [None] * (ctx.num_inputs - 3)
-    # Lists of tensors take lists of gradients.
-    rest[1], rest[2], rest[3] = [None] * ctx.num_others, [None] * ctx.num_others, [None] * ctx.num_auxiliary
-    return (*found, *rest)
+    kept = Gradients(*(value if there else None for value, there in zip(gradients, ctx.needs_grad, strict=True)))
+    hidden, weight, bias = kept.scaled(upstream[0] * grad_scale, *ctx.dtypes)
+    found = [hidden, weight, bias] if ctx.has_bias else [hidden, weight]
+    return ([*found, *[None] * (ctx.num_tensors - len(found))], *(None,) * ctx.num_others)
 
 
 _loss_operator.register_autograd(_backward, setup_context=_setup_context)

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import torch
 
-from unisd_kernels.quantiles import linear_quantile
 from unisd_kernels.results import AgreementWeights
 
 
@@ -14,18 +13,16 @@ def disagreement(scores: torch.Tensor, statistic: str, unbiased: bool) -> torch.
     """Spread of [K, M] scores over the K views: variance (0 for K = 1) or range, [M]."""
     if statistic == "range":
         return scores.amax(0) - scores.amin(0)
-    if scores.shape[0] == 1:
+    if scores.shape[0] == 1 or scores.numel() == 0:  # `var` warns about both
         return torch.zeros_like(scores[0])
-    # Two steps rather than `var`, which warns about an empty batch.
-    deviations = scores - scores.mean(dim=0)
-    return deviations.square().sum(dim=0) / (scores.shape[0] - unbiased)
+    return scores.var(dim=0, correction=int(unbiased))
 
 
 def token_weight(spread: torch.Tensor, gamma: float, quantile: float = 0.95) -> torch.Tensor:
     """`w_n = max(1 / (1 + gamma * min(d_n / max(quantile_0.95(d), 1e-6), 10)), 0.01)`."""
     if spread.numel() == 0:
         return torch.ones_like(spread)
-    scale = linear_quantile(spread, quantile).clamp(min=1e-6)
+    scale = torch.quantile(spread, quantile).clamp(min=1e-6)
     return (1.0 / (1.0 + gamma * (spread / scale).clamp(max=10.0))).clamp(min=0.01)
 
 

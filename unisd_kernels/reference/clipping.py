@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from unisd_kernels.quantiles import linear_quantile
-
 
 def clip_cap_from_quantile(divergence: torch.Tensor, q: float) -> torch.Tensor:
     """`max(quantile_q(D over valid tokens), 1e-6)`; no gradient flows through the cap."""
-    return linear_quantile(divergence.detach(), q).clamp(min=1e-6)
+    return torch.quantile(divergence.detach(), q).clamp(min=1e-6)
 
 
 def clip_divergence(divergence: torch.Tensor, cap: float | torch.Tensor) -> torch.Tensor:

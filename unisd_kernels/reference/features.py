@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from unisd_kernels.reference.logprobs import statistics_dtype
+from unisd_kernels.dtypes import statistics_dtype
 
 
 def feature_distance(student_hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> torch.Tensor:

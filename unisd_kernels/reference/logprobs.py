@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.heads import LMHead
 from unisd_kernels.results import LinearLogProbs
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def linear_logits(hidden: torch.Tensor, head: LMHead, temperature: float = 1.0) -> torch.Tensor:

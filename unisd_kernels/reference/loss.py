@@ -7,12 +7,13 @@ from itertools import pairwise
 import torch
 
 from unisd_kernels.config import LossConfig, LossInputs
+from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.reference.agreement import agreement_weights
 from unisd_kernels.reference.clipping import clip_cap_from_quantile, clip_divergence
 from unisd_kernels.reference.contrastive import contrastive_hinge
 from unisd_kernels.reference.divergence import linear_divergence
 from unisd_kernels.reference.features import feature_distance
-from unisd_kernels.reference.logprobs import linear_logprobs, statistics_dtype
+from unisd_kernels.reference.logprobs import linear_logprobs
 from unisd_kernels.results import UniSDLoss
 
 
@@ -41,7 +42,7 @@ def reduce_per_token(
 
 
 def unisd_loss(inputs: LossInputs, config: LossConfig) -> UniSDLoss:
-    """Dense UniSD loss; arguments and result as in `unisd_kernels.unisd_loss`."""
+    """Dense UniSD loss: `unisd_kernels.unisd_loss` with its tensors and its settings as two values; the same result."""
     dtype = statistics_dtype(inputs.student_hidden.dtype)
     zero = torch.zeros((), dtype=dtype, device=inputs.student_hidden.device)
     has_divergence, has_contrast = config.runs_divergence, config.runs_contrast(inputs.negative_hidden is not None)

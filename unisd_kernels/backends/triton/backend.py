@@ -17,7 +17,15 @@ from __future__ import annotations
 import torch
 import triton
 
-from unisd_kernels.backends.base import LogitTransform, NeedsGrad, PairWalk, RunningScores, SoftmaxRows
+from unisd_kernels.backends.base import (
+    Divergence,
+    LogitTransform,
+    NeedsGrad,
+    RunningScores,
+    ScoreGrads,
+    Scores,
+    SoftmaxRows,
+)
 from unisd_kernels.backends.buffers import contiguous, equal_tiles, row_major, whole_tiles
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.triton import gradients, score
@@ -153,20 +161,21 @@ class TritonBackend:
             )
         return out
 
-    def pair_walk(
+    def divergence(
         self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
-    ) -> PairWalk:
+    ) -> Divergence:
         _check_interpretable(student)
         _check_interpretable(teacher)
         narrow = all(p.hidden.dtype in (torch.float16, torch.bfloat16) for p in (student, teacher))
         one_weight = narrow and student.weight_is(teacher)
         fused = beta in (0.0, 1.0) and (one_weight if self._design is None else self._design == "fused")
-        walk = FusedDivergence if fused else ChunkedDivergence
-        return walk(student, teacher, beta, workspace_bytes, needs_grad)
+        design = FusedDivergence if fused else ChunkedDivergence
+        return design(student, teacher, beta, workspace_bytes, needs_grad)
 
     def softmax(
-        self, tile: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
+        self, logits: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
     ) -> SoftmaxRows:
+        tile = logits
         result = SoftmaxRows(tile.new_empty(tile.shape[0]), tile.new_empty(tile.shape[0]))
         with on_device(tile):
             gradients.softmax_statistics_kernel[(tile.shape[0],)](
@@ -181,39 +190,38 @@ class TritonBackend:
                 num_warps=8,
             )
         ones = torch.ones_like(result.logsumexp)
-        self.logprob_gradient(tile, gradient, transform, result.logsumexp, target_ids, None, ones, None, None)
+        scores = Scores(result.logsumexp, result.logsumexp, None)
+        self.score_backward(tile, gradient, transform, target_ids, scores, ScoreGrads(None, ones, None))
         return result
 
-    def logprob_gradient(
+    def score_backward(
         self,
-        tile: torch.Tensor,
+        logits: torch.Tensor,
         gradient: torch.Tensor,
         transform: LogitTransform,
-        logsumexp: torch.Tensor,
         target_ids: torch.Tensor,
-        logprob_weight: torch.Tensor | None,
-        logsumexp_weight: torch.Tensor | None,
-        entropy: torch.Tensor | None,
-        entropy_weight: torch.Tensor | None,
+        scores: Scores,
+        grads: ScoreGrads,
     ) -> None:
+        tile = logits
         with on_device(tile):
             gradients.logprob_gradient_kernel[tile_grid(tile, TILE_ROWS, TILE_COLUMNS)](
                 tile,
                 gradient,
-                logsumexp.contiguous(),
+                scores.logsumexp.contiguous(),
                 target_ids.contiguous(),
-                contiguous(logprob_weight),
-                contiguous(logsumexp_weight),
-                contiguous(entropy),
-                contiguous(entropy_weight),
+                contiguous(grads.logprobs),
+                contiguous(grads.logsumexp),
+                contiguous(scores.entropy),
+                contiguous(grads.entropy),
                 *tile.shape,
                 tile.stride(0),
                 gradient.stride(0),
                 transform.tanh_scale or 1.0,
                 HAS_SOFTCAP=transform.tanh_scale is not None,
-                HAS_LOGPROB_WEIGHT=logprob_weight is not None,
-                HAS_LOGSUMEXP_WEIGHT=logsumexp_weight is not None,
-                HAS_ENTROPY_WEIGHT=entropy_weight is not None,
+                HAS_LOGPROB_WEIGHT=grads.logprobs is not None,
+                HAS_LOGSUMEXP_WEIGHT=grads.logsumexp is not None,
+                HAS_ENTROPY_WEIGHT=grads.entropy is not None,
                 BLOCK_ROWS=TILE_ROWS,
                 BLOCK_COLUMNS=TILE_COLUMNS,
             )

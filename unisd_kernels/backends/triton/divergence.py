@@ -48,10 +48,38 @@ class _Walk:
         self._statistics: torch.Tensor | None = None
         self._partials: torch.Tensor | None = None
 
-    def begin(self, rows: slice) -> None:
+    def logits(self, rows: slice) -> None:
         """Logits are made block by block."""
 
-    def gradient_tile(self, count: int) -> torch.Tensor:
+    def forward(
+        self, chunk: None, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
+    ) -> tuple[DivergenceRows, slice]:
+        return self.statistics(rows, local, target_ids, want_entropy), local
+
+    def backward(
+        self,
+        saved: slice,
+        target_ids: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        logprob_weight: torch.Tensor | None,
+    ) -> None:
+        self.write_gradient(saved, target_ids, weight, logprob_weight)
+
+    def statistics(
+        self, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
+    ) -> DivergenceRows:
+        raise NotImplementedError
+
+    def write_gradient(
+        self,
+        local: slice,
+        target_ids: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        logprob_weight: torch.Tensor | None,
+    ) -> None:
+        raise NotImplementedError
+
+    def gradient(self, count: int) -> torch.Tensor:
         return self._gradient[:count]
 
     _gradient: torch.Tensor
@@ -72,7 +100,7 @@ class _Walk:
             self._teacher.of_rows(self._teacher.hidden[rows]),
         )
         count = student.hidden.shape[0]
-        if not student.differs_by_rows(teacher):
+        if not student.delta_is_projection(teacher):
             return teacher, torch.zeros(count, dtype=torch.int8, device=student.hidden.device)
         marks = torch.empty(count, dtype=torch.int8, device=student.hidden.device)
         s, t = row_major(student.hidden), row_major(teacher.hidden)
@@ -100,7 +128,7 @@ class _Walk:
         """Statistics of rows from those of their blocks; `teacher` as `_teacher_rows` gives it."""
         assert self._statistics is not None
         rows = self._statistics.shape[1]
-        marked = student.differs_by_rows(teacher)
+        marked = student.delta_is_projection(teacher)
         if target_ids is not None:
             ids, marks = target_ids.contiguous(), self._marks if marked else None
             target_logits(student, None, ids, self._statistics[statistics.STUDENT_LOGPROB.value])
@@ -271,7 +299,7 @@ class FusedDivergence(_Walk):
             cap or 1.0,
             teacher_cap or 1.0,
             SHARED_WEIGHT=self._shared,
-            MARKED=student.differs_by_rows(teacher),
+            MARKED=student.delta_is_projection(teacher),
             STUDENT_BIAS=student.bias is not None,
             TEACHER_BIAS=teacher.bias is not None,
             STUDENT_SOFTCAP=cap is not None,
@@ -292,7 +320,7 @@ class FusedDivergence(_Walk):
             num_stages=config.stages,
         )
 
-    def gradient(
+    def write_gradient(
         self,
         local: slice,
         target_ids: torch.Tensor | None,
@@ -350,7 +378,7 @@ class ChunkedDivergence(_Walk):
             teacher, self._marks = self._teacher_rows(rows)
             student.logits(rows, self._student_tile)
             teacher.logits(slice(0, count), self._teacher_tile)
-            if teacher.bias is not None and student.differs_by_rows(teacher):
+            if teacher.bias is not None and student.delta_is_projection(teacher):
                 # The products added the bias to differences too.
                 bias = teacher.bias.float().mul(teacher.transform.product_scale)
                 self._teacher_tile.addcmul_(self._marks.float().unsqueeze(-1), bias, value=-1.0)
@@ -398,7 +426,7 @@ class ChunkedDivergence(_Walk):
                 )
         return self._rows(target_ids is not None, want_entropy)
 
-    def gradient(
+    def write_gradient(
         self,
         local: slice,
         target_ids: torch.Tensor | None,

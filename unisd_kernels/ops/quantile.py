@@ -18,3 +18,8 @@ def linear_quantile(values: torch.Tensor, q: float) -> torch.Tensor:
     ordered = values.sort().values  # NaN sorts last
     result = torch.lerp(ordered[low], ordered[high], position - low)
     return torch.where(ordered[-1].isnan(), ordered[-1], result)
+
+
+def clip_cap(divergence: torch.Tensor, q: float) -> torch.Tensor:
+    """`max(quantile_q(D), 1e-6)` of at least one divergence [N]; 0-dim, no sync."""
+    return linear_quantile(divergence, q).clamp(min=1e-6)
