@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from tests.ops.test_native_products import frame_is_untouched, inside
 from tests.support import assert_accurate, max_error
 from unisd_kernels.backends import extension
-from unisd_kernels.backends.base import LogitPair, LogitTransform, ScoreGrads, Scores
+from unisd_kernels.backends.base import LogitPair, ScoreGrads, Scores
 from unisd_kernels.backends.native import _NUM_STATISTICS
 from unisd_kernels.backends.torch import TorchBackend
+from unisd_kernels.backends.transform import LogitTransform
 
 pytestmark = pytest.mark.skipif(
     extension.cpu_unavailable() is not None, reason=f"no CPU library: {extension.cpu_unavailable()}"

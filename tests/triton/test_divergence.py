@@ -8,8 +8,9 @@ import torch
 from tests.support import assert_accurate, make_problem, native_dtype_logits
 from tests.triton.support import DEVICE, DTYPES, GPU_FLOOR, NARROW, on_device
 from unisd_kernels import LMHead, linear_divergence, unisd_loss
-from unisd_kernels.backends.base import LogitTransform, NeedsGrad
+from unisd_kernels.backends.base import NeedsGrad
 from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.transform import LogitTransform
 from unisd_kernels.backends.triton import configs, launch
 from unisd_kernels.backends.triton.backend import TritonBackend
 from unisd_kernels.backends.triton.configs import GemmConfig

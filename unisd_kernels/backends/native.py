@@ -14,7 +14,6 @@ from unisd_kernels.backends import extension
 from unisd_kernels.backends.base import (
     DivergenceRows,
     LogitPair,
-    LogitTransform,
     NeedsGrad,
     RunningScores,
     ScoreGrads,
@@ -24,6 +23,7 @@ from unisd_kernels.backends.base import (
 from unisd_kernels.backends.buffers import contiguous, row_major
 from unisd_kernels.backends.logit_divergence import LogitDivergence
 from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.transform import LogitTransform
 
 # The rows of `statistics` (csrc/statistics.h).
 _DIVERGENCE, _STUDENT_LOGPROB, _TEACHER_LOGPROB, _STUDENT_ENTROPY, _TEACHER_ENTROPY = range(5)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from unisd_kernels.backends.base import LogitTransform
+from unisd_kernels.backends.transform import LogitTransform
 from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.heads import LMHead
 

@@ -10,7 +10,6 @@ import torch
 from unisd_kernels.backends.base import (
     DivergenceRows,
     LogitPair,
-    LogitTransform,
     NeedsGrad,
     RunningScores,
     ScoreGrads,
@@ -20,6 +19,7 @@ from unisd_kernels.backends.base import (
 from unisd_kernels.backends.buffers import equal_chunks
 from unisd_kernels.backends.logit_divergence import LogitDivergence
 from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.transform import LogitTransform
 
 # Elementwise passes on a CPU run over blocks of this many bytes, so that a block is still in the cache at the next
 # pass. Much smaller ones would pay for starting operations, larger ones would fall out of the cache.

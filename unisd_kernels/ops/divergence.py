@@ -8,10 +8,11 @@ import torch
 
 from unisd_kernels import reference
 from unisd_kernels.autocast import autocast_operands
-from unisd_kernels.backends.base import DivergenceRows, LogitTransform, NeedsGrad
+from unisd_kernels.backends.base import DivergenceRows, NeedsGrad
 from unisd_kernels.backends.engine import Engine
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.registry import resolve
+from unisd_kernels.backends.transform import LogitTransform
 from unisd_kernels.config import check_number
 from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.autograd import first_order_only, recordable, recordable_head, save, saved

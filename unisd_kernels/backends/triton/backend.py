@@ -17,17 +17,10 @@ from __future__ import annotations
 import torch
 import triton
 
-from unisd_kernels.backends.base import (
-    Divergence,
-    LogitTransform,
-    NeedsGrad,
-    RunningScores,
-    ScoreGrads,
-    Scores,
-    SoftmaxRows,
-)
+from unisd_kernels.backends.base import Divergence, NeedsGrad, RunningScores, ScoreGrads, Scores, SoftmaxRows
 from unisd_kernels.backends.buffers import contiguous, equal_tiles, row_major, whole_tiles
 from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.transform import LogitTransform
 from unisd_kernels.backends.triton import gradients, score
 from unisd_kernels.backends.triton import rows as row_kernels
 from unisd_kernels.backends.triton.configs import GemmConfig, choose, with_loads
