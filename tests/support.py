@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from tests.last_bit import LastBit
-from unisd_kernels import LMHead
+from unisd_kernels import LMHead, LossInputs
 
 T = TypeVar("T")
 
@@ -21,19 +21,8 @@ T = TypeVar("T")
 FLOOR = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
-@dataclass
-class Problem:
+class Problem(LossInputs):
     """Tensors of one `unisd_loss` call, made in float64 from values exactly representable in `dtype`."""
-
-    student_hidden: torch.Tensor
-    student_head: LMHead
-    teacher_hidden: torch.Tensor
-    teacher_head: LMHead
-    target_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    auxiliary_hidden: list[torch.Tensor] = field(default_factory=list)
-    negative_hidden: torch.Tensor | None = None
-    token_weights: torch.Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same numbers in another dtype, as fresh leaves; heads that share memory still do."""
@@ -51,39 +40,21 @@ class Problem:
                 moved[address] = move(tensor.detach())
             return moved[address].detach().requires_grad_(tensor.requires_grad)
 
-        def head(source: LMHead) -> LMHead:
-            return replace(source, weight=fresh(source.weight), bias=fresh(source.bias))
+        def every(value: Any) -> Any:
+            if isinstance(value, LMHead):
+                return replace(value, weight=fresh(value.weight), bias=fresh(value.bias))
+            if isinstance(value, tuple):
+                return tuple(map(every, value))
+            return fresh(value) if isinstance(value, torch.Tensor) else value
 
-        return Problem(
-            fresh(self.student_hidden),
-            head(self.student_head),
-            fresh(self.teacher_hidden),
-            head(self.teacher_head),
-            fresh(self.target_ids),
-            fresh(self.cu_seqlens),
-            [fresh(hidden) for hidden in self.auxiliary_hidden],
-            fresh(self.negative_hidden),
-            self.token_weights if keep_weights else fresh(self.token_weights),
-        )
+        kept = {"token_weights": self.token_weights} if keep_weights else {}
+        return Problem(**{name: every(value) for name, value in self.arguments().items()} | kept)
 
     @property
     def leaves(self) -> list[torch.Tensor]:
         """The student's tensors that require a gradient."""
         candidates = (self.student_hidden, self.student_head.weight, self.student_head.bias)
         return [tensor for tensor in candidates if tensor is not None and tensor.requires_grad]
-
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "student_hidden": self.student_hidden,
-            "student_head": self.student_head,
-            "teacher_hidden": self.teacher_hidden,
-            "teacher_head": self.teacher_head,
-            "target_ids": self.target_ids,
-            "cu_seqlens": self.cu_seqlens,
-            "auxiliary_hidden": self.auxiliary_hidden,
-            "negative_hidden": self.negative_hidden,
-            "token_weights": self.token_weights,
-        }
 
 
 def make_problem(
@@ -134,9 +105,9 @@ def make_problem(
         teacher_head,
         torch.randint(0, vocab_size, (num_rows,), generator=generator),
         torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32),
-        [normal(num_rows, hidden_size) for _ in range(num_auxiliary)],
-        normal(num_rows, hidden_size) if negative else None,
-        torch.rand(num_rows, generator=generator, dtype=torch.float64) if token_weights else None,
+        auxiliary_hidden=tuple(normal(num_rows, hidden_size) for _ in range(num_auxiliary)),
+        negative_hidden=normal(num_rows, hidden_size) if negative else None,
+        token_weights=torch.rand(num_rows, generator=generator, dtype=torch.float64) if token_weights else None,
     )
 
 

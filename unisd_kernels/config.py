@@ -158,8 +158,9 @@ class LossInputs:
     num_items: float | torch.Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `unisd_loss`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Keyword arguments of `unisd_loss`; without those that are None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def heads(self) -> tuple[LMHead, LMHead, LMHead, LMHead]:

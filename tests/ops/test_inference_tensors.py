@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,9 +12,7 @@ from unisd_kernels import LMHead, linear_divergence, linear_logprobs, unisd_loss
 
 
 def loss(problem, impl):
-    return unisd_loss(
-        **problem.arguments(), num_items=problem.num_items, feature_weight=0.1, clip_quantile=0.6, impl=impl
-    ).loss
+    return unisd_loss(**problem.arguments(), feature_weight=0.1, clip_quantile=0.6, impl=impl).loss
 
 
 def divergence(problem, impl):
@@ -44,15 +44,12 @@ def inferred(problem):
 
     with torch.inference_mode():
         moved = problem.map(move)
-    for name in ("student_hidden", "student_head"):
-        before, after = getattr(problem, name), getattr(moved, name)
-        if isinstance(before, LMHead):
-            after = LMHead(kept(after.weight, before.weight), kept(after.bias, before.bias))
-        else:
-            after = kept(after, before)
-        setattr(moved, name, after)
-    with torch.inference_mode():
-        moved.num_items = torch.tensor(5)
+    before, after = problem.student_head, moved.student_head
+    moved = replace(
+        moved,
+        student_hidden=kept(moved.student_hidden, problem.student_hidden),
+        student_head=LMHead(kept(after.weight, before.weight), kept(after.bias, before.bias)),
+    )
     assert moved.teacher_hidden.is_inference()
     assert moved.target_ids.is_inference()
     return moved
@@ -63,8 +60,8 @@ def inferred(problem):
 @pytest.mark.parametrize("function", [loss, divergence, logprobs, entropy])
 def test_the_same_gradients(function, trained, impl):
     problem = make_problem(bias=True, token_weights=True, frozen_head=trained == "hidden").to(torch.float32)
+    problem = replace(problem, num_items=torch.tensor(5))
     problem.student_hidden.requires_grad_(trained != "head")
-    problem.num_items = torch.tensor(5)
     expected = torch.autograd.grad(function(problem, impl), problem.leaves)
     assert len(expected) == {"hidden": 1, "head": 2, "both": 3}[trained]
     ours = torch.autograd.grad(function(inferred(problem), impl), problem.leaves)
@@ -76,7 +73,6 @@ def test_the_same_gradients(function, trained, impl):
 @pytest.mark.parametrize("impl", ["native", "torch"])
 def test_kept_for_a_second_backward_and_no_longer(impl):
     problem = make_problem(frozen_head=False).to(torch.float32)
-    problem.num_items = None
     moved = inferred(problem)
     value = divergence(moved, impl)
     first = torch.autograd.grad(value, moved.leaves, retain_graph=True)
@@ -89,8 +85,7 @@ def test_kept_for_a_second_backward_and_no_longer(impl):
 
 def test_under_autocast_and_in_a_compiled_graph():
     torch.compiler.reset()
-    problem = make_problem(frozen_head=True).to(torch.float32)
-    problem.num_items = torch.tensor(5)
+    problem = replace(make_problem(frozen_head=True).to(torch.float32), num_items=torch.tensor(5))
     moved = inferred(problem)
     compiled = torch.compile(
         lambda hidden: unisd_loss(**{**moved.arguments(), "student_hidden": hidden}).loss, backend="aot_eager"

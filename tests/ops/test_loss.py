@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,9 +134,8 @@ def test_finite_at_zero_divergence_and_extreme_logits(beta):
     result, gradients = run(problem, options, None)
     assert result.loss.isfinite()
     assert gradients[0].isfinite().all()
-    problem.teacher_hidden = problem.student_hidden.detach().clone()
-    problem.teacher_head = problem.student_head
-    problem.negative_hidden = None
+    same = {"teacher_hidden": problem.student_hidden.detach().clone(), "teacher_head": problem.student_head}
+    problem = replace(problem, **same, negative_hidden=None)
     result, gradients = run(problem, {"beta": beta}, None)
     assert abs(float(result.loss.detach())) < 1e-6
     assert gradients[0].isfinite().all()
@@ -201,7 +201,7 @@ def test_only_the_loss_is_differentiable():
 def test_gradient_only_where_required():
     problem = make_problem(bias=True, frozen_head=True)
     problem.student_head.bias.requires_grad_()
-    problem.student_hidden = problem.student_hidden.detach()
+    problem = replace(problem, student_hidden=problem.student_hidden.detach())
     a, b = (run(problem, {}, impl)[1][0] for impl in ("reference", None))
     torch.testing.assert_close(a, b)
     with torch.no_grad():

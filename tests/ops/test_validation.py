@@ -201,8 +201,8 @@ def test_views_may_differ_in_dtype(impl, dtype):
     """But not by float64; a float32 student beside a bfloat16 teacher and the reverse."""
     other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[dtype]
     problem = make_problem(frozen_head=True, dtype=torch.bfloat16)
-    student, views = problem.to(dtype), problem.to(other)
-    views.student_hidden, views.student_head = student.student_hidden, student.student_head
+    student = problem.to(dtype)
+    views = replace(problem.to(other), student_hidden=student.student_hidden, student_head=student.student_head)
     exact = unisd_loss(**problem.arguments(), impl="reference").loss
     ours = unisd_loss(**views.arguments(), impl=impl).loss
     assert float(ours.detach()) == pytest.approx(float(exact.detach()), rel=1e-5)

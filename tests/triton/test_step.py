@@ -13,7 +13,7 @@ from unisd_kernels.backends.base import NeedsGrad
 from unisd_kernels.backends.engine import Engine
 from unisd_kernels.backends.triton import score
 from unisd_kernels.backends.triton.backend import TritonBackend
-from unisd_kernels.config import LossConfig, LossInputs
+from unisd_kernels.config import LossConfig
 from unisd_kernels.ops.loss_autograd import loss_and_gradients
 
 # What makes the host wait for the device: a value read, or a shape that depends on values.
@@ -75,11 +75,10 @@ def test_nothing_is_read_back(launches, monkeypatch, design, beta, clip):
     # Values are read and checked on a CPU; elsewhere this is an assertion on the device.
     monkeypatch.setattr("unisd_kernels.ops.agreement.check_cu_seqlens", lambda *_: None)
     problem = on_device(make_problem(lengths=(9, 0, 12), hidden_size=16, vocab_size=67, shared_head=True)).to(NARROW)
-    inputs = LossInputs(**{**problem.arguments(), "auxiliary_hidden": tuple(problem.auxiliary_hidden)})
     spec = LossConfig(beta=beta, feature_weight=0.1, temperature=0.7, **clip)
     with NoWaiting():
         result, gradients, _ = loss_and_gradients(
-            inputs, spec, NeedsGrad(True, True), Engine(TritonBackend(design), 1 << 20)
+            problem, spec, NeedsGrad(True, True), Engine(TritonBackend(design), 1 << 20)
         )
     assert torch.isfinite(result.loss)
     assert gradients.hidden is not None
@@ -116,8 +115,7 @@ def test_no_tensor_is_larger_than_the_workspace(launches, design):
     ).to(NARROW)
     workspace = 12 << 10
     with NoWaiting() as mode:
-        inputs = LossInputs(**{**problem.arguments(), "auxiliary_hidden": ()})
-        loss_and_gradients(inputs, LossConfig(), NeedsGrad(True), Engine(TritonBackend(design), workspace))
+        loss_and_gradients(problem, LossConfig(), NeedsGrad(True), Engine(TritonBackend(design), workspace))
     assert mode.largest <= workspace < 2 * 48 * 131
 
 
