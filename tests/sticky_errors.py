@@ -15,7 +15,7 @@ _lost: list[str] = []
 
 
 def gpu_is_lost() -> str | None:
-    """What the GPU answers if it works no more for this process."""
+    """The GPU's answer if it works no more for this process."""
     if not torch.cuda.is_initialized():
         return None
     try:

@@ -186,7 +186,7 @@ def assert_accurate(
 
 
 def natives(run: Callable[[], T]) -> list[T]:
-    """What native-dtype PyTorch gives here, and would give where the library adds in another order.
+    """Results of native-dtype PyTorch here, and those it would give where the library adds in another order.
 
     One error of it alone may be small by luck, and no bound for anyone else. An example that hypothesis has searched
     for is where it is.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from unisd_kernels import LMHead
-from unisd_kernels.causal_model import backbone, causal_model, evaluating, head_module, head_tensors, is_peft
+from unisd_kernels.heads.causal_model import backbone, causal_model, evaluating, head_module, head_tensors, is_peft
 
 __all__ = ["backbone", "evaluating", "is_peft", "model_head", "remember_head"]
 

@@ -1,4 +1,4 @@
-"""Where what is made once for this user is kept."""
+"""Per-user cache directory."""
 
 from __future__ import annotations
 

@@ -126,11 +126,11 @@ class LossConfig:
 
     @property
     def runs_divergence(self) -> bool:
-        """Is the divergence, with the weights of its tokens, computed?"""
+        """Whether the divergence, with the weights of its tokens, is computed."""
         return self.return_statistics or self.divergence_weight > 0
 
     def runs_contrast(self, has_negative: bool) -> bool:
-        """Is the contrastive term computed?"""
+        """Whether the contrastive term is computed."""
         return has_negative and (self.return_statistics or self.contrastive_weight > 0)
 
     def resolved_weight_normalization(self, has_agreement: bool) -> WeightNormalization:

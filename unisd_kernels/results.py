@@ -1,4 +1,4 @@
-"""What the operations return. Named tuples, so that they unpack, pass through `torch.compile` and pickle."""
+"""Results of the operations: named tuples, so that they unpack, pass through `torch.compile` and pickle."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ class LinearLogProbs(NamedTuple):
 
 
 class AgreementWeights(NamedTuple):
-    """Attributes:
-    weights: [N] float, one weight a token, no gradient.
-    disagreement: the statistic the weights come from: [N] nats for token level, [B] for sequence level
-        (nats squared when the statistic is the variance).
+    """Weights of tokens, and the disagreement they come from.
+
+    Attributes:
+        weights: [N] float, one weight a token, no gradient.
+        disagreement: the statistic the weights come from: [N] nats for token level, [B] for sequence level
+            (nats squared when the statistic is the variance).
     """
 
     weights: torch.Tensor

@@ -1,4 +1,4 @@
-"""Checks of what users pass in. Every message says what was got and what to do about it.
+"""Checks of arguments. Every message says what was got and what to do about it.
 
 Checks of values (are all ids inside the vocabulary?) read the tensor, so on an accelerator they would stall the
 queue. There they become device-side assertions, which report without a synchronization.

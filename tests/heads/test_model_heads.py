@@ -12,7 +12,7 @@ from transformers import AyaVisionForConditionalGeneration, Cohere2VisionForCond
 
 from tests.heads import tiny_models
 from unisd_kernels import LMHead
-from unisd_kernels.causal_model import backbone
+from unisd_kernels.heads.causal_model import backbone
 
 
 def difference(model, head):

@@ -1,1 +1,1 @@
-"""What happens to a tile of logits. One driver (`driver.py`) makes the tiles; a backend says what is done to them."""
+"""Operations on tiles of logits (`base.py`), and the engine that walks chunks of rows with them (`engine.py`)."""

@@ -68,7 +68,7 @@ class DivergenceRows(NamedTuple):
 
 @dataclass(frozen=True)
 class NeedsGrad:
-    """Which gradients to compute. With none, no gradient tile is formed and no product is spent on it."""
+    """Gradients to compute. With none, no gradient tile is formed and no product is spent on it."""
 
     hidden: bool = False
     weight: bool = False
@@ -76,8 +76,8 @@ class NeedsGrad:
 
     @classmethod
     def of(cls, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> NeedsGrad:
-        """What autograd will ask for. Taken outside the autograd function: inside it `needs_input_grad` is also true
-        under `no_grad`."""
+        """Those that autograd will ask for. Taken outside the autograd function: inside it `needs_input_grad` is also
+        true under `no_grad`."""
         if not torch.is_grad_enabled():
             return cls()
         return cls(hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
@@ -142,11 +142,11 @@ class Backend(Protocol):
     row_padding: int
 
     def chunk_rows(self, num_rows: int, most: int, weight_gradient: bool) -> int:
-        """How many rows to take as a chunk: at most `most`, which is at least one. With a weight gradient each chunk
-        reads and writes all of it."""
+        """Rows to take as a chunk: at most `most`, which is at least one. With a weight gradient each chunk reads and
+        writes all of it."""
 
     def block_rows(self, num_columns: int, device: torch.device) -> int | None:
-        """How many rows of a chunk to hand over at a time (cache blocking), or None for the whole chunk."""
+        """Rows of a chunk to hand over at a time (cache blocking), or None for the whole chunk."""
 
     def gradient_dtype(self, projection: Projection) -> torch.dtype:
         """Dtype of the gradient tiles that `softmax` and `score_backward` write: the logits' own, which then overwrite
@@ -185,7 +185,7 @@ class Backend(Protocol):
     def divergence(
         self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
     ) -> Divergence:
-        """What walks the rows for a divergence and those of the student's gradients that are needed."""
+        """Walk over the rows of student and teacher for a divergence and the student's gradients that are needed."""
 
     def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`scale_n rows_n`, rounded once to `dtype`; how upstream weights [N] meet row gradients [N, H] made in the
@@ -230,4 +230,4 @@ class LogitBackend(Backend, Protocol):
         weight: torch.Tensor | None,
         logprob_weight: torch.Tensor | None,
     ) -> None:
-        """As `Divergence.backward`, into the student's tile."""
+        """Write what `Divergence.backward` writes, into the student's tile."""

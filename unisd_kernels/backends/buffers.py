@@ -1,4 +1,4 @@
-"""How many rows of logits fit the workspace, the buffers that hold them, and operands as kernels want them."""
+"""Rows of logits that fit the workspace, the buffers that hold them, and operands as kernels want them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def row_stride(num_columns: int, padding: int) -> int:
 
 
 def most_rows(workspace_bytes: int, row_bytes: int, num_columns: int) -> int:
-    """How many rows of `row_bytes` fit the workspace.
+    """Number of rows of `row_bytes` that fit the workspace.
 
     Raises:
         ValueError: not even one.

@@ -1,4 +1,4 @@
-"""The engine: loops over chunks of rows with a backend's operations. Nothing of size [N, V] is ever held.
+"""Loops over chunks of rows with a backend's operations. Nothing of size [N, V] is ever held.
 
 Statistics that do not need a whole row at once (`score`: log-sum-exp, target log-probability, entropy) go over tiles of
 the vocabulary with an online log-sum-exp: one matrix product. A divergence, and gradients of scores, take a chunk of
@@ -40,7 +40,7 @@ class Gradients(NamedTuple):
     def scaled(
         self, scale: torch.Tensor | None, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
     ) -> tuple[torch.Tensor | None, ...]:
-        """In the dtypes of what they are the gradients of, times a 0-dim scale; for the backward to return."""
+        """Gradients for a backward to return: times a 0-dim scale, in the dtypes of what they are the gradients of."""
 
         def finish(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
             if gradient is None:
@@ -105,7 +105,7 @@ class Engine:
 
     @classmethod
     def of(cls, backend: Backend, workspace_bytes: int | None, device: torch.device, weight_gradient: bool) -> Engine:
-        """With the default workspace where none is given."""
+        """Engine with the default workspace where none is given."""
         return cls(backend, workspace_bytes or default_workspace_bytes(device, weight_gradient))
 
     def score(self, projection: Projection, target_ids: torch.Tensor, want_entropy: bool = False) -> Scores:

@@ -1,4 +1,4 @@
-"""The one place that loads the compiled libraries, and keeps the reason where it cannot.
+"""Loader of the compiled libraries, which keeps the reason where it cannot load one.
 
 `_C.abi3.so` defines the operations `torch.ops.unisd.*` (csrc/ops.cpp) and implements them for the CPU;
 `_C_cuda.abi3.so`, which few installations have, for CUDA. Nothing is loaded before it is asked for.
@@ -36,7 +36,7 @@ OPERATIONS = (
 
 
 def cpu_unavailable() -> str | None:
-    """Why the CPU operations cannot be used, or None once they are loaded.
+    """Reason why the CPU operations cannot be used, or None once they are loaded.
 
     Raises:
         ValueError: UNISD_CPU_ISA names an instruction set that this processor lacks.
@@ -93,7 +93,7 @@ def _load_cpu() -> tuple[str | None, str | None]:
 
 @functools.cache
 def cuda_unavailable() -> str | None:
-    """Why the ahead-of-time CUDA operations cannot be used, or None once they are loaded."""
+    """Reason why the ahead-of-time CUDA operations cannot be used, or None once they are loaded."""
     reason = cpu_unavailable()
     if reason is not None:
         return f"the CPU library, which defines the operations, is not there: {reason}"

@@ -17,7 +17,7 @@ from unisd_kernels.backends.projection import Projection
 
 
 class LogitDivergence:
-    """See `unisd_kernels.backends.base.Divergence`."""
+    """Walk over logits that a `LogitBackend` makes (`base.Divergence`)."""
 
     def __init__(
         self,

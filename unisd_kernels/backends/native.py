@@ -46,7 +46,7 @@ class SavedDivergence(NamedTuple):
 
 
 class NativeBackend:
-    """See `unisd_kernels.backends.base.LogitBackend`."""
+    """C++ operations on logits (`base.LogitBackend`)."""
 
     name = "native"
     stacks_views = False

@@ -41,11 +41,11 @@ class Projection:
         return Projection(hidden, self.weight, self.bias, self.transform)
 
     def weight_is(self, other: Projection) -> bool:
-        """Is the other one's weight this very memory?"""
+        """Whether the other one's weight is this very memory."""
         return _is_same(self.weight, other.weight)
 
     def delta_is_projection(self, other: Projection) -> bool:
-        """Is `z_other - z_self` the projection of `h_other - h_self`? True of one head for both without a soft cap."""
+        """Whether `z_other - z_self` is the projection of `h_other - h_self`: one head for both, and no soft cap."""
         return (
             self.transform == other.transform
             and self.transform.softcap is None
@@ -84,7 +84,7 @@ class Projection:
 
     @property
     def _mixed_product(self) -> bool:
-        """Can the device multiply 16-bit operands into a float32 result?"""
+        """Whether the device multiplies 16-bit operands into a float32 result."""
         return self.hidden.dtype in (torch.bfloat16, torch.float16) and self.hidden.device.type == "cuda"
 
     def _slices(self, start: int, end: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Implementations by name: which exist, which can run here, which one an operation takes.
+"""Implementations by name: those that exist, those that can run here, the one an operation takes.
 
 `impl=` on an operation beats the environment variable `UNISD_IMPL`, which beats the automatic choice. A named
 implementation that cannot run raises; the automatic choice takes the first of the device's preferences that can.
@@ -39,11 +39,11 @@ class Implementation:
     backend: Callable[[], Backend] | None
 
     def reason_against(self, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-        """Why it cannot run on this device with operands of this dtype, or None if it can."""
+        """Reason why it cannot run on this device with operands of this dtype, or None if it can."""
         return self.does_not_apply(device, dtype) or self.unavailable()
 
     def does_not_apply(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
-        """Why it is not meant for such operands, or None; says nothing about the installation."""
+        """Reason why it is not meant for such operands, or None; says nothing about the installation."""
         if self.devices and device.type not in self.devices:
             return f"runs on {', '.join(self.devices)}, not on {device.type}"
         if self.dtypes and dtype is not None and dtype not in self.dtypes:
@@ -161,13 +161,13 @@ def _warn_once(message: str) -> None:
 
 
 def available(device: torch.device | str | None = None) -> dict[str, bool]:
-    """For each implementation, can it run on `device` (default: CUDA if there is one, else the CPU)?"""
+    """Whether each implementation can run on `device` (default: CUDA if there is one, else the CPU)."""
     target = _device(device)
     return {name: entry.reason_against(target) is None for name, entry in _IMPLEMENTATIONS.items()}
 
 
 def explain(device: torch.device | str | None = None) -> str:
-    """Which implementation is taken on `device`, and for each of the others why not, as lines of text."""
+    """Lines of text that say which implementation is taken on `device`, and for each of the others why not."""
     target = _device(device)
     forced = os.environ.get("UNISD_IMPL")
     chosen = next((name for name in _preference(target) if _IMPLEMENTATIONS[name].reason_against(target) is None), None)

@@ -79,7 +79,7 @@ class Partition(NamedTuple):
 
 
 class TorchBackend:
-    """See `unisd_kernels.backends.base.LogitBackend`."""
+    """PyTorch operations on logits (`base.LogitBackend`)."""
 
     name = "torch"
     stacks_views = False

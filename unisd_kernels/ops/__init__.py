@@ -1,1 +1,1 @@
-"""One file an operation: the public function, its autograd, the choice of implementation."""
+"""Public operations, one file each: checks, choice of implementation, autograd."""

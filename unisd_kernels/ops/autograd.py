@@ -45,7 +45,7 @@ def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
 
 
 def saved(ctx: Any) -> list[Any]:
-    """What `save` was given."""
+    """Tensors that `save` was given."""
     return [
         tensor if kept is None else kept for tensor, kept in zip(ctx.saved_tensors, ctx.inference_tensors, strict=True)
     ]
@@ -57,13 +57,13 @@ def recordable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def recordable_head(head: LMHead) -> LMHead:
-    """See `recordable`."""
+    """The head with `recordable` tensors."""
     bias = None if head.bias is None else recordable(head.bias)
     return replace(head, weight=recordable(head.weight), bias=bias)
 
 
 def recordable_inputs(inputs: LossInputs) -> LossInputs:
-    """See `recordable`."""
+    """The inputs with `recordable` tensors."""
 
     def take(value: Any) -> Any:
         if isinstance(value, LMHead):

@@ -90,7 +90,7 @@ def linear_logprobs(
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """With a trainable head, or an entropy to differentiate: the backward recomputes the logits."""
+    """Scores with a trainable head, or an entropy to differentiate: the backward recomputes the logits."""
 
     @staticmethod
     def forward(
@@ -128,7 +128,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
-    """With a frozen head: the row gradients are made in the forward, the backward scales rows."""
+    """Scores with a frozen head: the row gradients are made in the forward, the backward scales rows."""
 
     @staticmethod
     def forward(

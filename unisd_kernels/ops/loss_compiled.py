@@ -1,5 +1,7 @@
-"""The loss as one opaque operator, for `torch.compile`: the compiler need not see the walk over chunks of logits, whose
-number depends on the batch, and the graph of the caller does not break.
+"""The loss as one opaque operator, for `torch.compile`.
+
+The compiler need not see the walk over chunks of logits, whose number depends on the batch, and the graph of the caller
+does not break.
 
 Eager calls do not come here. The operator computes loss and gradients as they do (`loss_autograd.loss_and_gradients`);
 arguments are checked when it runs. An operator's schema holds tensors and numbers only: the tensors travel as a list
@@ -150,7 +152,7 @@ def _(tensors, present, head_constants, num_items, config, needs_grad, impl, wor
 
 
 def _present(num_auxiliary: int, has_negative: bool, config: LossConfig) -> list[bool]:
-    """Which fields of UniSDLoss are not None."""
+    """Whether each field of UniSDLoss is there (not None)."""
     divergence, contrast = config.runs_divergence, config.runs_contrast(has_negative)
     optional = {
         **dict.fromkeys(("divergence", "clipped", "weights"), divergence),

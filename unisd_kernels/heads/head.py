@@ -122,7 +122,7 @@ class LMHead:
         ...), but the names there are only hints. The model's own forward decides: it runs on eight token ids, and once
         more with made-up hidden states in place of its backbone's, so large that every cap in use shows. Of the
         readings of the configuration the one is taken whose log-probabilities agree with the model's own, within
-        what rounding in its dtype explains (`unisd_kernels.head_check`).
+        what rounding in its dtype explains (`unisd_kernels.heads.check`).
 
         That costs three passes over eight tokens, on the model's device, in eval mode and without gradients; training
         mode, random number generators and caches are left alone. In a loop, read the head once:
@@ -141,8 +141,8 @@ class LMHead:
                 on the head (its weight alone would be the wrong head); a head that is sharded or on the meta device.
             TypeError: a quantized head.
         """
-        from unisd_kernels.causal_model import head_tensors
-        from unisd_kernels.head_check import form_of
+        from unisd_kernels.heads.causal_model import head_tensors
+        from unisd_kernels.heads.check import form_of
 
         weight, bias = head_tensors(model)
         head = cls(weight, bias, vocab_size=vocab_size)  # what is no head is refused before anything runs

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from unisd_kernels.causal_model import backbone, causal_model, evaluating, head_module, input_embedding, text_config
+from unisd_kernels.heads.causal_model import (
+    backbone,
+    causal_model,
+    evaluating,
+    head_module,
+    input_embedding,
+    text_config,
+)
 
 NUM_TOKENS = 8
 # Standard deviation of the logits in the two halves of the made-up rows: an ordinary one, and one that reaches far
@@ -99,7 +106,7 @@ def probe(model: Any, weight: torch.Tensor) -> Probe:
 
 
 class _Seen:
-    """What hooks see of one forward pass."""
+    """Tensors that hooks see in one forward pass."""
 
     def __init__(self) -> None:
         self.hidden: torch.Tensor | None = None

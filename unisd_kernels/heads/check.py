@@ -1,4 +1,4 @@
-"""Which scale and soft cap a model puts behind its head: candidates from its configuration, judged by its own logits.
+"""Scale and soft cap that a model puts behind its head: candidates from its configuration, judged by its own logits.
 
     log softmax(softcap_c(a (h W^T + b)))  against  log softmax(model(ids).logits)
 
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from unisd_kernels.causal_model import causal_model, is_sharded, text_config
-from unisd_kernels.head_probe import Probe, probe
+from unisd_kernels.heads.causal_model import causal_model, is_sharded, text_config
+from unisd_kernels.heads.probe import Probe, probe
 
 # A slice of the weight in float64 takes at most this much.
 _SLICE_BYTES = 32 << 20
@@ -35,7 +35,7 @@ _IGNORES_SCALE = frozenset({"mpt"})
 
 @dataclass(frozen=True)
 class Form:
-    """What stands behind the product: `z = softcap(logit_scale * (h W^T + b))` over `vocab_size` columns."""
+    """Transform behind the product: `z = softcap(logit_scale * (h W^T + b))` over `vocab_size` columns."""
 
     logit_scale: float
     softcap: float | None
@@ -142,7 +142,7 @@ class _Comparison:
         return scaled if form.softcap is None else form.softcap * torch.tanh(scaled / form.softcap)
 
     def agrees(self, form: Form) -> bool:
-        """Do the log-probabilities differ by no more than rounding, on every row?"""
+        """Whether the log-probabilities differ by no more than rounding, on every row."""
         ours = self.logits(form)
         allowed = 8 * self.roundoff * ours.abs() + self.noise * abs(form.logit_scale)
         if form.softcap is not None:

@@ -1,4 +1,4 @@
-"""What is asked of a Hugging Face causal language model, without importing transformers: base, backbone, head, mode."""
+"""Base, backbone, head and mode of a Hugging Face causal language model, without importing transformers."""
 
 from __future__ import annotations
 
