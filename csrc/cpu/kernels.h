@@ -1,15 +1,14 @@
-// What one instruction set provides: plain functions on pointers, no torch. `register.cpp` checks arguments, splits the
-// work over threads and calls them; the C++ tests call them directly.
+// What one instruction set provides: plain functions on pointers, no torch. *_ops.cpp check arguments, split the work
+// over threads and call them; tests/build/kernels calls them directly.
 #pragma once
 
 #include <cstdint>
 
 #include "../ema_rounding.h"
-#include "../statistics.h"
+#include "../storage.h"
+#include "statistics.h"
 
 namespace unisd {
-
-enum class Storage { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // A row-major matrix; rows are contiguous.
 struct Matrix {

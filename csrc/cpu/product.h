@@ -160,8 +160,7 @@ inline void widen(const void* row, Storage storage, int64_t offset, int64_t n, f
 }
 
 inline const void* row_of(Matrix m, int64_t row) {
-  const int64_t size = m.storage == Storage::kFloat32 ? 4 : 2;
-  return static_cast<const char*>(m.data) + row * m.stride * size;
+  return static_cast<const char*>(m.data) + row * m.stride * bytes_of(m.storage);
 }
 
 // Rows [begin, end) of the weight as float32: in place if they are, else widened into `buffer`.
@@ -367,7 +366,7 @@ inline void backward(const float* gradient, int64_t gradient_stride, int64_t row
   Buffer packed(kGradientBlock * kPanel), sums(in_place ? 0 : rows * padded);
   float* total = in_place ? out + begin : sums.data();
   const int64_t total_stride = in_place ? out_stride : padded;
-  const int64_t element = weight.storage == Storage::kFloat32 ? 4 : 2;
+  const int64_t element = bytes_of(weight.storage);
   const int64_t tiles = (padded + kPanel - 1) / kPanel * (rows / kBroadcast);
   const int64_t rows_per_tile = tiles == 0 ? 0 : (kGradientBlock + tiles - 1) / tiles;
   for (int64_t v = 0; v < length; v += kGradientBlock) {

@@ -117,7 +117,7 @@ void scale_rows(Tensor rows, Tensor scale, Tensor out) {
   const Storage storage = storage_of(out, "out");
   STD_TORCH_CHECK(storage != Storage::kFloat64, "out must be float32, bfloat16 or float16");
   char* target = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t size = storage == Storage::kFloat32 ? 4 : 2;
+  const int64_t size = bytes_of(storage);
   for_each_piece(height, [&](int64_t n) {
     kernels().scale_row(data + n * stride, factors[n], width, target + n * out_stride * size, storage);
   });

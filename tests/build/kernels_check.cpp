@@ -64,8 +64,6 @@ void expect_close(const char* what, int64_t i, double ours, double exact) { expe
 
 // Numbers in storage.
 
-int64_t bytes_of(Storage storage) { return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2; }
-
 // Fraction bits and the smallest exponent of a format.
 struct Format {
   int fraction, lowest;
@@ -600,7 +598,7 @@ F averaged(F teacher, F student, double decay) {
 }
 
 void check_ema(int64_t size, Storage teacher_storage, Storage student_storage, bool stochastic, double decay) {
-  const bool narrow = teacher_storage == Storage::kBFloat16 || teacher_storage == Storage::kFloat16;
+  const bool narrow = is_16_bit(teacher_storage);
   const bool compensated = narrow && !stochastic;
   const int64_t element = bytes_of(teacher_storage);
   Buffer<unsigned char> teacher(size * element), student(size * bytes_of(student_storage));

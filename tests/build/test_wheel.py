@@ -49,8 +49,8 @@ def test_the_wheel_has_the_library_and_fits_every_python(tmp_path: Path):
         assert "unisd_kernels/_C.abi3.so" in archive.namelist()
         archive.extractall(tmp_path / "installed")
     script = (
-        "from unisd_kernels.backends import extension, available; import unisd_kernels; "
-        "print(unisd_kernels.__file__, extension.cpu_isa(), available('cpu')['native'])"
+        "import unisd_kernels; from unisd_kernels.backends import extension; "
+        "print(unisd_kernels.__file__, extension.cpu_isa(), unisd_kernels.available('cpu')['native'])"
     )
     loaded = subprocess.run(
         [sys.executable, "-c", script],

@@ -16,7 +16,7 @@ from unisd_kernels.backends.buffers import contiguous, row_major
 from unisd_kernels.backends.paired_logits import TilePairWalk
 from unisd_kernels.backends.projection import Projection
 
-# The rows of `statistics` (csrc/statistics.h).
+# The rows of `statistics` (csrc/cpu/statistics.h).
 _DIVERGENCE, _STUDENT_LOGPROB, _TEACHER_LOGPROB, _STUDENT_ENTROPY, _TEACHER_ENTROPY = range(5)
 _NUM_STATISTICS = 11
 
