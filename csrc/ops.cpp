@@ -9,13 +9,6 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(unisd, m) {
-  // Merge a tile that may cover only part of the vocabulary (columns first_column and on) into the running statistics
-  // of its rows: log-sum-exp (initially -inf), the target's logit (where it lies in the tile), and the entropy (at
-  // first anything). One tile's does not depend on how large the logits are; merged ones do as far as the difference of
-  // two log-sum-exps does, which are rounded to float32.
-  m.def(
-      "tile_score_(Tensor tile, float? tanh_scale, Tensor? target_ids, int first_column, Tensor(a!) logsumexp, "
-      "Tensor(b!)? target_logits, Tensor(c!)? entropy) -> ()");
   // Overwrite complete rows with d logsumexp / d (a x / tau).
   m.def(
       "tile_softmax_(Tensor(a!) tile, float? tanh_scale, Tensor target_ids, Tensor(b!) logsumexp, "
@@ -39,7 +32,7 @@ STABLE_TORCH_LIBRARY(unisd, m) {
   m.def("scale_rows(Tensor rows, Tensor scale, Tensor(a!) out) -> ()");
 
   // The matrix products with their epilogue.
-  // tile_score_ of scale * (hidden weight^T + bias), without the tile. Overwrites the statistics.
+  // Log-sum-exp, target's logit and entropy of the rows of scale * (hidden weight^T + bias), without that tile.
   m.def(
       "linear_score(Tensor hidden, Tensor weight, Tensor? bias, float scale, float? tanh_scale, Tensor target_ids, "
       "Tensor(a!) logsumexp, Tensor(b!) target_logits, Tensor(c!)? entropy) -> ()");

@@ -262,7 +262,7 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Of a row that holds logits.
 inline TeacherScale scale_of_logits(const float* teacher, int64_t columns) {
-  const OnlineSum total = online_sum(teacher, columns, false);
+  const OnlineSum total = online_sum(teacher, columns);
   return {total.max, log_of_sum(total.sum), kInfinity};
 }
 
@@ -298,7 +298,7 @@ inline TeacherScale scale_of_difference(const float* student, const float* delta
     const float* s = student + start;
     const float* d = delta + start;
     add_block(
-        at_most(kSumColumns, columns - start), false,
+        at_most(kSumColumns, columns - start),
         [&](int64_t i) UNISD_INLINE { return (Vec::load(s + i) - shift) + Vec::load(d + i); },
         [&](int64_t i, int n, float fill) UNISD_INLINE {
           return (Vec::load_part(s + i, n, fill) - shift) + Vec::load_part(d + i, n, 0.0f);
@@ -319,7 +319,7 @@ inline void tile_divergence(const DivergenceTile& tile, int64_t n) {
   if (tile.student_tanh_scale != nullptr) cap_row(student, tile.columns, *tile.student_tanh_scale);
   if (tile.teacher_tanh_scale != nullptr) cap_row(teacher, tile.columns, *tile.teacher_tanh_scale);
 
-  const OnlineSum student_sum = online_sum(student, tile.columns, false);
+  const OnlineSum student_sum = online_sum(student, tile.columns);
   statistic(kStudentMax) = student_sum.max;
   statistic(kStudentLogSum) = log_of_sum(student_sum.sum);
   const TeacherScale teacher_scale =

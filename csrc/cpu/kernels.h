@@ -23,18 +23,6 @@ struct PackedRows {
   int64_t rows, width;  // N and H
 };
 
-struct ScoreTarget {
-  const int64_t* ids;  // [rows] or null
-  int64_t first_column;
-};
-
-// Running statistics of rows; `entropy` and `target_logits` may be null.
-struct RunningScores {
-  float* logsumexp;
-  float* target_logits;
-  float* entropy;
-};
-
 // The rows of a part's statistics: the largest logit, sum_j e^(z_j - largest), sum_j e^(z_j - largest) (z_j - largest),
 // and the target's logit where the target lies in the part.
 enum PartialScore { kPartMax = 0, kPartSum = 1, kPartMoment = 2, kPartTarget = 3, kPartialScores = 4 };
@@ -99,8 +87,6 @@ struct Kernels {
   void (*sum_rows)(const float* part, int64_t stride, int64_t parts, int64_t width, float scale, float* out);
 
   // Row n of a tile.
-  void (*tile_score)(const float* row, int64_t columns, const float* tanh_scale, ScoreTarget target, int64_t n,
-                     RunningScores running);
   void (*tile_softmax)(float* row, int64_t columns, const float* tanh_scale, int64_t target_id, float* logsumexp,
                        float* target_logit);
   void (*tile_logprob_gradient)(const LogprobTile& tile, int64_t n);

@@ -1,4 +1,4 @@
-// Operations on tiles of logits: one row is one piece of work, so results do not depend on the number of threads.
+// Operations on tiles of logits, a row being one piece of work; and vector_math, which their tests ask for.
 #include <torch/csrc/stable/library.h>
 
 #include "arguments.h"
@@ -6,20 +6,6 @@
 
 namespace unisd {
 namespace {
-
-void tile_score(Tensor tile, std::optional<double> tanh_scale, std::optional<Tensor> target_ids, int64_t first_column,
-                Tensor logsumexp, std::optional<Tensor> target_logits, std::optional<Tensor> entropy) {
-  const float* data = tile_data(tile, "tile");
-  const int64_t rows = tile.size(0), columns = tile.size(1), stride = tile.stride(0);
-  const OptionalFloat cap(tanh_scale);
-  const int64_t* targets =
-      target_ids.has_value() ? vector_data<int64_t>(*target_ids, "target_ids", rows, ScalarType::Long) : nullptr;
-  const RunningScores running{floats(logsumexp, "logsumexp", rows), floats(target_logits, "target_logits", rows),
-                              floats(entropy, "entropy", rows)};
-  for_each_piece(rows, [&](int64_t n) {
-    kernels().tile_score(data + n * stride, columns, cap.get(), {targets, first_column}, n, running);
-  });
-}
 
 void tile_softmax(Tensor tile, std::optional<double> tanh_scale, Tensor target_ids, Tensor logsumexp,
                   Tensor target_logits) {
@@ -140,7 +126,6 @@ void vector_math(std::string function, Tensor x, Tensor out) {
 }  // namespace unisd
 
 STABLE_TORCH_LIBRARY_IMPL(unisd, CPU, m) {
-  m.impl("tile_score_", TORCH_BOX(&unisd::tile_score));
   m.impl("tile_softmax_", TORCH_BOX(&unisd::tile_softmax));
   m.impl("tile_logprob_gradient_", TORCH_BOX(&unisd::tile_logprob_gradient));
   m.impl("tile_divergence_", TORCH_BOX(&unisd::tile_divergence));

@@ -22,7 +22,6 @@ _CUDA_LIBRARY = _DIRECTORY / "_C_cuda.abi3.so"
 # Every operation of csrc/ops.cpp. All of them write into arguments and return nothing, so that one fake
 # implementation serves them all.
 OPERATIONS = (
-    "tile_score_",
     "tile_softmax_",
     "tile_logprob_gradient_",
     "tile_divergence_",
