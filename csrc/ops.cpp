@@ -18,15 +18,16 @@ STABLE_TORCH_LIBRARY(unisd, m) {
       "tile_logprob_gradient_(Tensor(a!) tile, float? tanh_scale, Tensor logsumexp, Tensor target_ids, "
       "Tensor? logprob_weight, Tensor? logsumexp_weight, Tensor? entropy, Tensor? entropy_weight) -> ()");
   // Statistics of complete rows into `statistics` [kDivergenceStatistics, rows] (cpu/statistics.h). With a soft cap the
-  // tiles are overwritten by their logits. `is_difference` (bool [rows]): these rows of the second tile hold z_t - z_s.
+  // tiles are overwritten by their logits. `teacher_is_delta` (bool [rows]): these rows of the teacher's tile hold
+  // z_t - z_s.
   m.def(
       "tile_divergence_(Tensor(a!) student, Tensor(b!) teacher, float? student_tanh_scale, float? teacher_tanh_scale, "
-      "Tensor? is_difference, Tensor? target_ids, float beta, bool want_entropy, Tensor(c!) statistics) -> ()");
+      "Tensor? teacher_is_delta, Tensor? target_ids, float beta, bool want_entropy, Tensor(c!) statistics) -> ()");
   // After tile_divergence_: overwrite the student's tile with the gradient of
   // sum_n weight_n D_n + logprob_weight_n logp_n(y_n) with respect to a x / tau. No weight is a weight of one.
   m.def(
       "tile_divergence_gradient_(Tensor(a!) student, Tensor teacher, float? student_tanh_scale, "
-      "Tensor? is_difference, Tensor? target_ids, float beta, Tensor statistics, Tensor? weight, "
+      "Tensor? teacher_is_delta, Tensor? target_ids, float beta, Tensor statistics, Tensor? weight, "
       "Tensor? logprob_weight) -> ()");
   // out[n] = scale[n] * rows[n] in float32, then rounded to out's dtype.
   m.def("scale_rows(Tensor rows, Tensor scale, Tensor(a!) out) -> ()");

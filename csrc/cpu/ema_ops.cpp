@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "arguments.h"
-#include "pieces.h"
+#include "parallel.h"
 
 namespace unisd {
 namespace {

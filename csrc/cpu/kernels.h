@@ -33,7 +33,7 @@ struct DivergenceTile {
   int64_t student_stride, teacher_stride, columns;
   const float* student_tanh_scale;  // null: no cap
   const float* teacher_tanh_scale;
-  const bool* is_difference;  // [rows]: does the teacher's row hold z_t - z_s? Null: none does
+  const bool* teacher_is_delta;  // [rows]: does the teacher's row hold z_t - z_s? Null: none does
   const int64_t* target_ids;  // [rows] or null
   double beta;
   bool want_entropy;

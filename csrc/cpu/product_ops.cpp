@@ -7,7 +7,7 @@
 #include <new>
 
 #include "arguments.h"
-#include "pieces.h"
+#include "parallel.h"
 
 namespace unisd {
 namespace {

@@ -1,8 +1,9 @@
-// Softmax and log-probability gradient of one complete row of logits, and the online sum under them.
+// Softmax and log-probability gradient of one complete row of logits, the online sum under them; scaling of a row.
 #pragma once
 
 #include <cmath>
 
+#include "half.h"
 #include "kernels.h"
 #include "vec_math.h"
 
@@ -85,7 +86,7 @@ inline float logsumexp_of(const OnlineSum& total) {
 
 // row = tanh_scale * tanh(row). The tanh of an infinity is a number like any other: it becomes NaN, and so does then
 // all that the row gives.
-inline void cap_row(float* row, int64_t columns, float tanh_scale) {
+inline void apply_softcap(float* row, int64_t columns, float tanh_scale) {
   const Vec scale = Vec::set(tanh_scale), zero = Vec::set(0.0f);
   const auto capped_or_nan = [&](Vec x) UNISD_INLINE { return fma(x, zero, scale * tanh(x)); };
   for_each_vector(
@@ -95,7 +96,7 @@ inline void cap_row(float* row, int64_t columns, float tanh_scale) {
 
 inline void tile_softmax(float* row, int64_t columns, const float* tanh_scale, int64_t target_id, float* logsumexp,
                          float* target_logit) {
-  if (tanh_scale != nullptr) cap_row(row, columns, *tanh_scale);
+  if (tanh_scale != nullptr) apply_softcap(row, columns, *tanh_scale);
   const OnlineSum total = online_sum(row, columns);
   *logsumexp = logsumexp_of(total);
   *target_logit = row[target_id];
@@ -114,7 +115,7 @@ inline void tile_softmax(float* row, int64_t columns, const float* tanh_scale, i
 inline void tile_logprob_gradient(const LogprobTile& tile, int64_t n) {
   float* row = tile.tile + n * tile.stride;
   const int64_t columns = tile.columns;
-  if (tile.tanh_scale != nullptr) cap_row(row, columns, *tile.tanh_scale);
+  if (tile.tanh_scale != nullptr) apply_softcap(row, columns, *tile.tanh_scale);
   // d logp_y / dz = 1[y] - p,   d lse / dz = p,   d entropy / dz = -p (log p + entropy)
   const float logprob_weight = tile.logprob_weight == nullptr ? 0.0f : tile.logprob_weight[n];
   const float on_probs = (tile.logsumexp_weight == nullptr ? 0.0f : tile.logsumexp_weight[n]) - logprob_weight;
@@ -136,6 +137,19 @@ inline void tile_logprob_gradient(const LogprobTile& tile, int64_t n) {
   if (tile.logprob_weight != nullptr) {
     const float t = tile.tanh_scale == nullptr ? 0.0f : target_z / *tile.tanh_scale;
     row[target] += logprob_weight * (1.0f - t * t);
+  }
+}
+
+inline void scale_row(const float* row, float scale, int64_t width, void* out, Storage storage) {
+  for (int64_t i = 0; i < width; ++i) {
+    const float value = row[i] * scale;
+    if (storage == Storage::kFloat32) {
+      static_cast<float*>(out)[i] = value;
+    } else if (storage == Storage::kBFloat16) {
+      static_cast<BFloat16*>(out)[i] = BFloat16::nearest(value);
+    } else {
+      static_cast<Float16*>(out)[i] = Float16::nearest(value);
+    }
   }
 }
 

@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "arguments.h"
-#include "pieces.h"
+#include "parallel.h"
 
 namespace unisd {
 namespace {
@@ -40,8 +40,8 @@ void tile_logprob_gradient(Tensor tile, std::optional<double> tanh_scale, Tensor
   for_each_piece(rows, [&](int64_t n) { kernels().tile_logprob_gradient(arguments, n); });
 }
 
-DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, const OptionalFloat& student_cap,
-                               const OptionalFloat& teacher_cap, const std::optional<Tensor>& is_difference,
+DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, const OptionalFloat& student_softcap,
+                               const OptionalFloat& teacher_softcap, const std::optional<Tensor>& teacher_is_delta,
                                const std::optional<Tensor>& target_ids, double beta, const Tensor& statistics) {
   DivergenceTile tile{};
   tile.student = tile_data(student, "student");
@@ -52,7 +52,8 @@ DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, con
                   "shape [", tile.rows, ", ", tile.columns, "], got [", teacher.size(0), ", ", teacher.size(1), "]");
   STD_TORCH_CHECK(tile.columns > 0, "a tile of complete rows needs at least one column");
   STD_TORCH_CHECK(beta >= 0.0 && beta <= 1.0, "beta must be in [0, 1], got ", beta);
-  STD_TORCH_CHECK(!is_difference.has_value() || (student_cap.get() == nullptr && teacher_cap.get() == nullptr),
+  const bool capped = student_softcap.get() != nullptr || teacher_softcap.get() != nullptr;
+  STD_TORCH_CHECK(!teacher_is_delta.has_value() || !capped,
                   "the difference of logits is linear in the hidden states only without a soft cap");
   STD_TORCH_CHECK(statistics.dim() == 2 && statistics.size(0) == kDivergenceStatistics &&
                       statistics.size(1) == tile.rows && statistics.scalar_type() == ScalarType::Float &&
@@ -61,11 +62,11 @@ DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, con
                   tile.rows, "]");
   tile.student_stride = student.stride(0);
   tile.teacher_stride = teacher.stride(0);
-  tile.student_tanh_scale = student_cap.get();
-  tile.teacher_tanh_scale = teacher_cap.get();
-  tile.is_difference = is_difference.has_value()
-                           ? vector_data<bool>(*is_difference, "is_difference", tile.rows, ScalarType::Bool)
-                           : nullptr;
+  tile.student_tanh_scale = student_softcap.get();
+  tile.teacher_tanh_scale = teacher_softcap.get();
+  tile.teacher_is_delta = teacher_is_delta.has_value()
+                              ? vector_data<bool>(*teacher_is_delta, "teacher_is_delta", tile.rows, ScalarType::Bool)
+                              : nullptr;
   tile.target_ids = ids(target_ids, tile.rows, tile.columns);
   tile.beta = beta;
   tile.statistics = static_cast<float*>(statistics.mutable_data_ptr());
@@ -73,22 +74,22 @@ DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, con
 }
 
 void tile_divergence(Tensor student, Tensor teacher, std::optional<double> student_tanh_scale,
-                     std::optional<double> teacher_tanh_scale, std::optional<Tensor> is_difference,
+                     std::optional<double> teacher_tanh_scale, std::optional<Tensor> teacher_is_delta,
                      std::optional<Tensor> target_ids, double beta, bool want_entropy, Tensor statistics) {
-  const OptionalFloat student_cap(student_tanh_scale), teacher_cap(teacher_tanh_scale);
-  DivergenceTile tile = divergence_tile(student, teacher, student_cap, teacher_cap, is_difference, target_ids, beta,
-                                        statistics);
+  const OptionalFloat student_softcap(student_tanh_scale), teacher_softcap(teacher_tanh_scale);
+  DivergenceTile tile = divergence_tile(student, teacher, student_softcap, teacher_softcap, teacher_is_delta,
+                                        target_ids, beta, statistics);
   tile.want_entropy = want_entropy;
   for_each_piece(tile.rows, [&](int64_t n) { kernels().tile_divergence(tile, n); });
 }
 
 void tile_divergence_gradient(Tensor student, Tensor teacher, std::optional<double> student_tanh_scale,
-                              std::optional<Tensor> is_difference, std::optional<Tensor> target_ids, double beta,
+                              std::optional<Tensor> teacher_is_delta, std::optional<Tensor> target_ids, double beta,
                               Tensor statistics, std::optional<Tensor> weight, std::optional<Tensor> logprob_weight) {
-  const OptionalFloat student_cap(student_tanh_scale), teacher_cap(std::nullopt);
+  const OptionalFloat student_softcap(student_tanh_scale), teacher_softcap(std::nullopt);
   STD_TORCH_CHECK(!logprob_weight.has_value() || target_ids.has_value(), "logprob_weight needs target_ids");
-  DivergenceTile tile = divergence_tile(student, teacher, student_cap, teacher_cap, is_difference, target_ids, beta,
-                                        statistics);
+  DivergenceTile tile = divergence_tile(student, teacher, student_softcap, teacher_softcap, teacher_is_delta,
+                                        target_ids, beta, statistics);
   tile.weight = floats(weight, "weight", tile.rows);
   tile.logprob_weight = floats(logprob_weight, "logprob_weight", tile.rows);
   for_each_piece(tile.rows, [&](int64_t n) { kernels().tile_divergence_gradient(tile, n); });

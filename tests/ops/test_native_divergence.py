@@ -75,10 +75,10 @@ def run_divergence(
     tiles = inside(student, 1, *paddings, CANARY), inside(teacher, 1, *reversed(paddings), CANARY)
     statistics = torch.full((_NUM_STATISTICS, rows), torch.nan)
     ops = extension.operations()
-    is_difference = torch.ones(rows, dtype=torch.bool) if delta else None
-    ops.tile_divergence_(*tiles, cap, teacher_cap, is_difference, ids, beta, want_entropy, statistics)
+    teacher_is_delta = torch.ones(rows, dtype=torch.bool) if delta else None
+    ops.tile_divergence_(*tiles, cap, teacher_cap, teacher_is_delta, ids, beta, want_entropy, statistics)
     before = tiles[1].clone(), statistics.clone()
-    ops.tile_divergence_gradient_(*tiles, cap, is_difference, ids, beta, statistics, weight, logprob_weight)
+    ops.tile_divergence_gradient_(*tiles, cap, teacher_is_delta, ids, beta, statistics, weight, logprob_weight)
     assert torch.equal(tiles[1].nan_to_num(), before[0].nan_to_num())
     assert torch.equal(statistics.nan_to_num(), before[1].nan_to_num())
     assert all(frame_is_untouched(tile, CANARY) for tile in tiles)

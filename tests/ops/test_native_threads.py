@@ -86,9 +86,9 @@ def test_tiles(kind, beta):
     def compute() -> list[torch.Tensor]:
         s, t, statistics = student.clone(), teacher.clone(), torch.empty(_NUM_STATISTICS, rows)
         # Every other row one of differences.
-        is_difference = torch.arange(s.shape[0]) % 2 == 0 if kind == "delta" else None
-        ops.tile_divergence_(s, t, cap, cap, is_difference, ids, beta, True, statistics)
-        ops.tile_divergence_gradient_(s, t, cap, is_difference, ids, beta, statistics, weight, weight)
+        teacher_is_delta = torch.arange(s.shape[0]) % 2 == 0 if kind == "delta" else None
+        ops.tile_divergence_(s, t, cap, cap, teacher_is_delta, ids, beta, True, statistics)
+        ops.tile_divergence_gradient_(s, t, cap, teacher_is_delta, ids, beta, statistics, weight, weight)
         soft, lse, logits = student.clone(), torch.empty(rows), torch.empty(rows)
         ops.tile_softmax_(soft, cap, ids, lse, logits)
         gradient = student.clone()
