@@ -1,4 +1,4 @@
-"""Build the CUDA half, `unisd_kernels/_C_cuda.abi3.so`, by calling nvcc: `python csrc/nvcc.py --arch 80 90 100`.
+"""Build the CUDA library, `unisd_kernels/_C_cuda.abi3.so`, by calling nvcc: `python csrc/nvcc.py --arch 80 90 100`.
 
 Not with torch's `CUDAExtension`, which refuses to build where the running torch is a CPU-only one. No GPU is needed.
 Nothing here imports torch before it is asked to build.

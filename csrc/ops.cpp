@@ -1,5 +1,6 @@
 // The operations `torch.ops.unisd.*`: every schema, in one place. Implementations register themselves for their device
-// (cpu/register.cpp, cuda/*.cu); fake ones for torch.compile are in unisd_kernels/backends/extension.py. Autograd stays in Python.
+// (cpu/*_ops.cpp, cuda/ema_ops.cpp); fake ones for torch.compile are in unisd_kernels/backends/extension.py. Autograd
+// stays in Python.
 //
 // Conventions. Tiles are float32 [rows, columns] with contiguous rows (any stride between rows) and arrive as
 // `product_scale * (h W^T + b)`; `tanh_scale` is c / tau with a soft cap c, else absent, and the logit is then
@@ -8,13 +9,6 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(unisd, m) {
-  // Merge a tile that may cover only part of the vocabulary (columns first_column and on) into the running statistics
-  // of its rows: log-sum-exp (initially -inf), the target's logit (where it lies in the tile), and the entropy (at
-  // first anything). One tile's does not depend on how large the logits are; merged ones do as far as the difference of
-  // two log-sum-exps does, which are rounded to float32.
-  m.def(
-      "tile_score_(Tensor tile, float? tanh_scale, Tensor? target_ids, int first_column, Tensor(a!) logsumexp, "
-      "Tensor(b!)? target_logits, Tensor(c!)? entropy) -> ()");
   // Overwrite complete rows with d logsumexp / d (a x / tau).
   m.def(
       "tile_softmax_(Tensor(a!) tile, float? tanh_scale, Tensor target_ids, Tensor(b!) logsumexp, "
@@ -23,27 +17,23 @@ STABLE_TORCH_LIBRARY(unisd, m) {
   m.def(
       "tile_logprob_gradient_(Tensor(a!) tile, float? tanh_scale, Tensor logsumexp, Tensor target_ids, "
       "Tensor? logprob_weight, Tensor? logsumexp_weight, Tensor? entropy, Tensor? entropy_weight) -> ()");
-  // Statistics of complete rows into `statistics` [kDivergenceStatistics, rows] (statistics.h). With a soft cap the
-  // tiles are overwritten by their logits. `is_difference` (bool [rows]): these rows of the second tile hold z_t - z_s.
+  // Statistics of complete rows into `statistics` [kDivergenceStatistics, rows] (cpu/statistics.h). With a soft cap the
+  // tiles are overwritten by their logits. `teacher_is_delta` (bool [rows]): these rows of the teacher's tile hold
+  // z_t - z_s.
   m.def(
       "tile_divergence_(Tensor(a!) student, Tensor(b!) teacher, float? student_tanh_scale, float? teacher_tanh_scale, "
-      "Tensor? is_difference, Tensor? target_ids, float beta, bool want_entropy, Tensor(c!) statistics) -> ()");
+      "Tensor? teacher_is_delta, Tensor? target_ids, float beta, bool want_entropy, Tensor(c!) statistics) -> ()");
   // After tile_divergence_: overwrite the student's tile with the gradient of
   // sum_n weight_n D_n + logprob_weight_n logp_n(y_n) with respect to a x / tau. No weight is a weight of one.
   m.def(
       "tile_divergence_gradient_(Tensor(a!) student, Tensor teacher, float? student_tanh_scale, "
-      "Tensor? is_difference, Tensor? target_ids, float beta, Tensor statistics, Tensor? weight, "
+      "Tensor? teacher_is_delta, Tensor? target_ids, float beta, Tensor statistics, Tensor? weight, "
       "Tensor? logprob_weight) -> ()");
   // out[n] = scale[n] * rows[n] in float32, then rounded to out's dtype.
   m.def("scale_rows(Tensor rows, Tensor scale, Tensor(a!) out) -> ()");
-  // teacher = decay teacher + (1 - decay) student over all tensors (ema_average.h). 16-bit teachers: `compensation`
-  // (one tensor each) or `stochastic` rounding from `seed` (ema_rounding.h).
-  m.def(
-      "ema_update_(Tensor(a!)[] teacher, Tensor[] student, float decay, Tensor(b!)[] compensation, bool stochastic, "
-      "int seed) -> ()");
 
-  // The matrix products with their epilogue, CPU only.
-  // tile_score_ of scale * (hidden weight^T + bias), without the tile. Overwrites the statistics.
+  // The matrix products with their epilogue.
+  // Log-sum-exp, target's logit and entropy of the rows of scale * (hidden weight^T + bias), without that tile.
   m.def(
       "linear_score(Tensor hidden, Tensor weight, Tensor? bias, float scale, float? tanh_scale, Tensor target_ids, "
       "Tensor(a!) logsumexp, Tensor(b!) target_logits, Tensor(c!)? entropy) -> ()");
@@ -53,4 +43,11 @@ STABLE_TORCH_LIBRARY(unisd, m) {
   m.def("linear_backward(Tensor gradient, Tensor weight, float scale, Tensor(a!) out) -> ()");
   // exp, log, expm1 or tanh of a float32 tensor, as the kernels compute them; for their tests.
   m.def("vector_math(str function, Tensor x, Tensor(a!) out) -> ()");
+
+  // The one operation that has a CUDA implementation too.
+  // teacher = decay teacher + (1 - decay) student over all tensors (ema_average.h). 16-bit teachers: `compensation`
+  // (one tensor each) or `stochastic` rounding from `seed` (ema_rounding.h).
+  m.def(
+      "ema_update_(Tensor(a!)[] teacher, Tensor[] student, float decay, Tensor(b!)[] compensation, bool stochastic, "
+      "int seed) -> ()");
 }

@@ -76,10 +76,12 @@ def says(path: Path) -> str:
 def _short(sentence: str) -> str:
     """A sentence that is too long for a line, up to a place where it may end."""
     while len(sentence) > LONGEST:
-        cut = max(sentence.rfind(mark) for mark in (": ", "; ", ", ", " (", " -"))
+        cut = max(sentence.rfind(mark) for mark in (": ", "; ", ", ", " ("))
         if cut <= 0:
             break
         sentence = sentence[:cut]
+        if sentence.count("(") > sentence.count(")"):
+            sentence = sentence[: sentence.rindex(" (")]
     return sentence
 
 

@@ -7,27 +7,13 @@
 
 #include <optional>
 
+#include "../storage_of.h"
 #include "kernels.h"
 
 namespace unisd {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline Storage storage_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::kFloat32;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    case ScalarType::Half:
-      return Storage::kFloat16;
-    case ScalarType::Double:
-      return Storage::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
-  }
-}
 
 inline void check_matrix(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, name, " must have two dimensions, got ", t.dim());

@@ -41,7 +41,8 @@ const Kernels& kernels() {
 
 }  // namespace unisd
 
-// For Python (unisd_kernels/backends/extension.py): the name of the instruction set, or null if UNISD_CPU_ISA cannot be had.
+// For Python (unisd_kernels/backends/extension.py): the name of the instruction set, or null if UNISD_CPU_ISA cannot be
+// had.
 extern "C" __attribute__((visibility("default"))) const char* unisd_cpu_isa() {
   try {
     return unisd::kernels().name;

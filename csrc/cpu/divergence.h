@@ -1,202 +1,11 @@
-// Divergence of two complete rows, and its gradient.
-//
-// With r = log p_t - log p_s, q = -|r| and `larger` the larger of the two probabilities, every term is `larger` times a
-// bounded function of q: nothing overflows, and nothing is NaN where both probabilities underflow. To each term is
-// added one that sums to zero over the vocabulary (a multiple of p_s - p_t), which makes all terms non-negative and of
-// second order in r: a small D keeps its digits, and the rounding of the two log-sum-exps cancels to first order.
-//
-//   E(q) = e^q - 1,   A(q) = E - q >= 0,   B(q) = q e^q - E >= 0
-//   p_t r - (p_t - p_s) = larger * (r > 0 ? A : B)                      summed: KL(p_t || p_s)
-//   (p_t - p_s) - p_s r = larger * (r > 0 ? B : A)                      summed: KL(p_s || p_t)
-//   with c = (r > 0 ? 1 - beta : beta) and l = log(1 + c E) = log(m / larger):
-//   X = c E - l,   Y = e^q (q - l) - (1 - c) E = (1 - c) E^2 + e^q (X - A)
-//   p_s log(p_s / m) - p_s + m = larger * (r > 0 ? Y : X)               summed: KL(p_s || m)
-//   p_t log(p_t / m) - p_t + m = larger * (r > 0 ? X : Y)               summed: KL(p_t || m)
-//
-// Where the share 1 - c of the larger probability in Y's own column is next to nothing, Y, which is of its order, is a
-// difference of terms that are not, and so is log(m / smaller) = l - q. There both come from the mixture's excess over
-// the smaller probability, m = smaller (1 + x) with x = (1 - c) (e^-q - 1) = -(1 - c) E / e^q:
-//
-//   log(m / smaller) = log(1 + x),   Y = e^q (x - log(1 + x))
-//
-// The logarithms come in one of three forms, chosen row by row. Always a(j) = log p_s(j) = (z_s(j) - max z_s) -
-// log_sum_s and b(j) = log p_t(j) = (z_t(j) - max z_t) - log_sum_t.
-//
-//   logits   The second tile holds z_t; r = b - a.
-//   near     It holds delta = z_t - z_s, from the projection of h_t - h_s, which keeps the digits of a small r:
-//            r = delta - L with L = log sum_j p_s(j) e^delta(j); and z_t = (z_s - max z_s) + delta.
-//   far      It holds delta, z_t is the same sum, and r = b - a.
-//
-// Why not b = a + r, and why `far`? Let u = 2^-24 and j a favourite of the teacher that the student finds impossible.
-// There a + r is a sum of two numbers of size |r|, and p_t = e^(a + r), which stands before every term of D and should
-// sum to one, is off by a factor 1 + u |r|: by 2e-4 at |r| = 5e3, and by any amount at low temperatures. b is relative
-// to its own maximum and its own sum, so that p_t sums to one whatever the sizes are. What is left is the rounding of
-// z_t, u |z_t - max z_s|, which is of the order of the products' own.
-//
-// L has the rounding of its largest term, u |M| with M = max z_t - max z_s. An error e of L, the probabilities left as
-// they are, changes KL(p_t || p_s) by e G, G = sum_{r > 0} (p_t - p_s) + sum_{r < 0} p_t r. With both of the sums S+-
-// = sum_{r > 0, r < 0} (p_t r - p_t + p_s) >= 0 and S+ + S- = D, G = D - S+ = S-: at most D, and at most 1. So D is
-// off by u |M| of itself, which |M| <= kNear keeps at a few u. Beyond, the favourites of the two differ by many nats
-// (or the teacher's logits are higher throughout, which their products' rounding pays for too): D has no digits to
-// lose by r = b - a, whose error u (|a| + |b|) is relative to r where it matters.
+// Divergence of two complete rows: their statistics, then the gradient. divergence_terms.h has the mathematics.
 #pragma once
 
+#include "divergence_terms.h"
 #include "rows.h"
 
 namespace unisd {
 namespace UNISD_ISA {
-
-// kSkewed: a mixture of which one share is below kSmallShare. Of its own, so that the others pay nothing for it.
-enum class Kind { kForward, kReverse, kMixture, kSkewed };
-
-constexpr float kSmallShare = 1.0f / 16.0f;
-
-inline Kind kind_of(double beta) {
-  if (beta == 0.0) return Kind::kForward;
-  if (beta == 1.0) return Kind::kReverse;
-  return beta < static_cast<double>(kSmallShare) || 1.0 - beta < static_cast<double>(kSmallShare) ? Kind::kSkewed
-                                                                                                  : Kind::kMixture;
-}
-
-// A difference row is `near` up to this |M|.
-constexpr float kNear = 8.0f;
-
-inline bool is_difference(const DivergenceTile& tile, int64_t n) {
-  return tile.is_difference != nullptr && tile.is_difference[n];
-}
-
-// From the logits of one column to its log-probabilities.
-struct PairScale {
-  Vec student_max, student_log_sum, teacher_max, teacher_log_sum, log_ratio;
-  bool difference, near;
-
-  PairScale(const DivergenceTile& tile, int64_t n)
-      : student_max(statistic(tile, kStudentMax, n)),
-        student_log_sum(statistic(tile, kStudentLogSum, n)),
-        teacher_max(statistic(tile, kTeacherMax, n)),
-        teacher_log_sum(statistic(tile, kTeacherLogSum, n)),
-        log_ratio(statistic(tile, kLogRatio, n)),
-        difference(is_difference(tile, n)),
-        near(tile.statistics[kLogRatio * tile.rows + n] < kInfinity) {}
-
-  static Vec statistic(const DivergenceTile& tile, DivergenceStatistic which, int64_t n) {
-    return Vec::set(tile.statistics[which * tile.rows + n]);
-  }
-};
-
-struct Pair {
-  Vec student_logprob, teacher_logprob;
-  Vec r, q;           // clamped to be finite
-  Vec larger, ratio;  // the larger probability, and e^q = smaller / larger
-  Vec e;              // E(q)
-  Vec remainder, n;   // (E(q) - q) / q^2 where n = 0, which is for |q| < ln(2) / 2
-};
-
-inline Pair make_pair(Vec student, Vec teacher, const PairScale& scale) {
-  const Vec zero = Vec::set(0.0f), bound = Vec::set(1e30f);
-  Pair pair;
-  const Vec shifted = student - scale.student_max;
-  const Vec a = shifted - scale.student_log_sum;
-  const Vec z_t = scale.difference ? shifted + teacher : teacher;
-  const Vec b = (z_t - scale.teacher_max) - scale.teacher_log_sum;
-  Vec r = scale.near ? teacher - scale.log_ratio : b - a;
-  const Vec higher = max(a, b);
-  pair.larger = exp(higher);
-  // Where both are zero r does not matter and may be -inf - -inf.
-  r = where_equal(pair.larger, zero, zero, r);
-  pair.r = max(zero - bound, min(bound, r));
-  pair.q = zero - abs(pair.r);
-  const ExpParts parts = exp_parts(pair.q);
-  pair.ratio = parts.exp;
-  pair.e = parts.expm1;
-  pair.remainder = parts.remainder;
-  pair.n = parts.n;
-  pair.student_logprob = a;
-  pair.teacher_logprob = b;
-  return pair;
-}
-
-inline Vec term_a(const Pair& p) {
-  return where_less(p.n, Vec::set(0.0f), p.e - p.q, p.q * p.q * p.remainder);
-}
-
-inline Vec term_b(const Pair& p) {
-  const Vec small = p.q * p.q * fma(p.q - Vec::set(1.0f), p.remainder, Vec::set(1.0f));
-  return where_less(p.n, Vec::set(0.0f), p.q * p.ratio - p.e, small);
-}
-
-struct Mixture {
-  Vec x, log_share;  // X, and l = log(m / larger)
-  Vec other_share;   // 1 - c
-};
-
-struct MixtureScale {
-  Vec beta, other;  // beta and 1 - beta, each rounded once
-  explicit MixtureScale(double b)
-      : beta(Vec::set(static_cast<float>(b))), other(Vec::set(static_cast<float>(1.0 - b))) {}
-};
-
-template <Kind kind>
-inline Mixture make_mixture(const Pair& p, const MixtureScale& scale) {
-  const Vec zero = Vec::set(0.0f);
-  const Vec c = where_less(zero, p.r, scale.other, scale.beta);
-  Mixture mixture;
-  mixture.other_share = where_less(zero, p.r, scale.beta, scale.other);
-  const Vec w = c * p.e;
-  const Vec limit = Vec::set(-0.25f);
-  const Vec bounded = max(limit, w);
-  const Vec small_x = bounded * bounded * log_remainder(bounded);
-  // 1 + w, without cancellation where c is close to 1 and the ratio to 0.
-  Vec large_log = log(fma(c, p.ratio, mixture.other_share));
-  // m is at least the smaller probability; computed, it is zero where share and ratio underflow.
-  if (kind == Kind::kSkewed) large_log = max(large_log, p.q);
-  mixture.x = where_less(w, limit, w - large_log, small_x);
-  mixture.log_share = where_less(w, limit, large_log, bounded - small_x);
-  return mixture;
-}
-
-// In the second form, whose terms are all of second order.
-inline Vec term_y(const Pair& p, const Mixture& m) {
-  return fma(p.ratio, m.x - term_a(p), m.other_share * p.e * p.e);
-}
-
-// From the mixture's excess over the smaller probability, for 1 - c < kSmallShare.
-struct Excess {
-  Vec log_mixture;  // log(m / smaller)
-  Vec y;
-};
-
-inline Excess make_excess(const Pair& p, const Mixture& m) {
-  const Vec zero = Vec::set(0.0f), one = Vec::set(1.0f), quarter = Vec::set(0.25f);
-  const Vec share = m.other_share * p.e;
-  const Vec x = (zero - share) / p.ratio;  // infinite or NaN where the ratio underflows
-  // With w = x / (1 + x): log(1 + x) = -log(1 - w) = w + w^2 R and x - log(1 + x) = w (x - w R), R = log_remainder(-w).
-  const Vec w = x / (one + x), bounded = min(w, quarter), weighted = bounded * log_remainder(zero - bounded);
-  // Beyond e^80 the log-ratio is all of log(1 + x) but for log(m / larger), and the quotient may overflow.
-  const Vec large = where_less(p.q, Vec::set(-80.0f), m.log_share - p.q, log(one + x));
-  Excess excess;
-  excess.log_mixture = where_less(w, quarter, fma(bounded, weighted, bounded), large);
-  excess.y = where_less(w, quarter, p.ratio * bounded * (x - weighted), (zero - share) - p.ratio * large);
-  return excess;
-}
-
-template <Kind kind>
-inline Vec mixture_y(const Pair& p, const Mixture& m) {
-  const Vec y = term_y(p, m);
-  return kind == Kind::kSkewed ? where_less(m.other_share, Vec::set(kSmallShare), make_excess(p, m).y, y) : y;
-}
-
-// u = log(m / p_s): l for r <= 0; and for r > 0, where l is log(m / p_t), l + r.
-template <Kind kind>
-inline Vec log_mixture_to_student(const Pair& p, const Mixture& m) {
-  const Vec zero = Vec::set(0.0f), u = m.log_share + max(p.r, zero);
-  if (kind != Kind::kSkewed) return u;
-  const Vec risen = where_less(m.other_share, Vec::set(kSmallShare), make_excess(p, m).log_mixture, u);
-  return where_less(zero, p.r, risen, u);
-}
-
-inline Vec student_prob(const Pair& p) { return where_less(Vec::set(0.0f), p.r, p.larger * p.ratio, p.larger); }
-inline Vec teacher_prob(const Pair& p) { return where_less(Vec::set(0.0f), p.r, p.larger, p.larger * p.ratio); }
 
 struct DivergenceSums {
   double first = 0.0;   // forward or reverse KL, or KL(p_t || m)
@@ -209,7 +18,7 @@ inline DivergenceSums sum_divergence(const DivergenceTile& tile, const float* st
                                      const PairScale& scale) {
   const Vec zero = Vec::set(0.0f), lowest = Vec::set(-1e30f);
   const MixtureScale mixture_scale(tile.beta);
-  const float fill = scale.difference ? 0.0f : -kInfinity;
+  const float fill = scale.row_is_delta ? 0.0f : -kInfinity;
   DivergenceSums total;
   for (int64_t start = 0; start < tile.columns; start += kSumColumns) {
     const int64_t length = at_most(kSumColumns, tile.columns - start);
@@ -260,16 +69,16 @@ struct TeacherScale {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Of a row that holds logits.
+// The teacher's row holds logits.
 inline TeacherScale scale_of_logits(const float* teacher, int64_t columns) {
-  const OnlineSum total = online_sum(teacher, columns, false);
+  const OnlineSum total = online_sum(teacher, columns);
   return {total.max, log_of_sum(total.sum), kInfinity};
 }
 
-// Of a row that holds differences. L comes by expm1 where every delta is small, which keeps the digits of a small L;
+// The teacher's row holds delta. L comes by expm1 where every delta is small, which keeps the digits of a small L;
 // else by the log-sum-exp of z_t. (D is insensitive to L to first order, its gradient is not.)
-inline TeacherScale scale_of_difference(const float* student, const float* delta, int64_t columns, float max_logit,
-                                        float log_sum) {
+inline TeacherScale scale_of_delta(const float* student, const float* delta, int64_t columns, float max_logit,
+                                   float log_sum) {
   const float largest = largest_magnitude(delta, columns);
   const Vec shift = Vec::set(max_logit), logs = Vec::set(log_sum);
   if (largest <= 1.0f) {
@@ -298,7 +107,7 @@ inline TeacherScale scale_of_difference(const float* student, const float* delta
     const float* s = student + start;
     const float* d = delta + start;
     add_block(
-        at_most(kSumColumns, columns - start), false,
+        at_most(kSumColumns, columns - start),
         [&](int64_t i) UNISD_INLINE { return (Vec::load(s + i) - shift) + Vec::load(d + i); },
         [&](int64_t i, int n, float fill) UNISD_INLINE {
           return (Vec::load_part(s + i, n, fill) - shift) + Vec::load_part(d + i, n, 0.0f);
@@ -314,16 +123,16 @@ inline void tile_divergence(const DivergenceTile& tile, int64_t n) {
   float* student = tile.student + n * tile.student_stride;
   float* teacher = tile.teacher + n * tile.teacher_stride;
   const int64_t rows = tile.rows;
-  const bool difference = is_difference(tile, n);
+  const bool row_is_delta = is_delta(tile, n);
   const auto statistic = [&](DivergenceStatistic which) -> float& { return tile.statistics[which * rows + n]; };
-  if (tile.student_tanh_scale != nullptr) cap_row(student, tile.columns, *tile.student_tanh_scale);
-  if (tile.teacher_tanh_scale != nullptr) cap_row(teacher, tile.columns, *tile.teacher_tanh_scale);
+  if (tile.student_tanh_scale != nullptr) apply_softcap(student, tile.columns, *tile.student_tanh_scale);
+  if (tile.teacher_tanh_scale != nullptr) apply_softcap(teacher, tile.columns, *tile.teacher_tanh_scale);
 
-  const OnlineSum student_sum = online_sum(student, tile.columns, false);
+  const OnlineSum student_sum = online_sum(student, tile.columns);
   statistic(kStudentMax) = student_sum.max;
   statistic(kStudentLogSum) = log_of_sum(student_sum.sum);
   const TeacherScale teacher_scale =
-      difference ? scale_of_difference(student, teacher, tile.columns, student_sum.max, statistic(kStudentLogSum))
+      row_is_delta ? scale_of_delta(student, teacher, tile.columns, student_sum.max, statistic(kStudentLogSum))
                  : scale_of_logits(teacher, tile.columns);
   statistic(kTeacherMax) = teacher_scale.max;
   statistic(kTeacherLogSum) = teacher_scale.log_sum;
@@ -361,7 +170,7 @@ inline void tile_divergence(const DivergenceTile& tile, int64_t n) {
     const int64_t y = tile.target_ids[n];
     const float shifted = student[y] - statistic(kStudentMax);
     const float student_logprob = shifted - statistic(kStudentLogSum);
-    const float z_t = difference ? shifted + teacher[y] : teacher[y];
+    const float z_t = row_is_delta ? shifted + teacher[y] : teacher[y];
     statistic(kStudentLogprob) = student_logprob;
     statistic(kTeacherLogprob) = scale.near ? student_logprob + (teacher[y] - statistic(kLogRatio))
                                             : (z_t - statistic(kTeacherMax)) - statistic(kTeacherLogSum);
@@ -402,7 +211,7 @@ inline void write_gradient(const DivergenceTile& tile, int64_t n) {
     const Vec t = max(lowest, z_s) * inverse;
     return g * (Vec::set(1.0f) - t * t);
   };
-  const float fill = scale.difference ? 0.0f : -kInfinity;
+  const float fill = scale.row_is_delta ? 0.0f : -kInfinity;
   for_each_vector(
       tile.columns,
       [&](int64_t i) UNISD_INLINE { gradient(Vec::load(student + i), Vec::load(teacher + i)).store(student + i); },

@@ -1,62 +1,18 @@
 // One moving-average step over a span of one tensor.
 #pragma once
 
-#include <cmath>
-#include <cstring>
-
 #include "../ema_average.h"
+#include "../ema_rounding.h"
+#include "half.h"
 #include "kernels.h"
+#include "vec.h"
 
 namespace unisd {
 namespace UNISD_ISA {
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// A 16-bit number and how it is rounded.
-struct BFloat16 {
-  uint16_t bits;
-  float value() const { return float_of(static_cast<uint32_t>(bits) << 16); }
-  static BFloat16 nearest(float x) {
-    const uint32_t b = bits_of(x);
-    const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16, nan = (b >> 16) | 0x40u;
-    return {static_cast<uint16_t>(x != x ? nan : rounded)};
-  }
-  static uint32_t stochastic(float x, uint32_t random) { return stochastic_bfloat16(x, random); }
-};
-
-struct Float16 {
-  uint16_t bits;
-  float value() const {
-    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-    const uint32_t exponent = (bits >> 10) & 0x1fu, mantissa = bits & 0x3ffu;
-    if (exponent == 0x1fu) return float_of(sign | 0x7f800000u | (mantissa << 13));
-    if (exponent != 0) return float_of(sign | ((exponent + 112u) << 23) | (mantissa << 13));
-    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-    return sign ? -magnitude : magnitude;
-  }
-  static Float16 nearest(float x) {
-    const uint32_t b = bits_of(x), sign = (b >> 16) & 0x8000u, magnitude = b & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
-    if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to infinity
-    if (magnitude < 0x38800000u) {
-      // Subnormal: adding 0.5 leaves the multiple of 2^-24, rounded to nearest even, in the low bits.
-      const uint32_t shifted = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-      return {static_cast<uint16_t>(sign | shifted)};
-    }
-    const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
-    return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
-  }
-  static uint32_t stochastic(float x, uint32_t random) { return stochastic_float16(x, random); }
-};
+// A draw as the bits of a float32 that the 16-bit type holds exactly.
+inline uint32_t stochastic(BFloat16, float x, uint32_t random) { return stochastic_bfloat16(x, random); }
+inline uint32_t stochastic(Float16, float x, uint32_t random) { return stochastic_float16(x, random); }
 
 inline float read(const float* p, int64_t i) { return p[i]; }
 inline double read(const double* p, int64_t i) { return p[i]; }
@@ -105,7 +61,8 @@ inline void ema_stochastic(T* __restrict teacher, const S* __restrict student, i
   const Average<float> average(decay);
   for (int64_t i = begin; i < end; ++i) {
     const float value = average(teacher[i].value(), static_cast<float>(read(student, i)));
-    teacher[i] = T::nearest(float_of(T::stochastic(value, random_bits(key, static_cast<uint64_t>(i)))));
+    const uint32_t random = random_bits(key, static_cast<uint64_t>(i));
+    teacher[i] = T::nearest(float_of(stochastic(T(), value, random)));
   }
 }
 
@@ -145,19 +102,6 @@ inline void ema(const EmaTensor& tensor, int64_t begin, int64_t end, double deca
       return ema_from(tensor, static_cast<const BFloat16*>(tensor.student), begin, end, decay, stochastically);
     case Storage::kFloat16:
       return ema_from(tensor, static_cast<const Float16*>(tensor.student), begin, end, decay, stochastically);
-  }
-}
-
-inline void scale_row(const float* row, float scale, int64_t width, void* out, Storage storage) {
-  for (int64_t i = 0; i < width; ++i) {
-    const float value = row[i] * scale;
-    if (storage == Storage::kFloat32) {
-      static_cast<float*>(out)[i] = value;
-    } else if (storage == Storage::kBFloat16) {
-      static_cast<BFloat16*>(out)[i] = BFloat16::nearest(value);
-    } else {
-      static_cast<Float16*>(out)[i] = Float16::nearest(value);
-    }
   }
 }
 

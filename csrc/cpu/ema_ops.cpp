@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "arguments.h"
-#include "pieces.h"
+#include "parallel.h"
 
 namespace unisd {
 namespace {
@@ -38,9 +38,7 @@ void ema_update(std::vector<Tensor> teacher, std::vector<Tensor> student, double
                      storage_of(student[i], "student"),
                      size,
                      rounding_key(static_cast<uint64_t>(seed), static_cast<uint32_t>(i))};
-    const bool narrow =
-        tensor.teacher_storage == Storage::kBFloat16 || tensor.teacher_storage == Storage::kFloat16;
-    if (narrow && !stochastic) {
+    if (is_16_bit(tensor.teacher_storage) && !stochastic) {
       STD_TORCH_CHECK(!compensation.empty(), "tensor ", i,
                       ": a 16-bit teacher needs compensation or stochastic rounding");
       STD_TORCH_CHECK(compensation[i].numel() == size && compensation[i].is_contiguous() &&

@@ -18,7 +18,7 @@
 #define UNISD_ISA_AVX2
 #define UNISD_ISA avx2
 #define UNISD_ISA_NAME "avx2"
-#include "isa_body.h"
+#include "isa_table.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -11,14 +11,15 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 #define UNISD_ISA_AVX512
 #define UNISD_ISA avx512
 #define UNISD_ISA_NAME "avx512"
-#include "isa_body.h"
+#include "isa_table.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

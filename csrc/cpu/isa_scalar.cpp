@@ -7,4 +7,4 @@
 
 #define UNISD_ISA scalar
 #define UNISD_ISA_NAME "scalar"
-#include "isa_body.h"
+#include "isa_table.h"

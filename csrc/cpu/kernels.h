@@ -1,15 +1,14 @@
-// What one instruction set provides: plain functions on pointers, no torch. `register.cpp` checks arguments, splits the
-// work over threads and calls them; the C++ tests call them directly.
+// What one instruction set provides: plain functions on pointers, no torch. *_ops.cpp check arguments, split the work
+// over threads and call them; tests/build/kernels calls them directly.
 #pragma once
 
 #include <cstdint>
 
 #include "../ema_rounding.h"
-#include "../statistics.h"
+#include "../storage.h"
+#include "statistics.h"
 
 namespace unisd {
-
-enum class Storage { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // A row-major matrix; rows are contiguous.
 struct Matrix {
@@ -24,18 +23,6 @@ struct PackedRows {
   int64_t rows, width;  // N and H
 };
 
-struct ScoreTarget {
-  const int64_t* ids;  // [rows] or null
-  int64_t first_column;
-};
-
-// Running statistics of rows; `entropy` and `target_logits` may be null.
-struct RunningScores {
-  float* logsumexp;
-  float* target_logits;
-  float* entropy;
-};
-
 // The rows of a part's statistics: the largest logit, sum_j e^(z_j - largest), sum_j e^(z_j - largest) (z_j - largest),
 // and the target's logit where the target lies in the part.
 enum PartialScore { kPartMax = 0, kPartSum = 1, kPartMoment = 2, kPartTarget = 3, kPartialScores = 4 };
@@ -46,7 +33,7 @@ struct DivergenceTile {
   int64_t student_stride, teacher_stride, columns;
   const float* student_tanh_scale;  // null: no cap
   const float* teacher_tanh_scale;
-  const bool* is_difference;  // [rows]: does the teacher's row hold z_t - z_s? Null: none does
+  const bool* teacher_is_delta;  // [rows]: does the teacher's row hold z_t - z_s? Null: none does
   const int64_t* target_ids;  // [rows] or null
   double beta;
   bool want_entropy;
@@ -100,8 +87,6 @@ struct Kernels {
   void (*sum_rows)(const float* part, int64_t stride, int64_t parts, int64_t width, float scale, float* out);
 
   // Row n of a tile.
-  void (*tile_score)(const float* row, int64_t columns, const float* tanh_scale, ScoreTarget target, int64_t n,
-                     RunningScores running);
   void (*tile_softmax)(float* row, int64_t columns, const float* tanh_scale, int64_t target_id, float* logsumexp,
                        float* target_logit);
   void (*tile_logprob_gradient)(const LogprobTile& tile, int64_t n);

@@ -7,7 +7,7 @@
 #include <new>
 
 #include "arguments.h"
-#include "pieces.h"
+#include "parallel.h"
 
 namespace unisd {
 namespace {
@@ -25,6 +25,11 @@ using Floats = std::unique_ptr<float, AlignedDelete>;
 Floats allocate(int64_t size) {
   return Floats(static_cast<float*>(
       ::operator new(static_cast<size_t>(size < 1 ? 1 : size) * sizeof(float), std::align_val_t(64))));
+}
+
+// The matrix without its first rows.
+Matrix rows_from(const Matrix& m, int64_t first) {
+  return {static_cast<const char*>(m.data) + first * m.stride * bytes_of(m.storage), m.stride, m.storage};
 }
 
 struct Operands {
@@ -46,9 +51,7 @@ Operands operands(const Tensor& hidden, const Tensor& weight, const std::optiona
   result.packed = allocate(kernels().packed_size(count, width));
   float* packed = result.packed.get();
   for_each_span(count, panel, [&](int64_t, int64_t first, int64_t last) {
-    const int64_t size = rows.storage == Storage::kFloat32 ? 4 : 2;
-    const Matrix part{static_cast<const char*>(rows.data) + first * rows.stride * size, rows.stride, rows.storage};
-    kernels().pack_rows(part, last - first, width, packed + first * width);
+    kernels().pack_rows(rows_from(rows, first), last - first, width, packed + first * width);
   });
   result.hidden = {packed, count, width};
   result.bias = nullptr;
@@ -128,13 +131,11 @@ void linear_backward(Tensor gradient, Tensor weight, double scale, Tensor out) {
   const int64_t columns = (width + cuts * kBackwardColumns - 1) / (cuts * kBackwardColumns) * kBackwardColumns;
   const int64_t spans = (width + columns - 1) / columns;
   const Floats partial = allocate(slices * rows * width);
-  const int64_t size = head.storage == Storage::kFloat32 ? 4 : 2;
   for_each_piece(slices * spans, [&](int64_t i) {
     const int64_t first = i / spans * slice, count = first + slice < length ? slice : length - first;
     const int64_t begin = i % spans * columns, end = begin + columns < width ? begin + columns : width;
-    const Matrix part{static_cast<const char*>(head.data) + first * head.stride * size, head.stride, head.storage};
-    kernels().backward(data + first, stride, rows, count, part, begin, end, partial.get() + i / spans * rows * width,
-                       width);
+    kernels().backward(data + first, stride, rows, count, rows_from(head, first), begin, end,
+                       partial.get() + i / spans * rows * width, width);
   });
   for_each_piece(rows, [&](int64_t n) {
     kernels().sum_rows(partial.get() + n * width, rows * width, slices, width, static_cast<float>(scale),

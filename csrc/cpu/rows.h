@@ -1,8 +1,9 @@
-// Kernels on one complete row, or one row of a tile.
+// Softmax and log-probability gradient of one complete row of logits, the online sum under them; scaling of a row.
 #pragma once
 
 #include <cmath>
 
+#include "half.h"
 #include "kernels.h"
 #include "vec_math.h"
 
@@ -12,39 +13,26 @@ namespace UNISD_ISA {
 // Columns whose float partial sums are added up before they go into a double.
 constexpr int64_t kSumColumns = Vec::width == 1 ? 128 : 1024;
 
-// sum_j e^(z_j - max) and sum_j e^(z_j - max) (z_j - max) under a maximum that moves. Relative to it, so that an
-// entropy does not depend on how large the logits are.
+// sum_j e^(z_j - max) under a maximum that moves.
 struct OnlineSum {
   float max = -kInfinity, min = kInfinity;
-  double sum = 0.0, moment = 0.0;
+  double sum = 0.0;
 
-  // Merge sums taken under another maximum.
-  void merge(float other_max, double other_sum, double other_moment) {
+  // Merge a sum taken under another maximum.
+  void merge(float other_max, double other_sum) {
     if (other_max > max) {
-      const double shift = static_cast<double>(max) - other_max, factor = std::exp(shift);
-      moment = moved(moment, sum, shift, factor) + other_moment;
-      sum = sum * factor + other_sum;
+      sum = sum * std::exp(static_cast<double>(max) - other_max) + other_sum;
       max = other_max;
     } else {
       // Also where both are -infinity: then other_sum is 0, or NaN.
-      const double shift = other_max == max ? 0.0 : static_cast<double>(other_max) - max, factor = std::exp(shift);
-      moment += moved(other_moment, other_sum, shift, factor);
-      sum += other_sum * factor;
+      sum += other_sum * std::exp(other_max == max ? 0.0 : static_cast<double>(other_max) - max);
     }
-  }
-
-  double entropy() const { return std::log(sum) - moment / sum; }
-
-  // A moment under a maximum that is `shift` lower, under this one.
-  static double moved(double moment, double sum, double shift, double factor) {
-    return factor == 0.0 ? 0.0 : (moment + shift * sum) * factor;
   }
 };
 
 // At most kSumColumns logits. `value(i)` and `value_part(i, n, fill)` give the vectors, with `fill` beyond the end.
 template <class Value, class ValuePart>
-inline UNISD_INLINE void add_block(int64_t columns, bool want_moment, const Value& value, const ValuePart& value_part,
-                                   OnlineSum* total) {
+inline UNISD_INLINE void add_block(int64_t columns, const Value& value, const ValuePart& value_part, OnlineSum* total) {
   Vec highest = Vec::set(-kInfinity), least = Vec::set(kInfinity);
   for_each_vector(
       columns,
@@ -60,34 +48,29 @@ inline UNISD_INLINE void add_block(int64_t columns, bool want_moment, const Valu
   // A NaN is lost here and comes back with the sum. All -inf: any shift will do.
   const float block_max = max_of_lanes(highest);
   const Vec shift = Vec::set(block_max == -kInfinity ? 0.0f : block_max);
-  Vec sum = Vec::set(0.0f), moment = Vec::set(0.0f);
-  const Vec lowest = Vec::set(-1e30f);  // instead of -inf, whose product with 0 is NaN
-  const auto add = [&](Vec z) UNISD_INLINE {
-    const Vec shifted = z - shift, e = exp(shifted);
-    sum = sum + e;
-    if (want_moment) moment = fma(e, max(lowest, shifted), moment);
-  };
+  Vec sum = Vec::set(0.0f);
+  const auto add = [&](Vec z) UNISD_INLINE { sum = sum + exp(z - shift); };
   for_each_vector(
       columns, [&](int64_t i) UNISD_INLINE { add(value(i)); },
       [&](int64_t i, int n) UNISD_INLINE { add(value_part(i, n, -kInfinity)); });
   const float block_min = -max_of_lanes(Vec::set(0.0f) - least);
   total->min = block_min < total->min ? block_min : total->min;
-  total->merge(block_max, sum_of_lanes(sum), want_moment ? sum_of_lanes(moment) : 0.0);
+  total->merge(block_max, sum_of_lanes(sum));
 }
 
 // A logit that is not finite makes NaN of all that its row gives. NaN and infinity do so in the sum by themselves;
 // minus infinity would pass for a probability of zero.
 inline void refuse_minus_infinity(OnlineSum* total) {
-  if (total->min == -kInfinity) total->sum = total->moment = std::numeric_limits<double>::quiet_NaN();
+  if (total->min == -kInfinity) total->sum = std::numeric_limits<double>::quiet_NaN();
 }
 
 // Over a row of finished logits.
-inline OnlineSum online_sum(const float* row, int64_t columns, bool want_moment) {
+inline OnlineSum online_sum(const float* row, int64_t columns) {
   OnlineSum total;
   for (int64_t start = 0; start < columns; start += kSumColumns) {
     const float* block = row + start;
     add_block(
-        at_most(kSumColumns, columns - start), want_moment,
+        at_most(kSumColumns, columns - start),
         [&](int64_t i) UNISD_INLINE { return Vec::load(block + i); },
         [&](int64_t i, int n, float fill) UNISD_INLINE { return Vec::load_part(block + i, n, fill); }, &total);
   }
@@ -97,15 +80,13 @@ inline OnlineSum online_sum(const float* row, int64_t columns, bool want_moment)
 
 inline float log_of_sum(double sum) { return static_cast<float>(std::log(sum)); }
 
-inline double exact_logsumexp_of(const OnlineSum& total) {
-  return static_cast<double>(total.max == -kInfinity ? 0.0f : total.max) + std::log(total.sum);
+inline float logsumexp_of(const OnlineSum& total) {
+  return static_cast<float>(static_cast<double>(total.max == -kInfinity ? 0.0f : total.max) + std::log(total.sum));
 }
-
-inline float logsumexp_of(const OnlineSum& total) { return static_cast<float>(exact_logsumexp_of(total)); }
 
 // row = tanh_scale * tanh(row). The tanh of an infinity is a number like any other: it becomes NaN, and so does then
 // all that the row gives.
-inline void cap_row(float* row, int64_t columns, float tanh_scale) {
+inline void apply_softcap(float* row, int64_t columns, float tanh_scale) {
   const Vec scale = Vec::set(tanh_scale), zero = Vec::set(0.0f);
   const auto capped_or_nan = [&](Vec x) UNISD_INLINE { return fma(x, zero, scale * tanh(x)); };
   for_each_vector(
@@ -113,45 +94,10 @@ inline void cap_row(float* row, int64_t columns, float tanh_scale) {
       [&](int64_t i, int n) UNISD_INLINE { capped_or_nan(Vec::load_part(row + i, n, 0.0f)).store_part(row + i, n); });
 }
 
-inline void tile_score(const float* row, int64_t columns, const float* tanh_scale, ScoreTarget target, int64_t n,
-                       RunningScores running) {
-  const bool want_entropy = running.entropy != nullptr;
-  OnlineSum total;
-  float block[kSumColumns];
-  for (int64_t start = 0; start < columns; start += kSumColumns) {
-    const int64_t length = at_most(kSumColumns, columns - start);
-    std::memcpy(block, row + start, static_cast<size_t>(length) * sizeof(float));
-    if (tanh_scale != nullptr) cap_row(block, length, *tanh_scale);
-    add_block(
-        length, want_entropy, [&](int64_t i) UNISD_INLINE { return Vec::load(block + i); },
-        [&](int64_t i, int lanes, float fill) UNISD_INLINE { return Vec::load_part(block + i, lanes, fill); }, &total);
-    if (target.ids != nullptr && running.target_logits != nullptr) {
-      const int64_t position = target.ids[n] - target.first_column - start;
-      if (position >= 0 && position < length) running.target_logits[n] = block[position];
-    }
-  }
-  if (columns == 0) return;
-  refuse_minus_infinity(&total);
-  const double before = static_cast<double>(running.logsumexp[n]), part = exact_logsumexp_of(total);
-  if (before == -static_cast<double>(kInfinity)) {
-    running.logsumexp[n] = static_cast<float>(part);
-    if (want_entropy) running.entropy[n] = static_cast<float>(total.entropy());
-    return;
-  }
-  // H = sum_i s_i (H_i - log s_i) over the parts' shares s_i of the probability.
-  const double apart = before - part, more = std::log1p(std::exp(-std::fabs(apart)));
-  const double log_before = (apart < 0.0 ? apart : 0.0) - more, log_part = (apart > 0.0 ? -apart : 0.0) - more;
-  running.logsumexp[n] = static_cast<float>((apart > 0.0 ? before : part) + more);
-  if (!want_entropy) return;
-  const double entropy = static_cast<double>(running.entropy[n]);
-  running.entropy[n] = static_cast<float>(std::exp(log_before) * (entropy - log_before) +
-                                          std::exp(log_part) * (total.entropy() - log_part));
-}
-
 inline void tile_softmax(float* row, int64_t columns, const float* tanh_scale, int64_t target_id, float* logsumexp,
                          float* target_logit) {
-  if (tanh_scale != nullptr) cap_row(row, columns, *tanh_scale);
-  const OnlineSum total = online_sum(row, columns, false);
+  if (tanh_scale != nullptr) apply_softcap(row, columns, *tanh_scale);
+  const OnlineSum total = online_sum(row, columns);
   *logsumexp = logsumexp_of(total);
   *target_logit = row[target_id];
   const Vec shift = Vec::set(total.max), log_sum = Vec::set(log_of_sum(total.sum));
@@ -169,7 +115,7 @@ inline void tile_softmax(float* row, int64_t columns, const float* tanh_scale, i
 inline void tile_logprob_gradient(const LogprobTile& tile, int64_t n) {
   float* row = tile.tile + n * tile.stride;
   const int64_t columns = tile.columns;
-  if (tile.tanh_scale != nullptr) cap_row(row, columns, *tile.tanh_scale);
+  if (tile.tanh_scale != nullptr) apply_softcap(row, columns, *tile.tanh_scale);
   // d logp_y / dz = 1[y] - p,   d lse / dz = p,   d entropy / dz = -p (log p + entropy)
   const float logprob_weight = tile.logprob_weight == nullptr ? 0.0f : tile.logprob_weight[n];
   const float on_probs = (tile.logsumexp_weight == nullptr ? 0.0f : tile.logsumexp_weight[n]) - logprob_weight;
@@ -191,6 +137,19 @@ inline void tile_logprob_gradient(const LogprobTile& tile, int64_t n) {
   if (tile.logprob_weight != nullptr) {
     const float t = tile.tanh_scale == nullptr ? 0.0f : target_z / *tile.tanh_scale;
     row[target] += logprob_weight * (1.0f - t * t);
+  }
+}
+
+inline void scale_row(const float* row, float scale, int64_t width, void* out, Storage storage) {
+  for (int64_t i = 0; i < width; ++i) {
+    const float value = row[i] * scale;
+    if (storage == Storage::kFloat32) {
+      static_cast<float*>(out)[i] = value;
+    } else if (storage == Storage::kBFloat16) {
+      static_cast<BFloat16*>(out)[i] = BFloat16::nearest(value);
+    } else {
+      static_cast<Float16*>(out)[i] = Float16::nearest(value);
+    }
   }
 }
 

@@ -1,25 +1,11 @@
-// Operations on tiles of logits: one row is one piece of work, so results do not depend on the number of threads.
+// Operations on tiles of logits, a row being one piece of work; and vector_math, which their tests ask for.
 #include <torch/csrc/stable/library.h>
 
 #include "arguments.h"
-#include "pieces.h"
+#include "parallel.h"
 
 namespace unisd {
 namespace {
-
-void tile_score(Tensor tile, std::optional<double> tanh_scale, std::optional<Tensor> target_ids, int64_t first_column,
-                Tensor logsumexp, std::optional<Tensor> target_logits, std::optional<Tensor> entropy) {
-  const float* data = tile_data(tile, "tile");
-  const int64_t rows = tile.size(0), columns = tile.size(1), stride = tile.stride(0);
-  const OptionalFloat cap(tanh_scale);
-  const int64_t* targets =
-      target_ids.has_value() ? vector_data<int64_t>(*target_ids, "target_ids", rows, ScalarType::Long) : nullptr;
-  const RunningScores running{floats(logsumexp, "logsumexp", rows), floats(target_logits, "target_logits", rows),
-                              floats(entropy, "entropy", rows)};
-  for_each_piece(rows, [&](int64_t n) {
-    kernels().tile_score(data + n * stride, columns, cap.get(), {targets, first_column}, n, running);
-  });
-}
 
 void tile_softmax(Tensor tile, std::optional<double> tanh_scale, Tensor target_ids, Tensor logsumexp,
                   Tensor target_logits) {
@@ -54,8 +40,8 @@ void tile_logprob_gradient(Tensor tile, std::optional<double> tanh_scale, Tensor
   for_each_piece(rows, [&](int64_t n) { kernels().tile_logprob_gradient(arguments, n); });
 }
 
-DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, const OptionalFloat& student_cap,
-                               const OptionalFloat& teacher_cap, const std::optional<Tensor>& is_difference,
+DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, const OptionalFloat& student_softcap,
+                               const OptionalFloat& teacher_softcap, const std::optional<Tensor>& teacher_is_delta,
                                const std::optional<Tensor>& target_ids, double beta, const Tensor& statistics) {
   DivergenceTile tile{};
   tile.student = tile_data(student, "student");
@@ -66,7 +52,8 @@ DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, con
                   "shape [", tile.rows, ", ", tile.columns, "], got [", teacher.size(0), ", ", teacher.size(1), "]");
   STD_TORCH_CHECK(tile.columns > 0, "a tile of complete rows needs at least one column");
   STD_TORCH_CHECK(beta >= 0.0 && beta <= 1.0, "beta must be in [0, 1], got ", beta);
-  STD_TORCH_CHECK(!is_difference.has_value() || (student_cap.get() == nullptr && teacher_cap.get() == nullptr),
+  const bool capped = student_softcap.get() != nullptr || teacher_softcap.get() != nullptr;
+  STD_TORCH_CHECK(!teacher_is_delta.has_value() || !capped,
                   "the difference of logits is linear in the hidden states only without a soft cap");
   STD_TORCH_CHECK(statistics.dim() == 2 && statistics.size(0) == kDivergenceStatistics &&
                       statistics.size(1) == tile.rows && statistics.scalar_type() == ScalarType::Float &&
@@ -75,11 +62,11 @@ DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, con
                   tile.rows, "]");
   tile.student_stride = student.stride(0);
   tile.teacher_stride = teacher.stride(0);
-  tile.student_tanh_scale = student_cap.get();
-  tile.teacher_tanh_scale = teacher_cap.get();
-  tile.is_difference = is_difference.has_value()
-                           ? vector_data<bool>(*is_difference, "is_difference", tile.rows, ScalarType::Bool)
-                           : nullptr;
+  tile.student_tanh_scale = student_softcap.get();
+  tile.teacher_tanh_scale = teacher_softcap.get();
+  tile.teacher_is_delta = teacher_is_delta.has_value()
+                              ? vector_data<bool>(*teacher_is_delta, "teacher_is_delta", tile.rows, ScalarType::Bool)
+                              : nullptr;
   tile.target_ids = ids(target_ids, tile.rows, tile.columns);
   tile.beta = beta;
   tile.statistics = static_cast<float*>(statistics.mutable_data_ptr());
@@ -87,22 +74,22 @@ DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, con
 }
 
 void tile_divergence(Tensor student, Tensor teacher, std::optional<double> student_tanh_scale,
-                     std::optional<double> teacher_tanh_scale, std::optional<Tensor> is_difference,
+                     std::optional<double> teacher_tanh_scale, std::optional<Tensor> teacher_is_delta,
                      std::optional<Tensor> target_ids, double beta, bool want_entropy, Tensor statistics) {
-  const OptionalFloat student_cap(student_tanh_scale), teacher_cap(teacher_tanh_scale);
-  DivergenceTile tile = divergence_tile(student, teacher, student_cap, teacher_cap, is_difference, target_ids, beta,
-                                        statistics);
+  const OptionalFloat student_softcap(student_tanh_scale), teacher_softcap(teacher_tanh_scale);
+  DivergenceTile tile = divergence_tile(student, teacher, student_softcap, teacher_softcap, teacher_is_delta,
+                                        target_ids, beta, statistics);
   tile.want_entropy = want_entropy;
   for_each_piece(tile.rows, [&](int64_t n) { kernels().tile_divergence(tile, n); });
 }
 
 void tile_divergence_gradient(Tensor student, Tensor teacher, std::optional<double> student_tanh_scale,
-                              std::optional<Tensor> is_difference, std::optional<Tensor> target_ids, double beta,
+                              std::optional<Tensor> teacher_is_delta, std::optional<Tensor> target_ids, double beta,
                               Tensor statistics, std::optional<Tensor> weight, std::optional<Tensor> logprob_weight) {
-  const OptionalFloat student_cap(student_tanh_scale), teacher_cap(std::nullopt);
+  const OptionalFloat student_softcap(student_tanh_scale), teacher_softcap(std::nullopt);
   STD_TORCH_CHECK(!logprob_weight.has_value() || target_ids.has_value(), "logprob_weight needs target_ids");
-  DivergenceTile tile = divergence_tile(student, teacher, student_cap, teacher_cap, is_difference, target_ids, beta,
-                                        statistics);
+  DivergenceTile tile = divergence_tile(student, teacher, student_softcap, teacher_softcap, teacher_is_delta,
+                                        target_ids, beta, statistics);
   tile.weight = floats(weight, "weight", tile.rows);
   tile.logprob_weight = floats(logprob_weight, "logprob_weight", tile.rows);
   for_each_piece(tile.rows, [&](int64_t n) { kernels().tile_divergence_gradient(tile, n); });
@@ -117,7 +104,7 @@ void scale_rows(Tensor rows, Tensor scale, Tensor out) {
   const Storage storage = storage_of(out, "out");
   STD_TORCH_CHECK(storage != Storage::kFloat64, "out must be float32, bfloat16 or float16");
   char* target = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t size = storage == Storage::kFloat32 ? 4 : 2;
+  const int64_t size = bytes_of(storage);
   for_each_piece(height, [&](int64_t n) {
     kernels().scale_row(data + n * stride, factors[n], width, target + n * out_stride * size, storage);
   });
@@ -140,7 +127,6 @@ void vector_math(std::string function, Tensor x, Tensor out) {
 }  // namespace unisd
 
 STABLE_TORCH_LIBRARY_IMPL(unisd, CPU, m) {
-  m.impl("tile_score_", TORCH_BOX(&unisd::tile_score));
   m.impl("tile_softmax_", TORCH_BOX(&unisd::tile_softmax));
   m.impl("tile_logprob_gradient_", TORCH_BOX(&unisd::tile_logprob_gradient));
   m.impl("tile_divergence_", TORCH_BOX(&unisd::tile_divergence));

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "half.h"
+
 // For the bodies of loops: as calls they would keep accumulators in memory.
 #define UNISD_INLINE __attribute__((always_inline))
 
@@ -179,28 +181,14 @@ inline void transpose(Vec rows[8]) {
 
 #else
 
-inline float bits_to_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-inline float fp16_to_float(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const uint32_t exponent = (half >> 10) & 0x1fu, mantissa = half & 0x3ffu;
-  if (exponent == 0x1fu) return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
-  if (exponent != 0) return bits_to_float(sign | ((exponent + 112u) << 23) | (mantissa << 13));
-  const float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
-  return sign ? -magnitude : magnitude;
-}
-
 struct Vec {
   float v;
   static constexpr int width = 1;
   static Vec set(float x) { return {x}; }
   static Vec load(const float* p) { return {*p}; }
   static Vec load_part(const float* p, int n, float fill) { return {n > 0 ? *p : fill}; }
-  static Vec load_bf16(const uint16_t* p) { return {bits_to_float(static_cast<uint32_t>(*p) << 16)}; }
-  static Vec load_fp16(const uint16_t* p) { return {fp16_to_float(*p)}; }
+  static Vec load_bf16(const uint16_t* p) { return {BFloat16{*p}.value()}; }
+  static Vec load_fp16(const uint16_t* p) { return {Float16{*p}.value()}; }
   void store(float* p) const { *p = v; }
   void stream(float* p) const { *p = v; }
   void store_part(float* p, int n) const {

@@ -1,8 +1,10 @@
-"""The wheel: both packages, typed markers, licence, the command; nothing else."""
+"""The wheel: both packages, typed markers, licence, the command, nothing else; and the objects of its library."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -37,20 +39,30 @@ def build_wheel(tmp_path: Path, *options: str, **environment: str) -> subprocess
     )
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_the_wheel_has_the_library_and_fits_every_python(tmp_path: Path):
-    """As people type it: no flag, so that pip builds in an environment that has no torch."""
-    done = build_wheel(tmp_path, UNISD_BUILD="")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"built with the headers of {Path(torch.__file__).parent}" in done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.fixture
+def built(built_once) -> Path:
+    """Folder of a build as people type it: no flag, so that pip builds in an environment that has no torch."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+
+    def build(folder: Path) -> None:
+        done = build_wheel(folder, UNISD_BUILD="")
+        assert done.returncode == 0, done.stdout + done.stderr
+        (folder / "printed.txt").write_text(done.stdout + done.stderr)
+
+    return built_once("wheel", build)
+
+
+def test_the_wheel_has_the_library_and_fits_every_python(built: Path, tmp_path: Path):
+    assert f"built with the headers of {Path(torch.__file__).parent}" in (built / "printed.txt").read_text()
+    (wheel,) = built.glob("*.whl")
     assert wheel.name.startswith("unisd_kernels-0.1.0-cp310-abi3-")
     with zipfile.ZipFile(wheel) as archive:
         assert "unisd_kernels/_C.abi3.so" in archive.namelist()
         archive.extractall(tmp_path / "installed")
     script = (
-        "from unisd_kernels.backends import extension, available; import unisd_kernels; "
-        "print(unisd_kernels.__file__, extension.cpu_isa(), available('cpu')['native'])"
+        "import unisd_kernels; from unisd_kernels.backends import extension; "
+        "print(unisd_kernels.__file__, extension.cpu_isa(), unisd_kernels.available('cpu')['native'])"
     )
     loaded = subprocess.run(
         [sys.executable, "-c", script],
@@ -62,6 +74,25 @@ def test_the_wheel_has_the_library_and_fits_every_python(tmp_path: Path):
     )
     assert loaded.stdout.startswith(str(tmp_path / "installed"))
     assert loaded.stdout.endswith("True\n")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the vector instruction sets are x86-64's")
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_no_symbol_is_shared_between_instruction_sets(isa: str, built: Path):
+    """The linker keeps one of several weak definitions of the same function. If it were the one for a wide instruction
+    set, a processor without that would stop at an illegal instruction."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    (compiled,) = (built / "source" / "build").rglob(f"isa_{isa}.o")
+    listed = subprocess.run(["nm", "--defined-only", str(compiled)], check=True, capture_output=True, text=True)
+    symbols = [line.split()[-2:] for line in listed.stdout.splitlines()]
+    assert any("kernels" in name for _, name in symbols)
+    own = re.compile(rf"_Z(GVZ|Z|TV|TI|TS)?NK?5unisd{len(isa)}{isa}")
+    shared = [name for kind, name in symbols if kind in "WVuwv" and not own.match(name)]
+    assert [name for name in shared if name != "DW.ref.__gxx_personality_v0"] == []
+    # Nor may a strong one outside of the namespace clash, or be found by the name of another set.
+    strong = [name for kind, name in symbols if kind in "TDBRG" and not own.match(name)]
+    assert strong == []
 
 
 def test_without_a_compiler_the_package_installs_and_says_what_is_lost(tmp_path: Path):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ops.native_tiles import needs_library
 from unisd_kernels.backends import extension
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +32,7 @@ FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 # 0.83, expm1 1.65 and 1.77, tanh 3.20 and 3.02.
 MAX_ULP = {"exp": 2.0, "log": 2.0, "expm1": 2.5, "tanh": 4.0}
 
-pytestmark = pytest.mark.skipif(
-    extension.cpu_unavailable() is not None, reason=f"no CPU library: {extension.cpu_unavailable()}"
-)
+pytestmark = needs_library
 
 
 def vector_math(function: str, x: torch.Tensor) -> torch.Tensor:

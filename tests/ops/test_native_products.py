@@ -9,12 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.ops.native_tiles import frame_is_untouched, inside, needs_library
 from tests.support import assert_accurate
 from unisd_kernels.backends import extension
 
-pytestmark = pytest.mark.skipif(
-    extension.cpu_unavailable() is not None, reason=f"no CPU library: {extension.cpu_unavailable()}"
-)
+pytestmark = needs_library
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CANARY = -12345.0
@@ -22,22 +21,6 @@ CANARY = -12345.0
 COLUMNS = sorted({n + d for n in (8, 16, 48, 64, 96, 128, 512, 1024, 2048, 4096) for d in (-1, 0, 1)} | {1, 2, 5000})
 ROWS = [0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 47, 48, 49, 95, 96, 97, 144, 145, 150]
 WIDTHS = [1, 2, 3, 7, 15, 16, 17, 31, 33, 47, 48, 49, 63, 95, 97, 127, 128, 129, 191, 193, 200]
-
-
-def inside(values: torch.Tensor, above: int, left: int, right: int, fill: float) -> torch.Tensor:
-    """The same matrix as a part of a larger one whose other entries are `fill`."""
-    rows, columns = values.shape
-    whole = torch.full((above + rows + 1, left + columns + right), fill, dtype=values.dtype)
-    part = whole[above : above + rows, left : left + columns]
-    return part.copy_(values)
-
-
-def frame_is_untouched(part: torch.Tensor, fill: float) -> bool:
-    """Nothing but `part` differs from `fill` in the matrix it was cut from."""
-    assert part._base is not None
-    whole = part._base.clone()
-    whole.as_strided(part.shape, part.stride(), part.storage_offset()).fill_(fill)
-    return bool((whole == fill).all())
 
 
 @st.composite
@@ -246,6 +229,14 @@ def test_what_is_not_finite_makes_nan_of_the_rows_it_reaches(where, value, tanh_
     expected = torch.arange(20) == 7 if where == "hidden" else torch.ones(20, dtype=torch.bool)
     assert torch.equal(ours[0].isnan(), expected)
     assert torch.equal(ours[2].isnan(), expected)
+
+
+@pytest.mark.parametrize("apart", [-100.0, -30.0, -5.0, 5.0, 30.0, 100.0])
+def test_scores_of_pieces_whose_logits_are_apart(apart):
+    """A piece of work has its own largest logit; the second and third one's are `apart` from the first one's."""
+    hidden, weight, bias = torch.randn(20, 8), torch.randn(5000, 8), torch.randn(5000)
+    bias[2048:] += apart
+    check_score(hidden, weight, bias, 1.0, None, torch.arange(20) * 249, True)
 
 
 def test_large_logits():

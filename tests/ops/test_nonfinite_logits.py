@@ -9,7 +9,7 @@ import torch
 from tests.support import make_problem
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs, unisd_loss
 
-# The rule is the same for every implementation; tests/ops/test_native_tiles.py and tests/triton hold theirs.
+# The rule is the same for every implementation; tests/ops/test_native_divergence.py and tests/triton hold theirs.
 IMPLEMENTATIONS = ["torch", "reference"]
 INF = float("inf")
 

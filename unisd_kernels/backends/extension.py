@@ -1,7 +1,8 @@
 """Loader of the compiled libraries, which keeps the reason where it cannot load one.
 
 `_C.abi3.so` defines the operations `torch.ops.unisd.*` (csrc/ops.cpp) and implements them for the CPU;
-`_C_cuda.abi3.so`, which few installations have, for CUDA. Nothing is loaded before it is asked for.
+`_C_cuda.abi3.so`, which few installations have, implements `ema_update_` for CUDA. Nothing is loaded before it is asked
+for.
 """
 
 from __future__ import annotations
@@ -21,17 +22,16 @@ _CUDA_LIBRARY = _DIRECTORY / "_C_cuda.abi3.so"
 # Every operation of csrc/ops.cpp. All of them write into arguments and return nothing, so that one fake
 # implementation serves them all.
 OPERATIONS = (
-    "tile_score_",
     "tile_softmax_",
     "tile_logprob_gradient_",
     "tile_divergence_",
     "tile_divergence_gradient_",
     "scale_rows",
-    "ema_update_",
     "linear_score",
     "linear_logits",
     "linear_backward",
     "vector_math",
+    "ema_update_",
 )
 
 
@@ -93,7 +93,7 @@ def _load_cpu() -> tuple[str | None, str | None]:
 
 @functools.cache
 def cuda_unavailable() -> str | None:
-    """Reason why the ahead-of-time CUDA operations cannot be used, or None once they are loaded."""
+    """Reason why the ahead-of-time CUDA moving average cannot be used, or None once it is loaded."""
     reason = cpu_unavailable()
     if reason is not None:
         return f"the CPU library, which defines the operations, is not there: {reason}"

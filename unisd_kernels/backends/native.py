@@ -25,7 +25,7 @@ from unisd_kernels.backends.logit_divergence import LogitDivergence
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.transform import LogitTransform
 
-# The rows of `statistics` (csrc/statistics.h).
+# The rows of `statistics` (csrc/cpu/statistics.h).
 _DIVERGENCE, _STUDENT_LOGPROB, _TEACHER_LOGPROB, _STUDENT_ENTROPY, _TEACHER_ENTROPY = range(5)
 _NUM_STATISTICS = 11
 

@@ -2,18 +2,25 @@
 // csrc/ops.cpp.
 #include <torch/csrc/stable/library.h>
 
+#include <climits>
 #include <map>
 #include <utility>
 #include <vector>
 
-#include "checks.h"
-#include "launch.h"
+#include "../storage_of.h"
+#include "ema.h"
 #include "stream.h"
 
 namespace unisd::cuda {
 namespace {
 
-bool is_16_bit(Element element) { return element == Element::kBFloat16 || element == Element::kFloat16; }
+using torch::stable::Tensor;
+
+void check_device(const Tensor& tensor, const char* name, const Tensor& first) {
+  STD_TORCH_CHECK(tensor.is_cuda(), name, " must be on a CUDA device");
+  STD_TORCH_CHECK(tensor.get_device_index() == first.get_device_index(), name, " is on CUDA device ",
+                  tensor.get_device_index(), ", the first argument on ", first.get_device_index());
+}
 
 void check_same_shape(const Tensor& tensor, const char* name, const Tensor& teacher, size_t position) {
   const auto ours = tensor.sizes(), theirs = teacher.sizes();
@@ -28,7 +35,7 @@ void check_same_shape(const Tensor& tensor, const char* name, const Tensor& teac
 // Tensors of equal types waiting for a launch.
 class Batch {
  public:
-  Batch(Element teacher, Element student, EmaRounding rounding, double decay, uint64_t seed, cudaStream_t stream)
+  Batch(Storage teacher, Storage student, EmaRounding rounding, double decay, uint64_t seed, cudaStream_t stream)
       : teacher_(teacher), student_(student), rounding_(rounding), decay_(decay), seed_(seed), stream_(stream) {}
 
   void add(void* teacher, const void* student, void* compensation, int64_t numel, size_t position) {
@@ -51,7 +58,7 @@ class Batch {
   }
 
  private:
-  Element teacher_, student_;
+  Storage teacher_, student_;
   EmaRounding rounding_;
   double decay_;
   uint64_t seed_;
@@ -72,8 +79,8 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, doubl
   for (size_t i = 0; i < teacher.size(); ++i) {
     check_device(teacher[i], "teacher", teacher[0]);
     check_device(student[i], "student", teacher[0]);
-    const Element type = element_of(teacher[i], "teacher");
-    element_of(student[i], "student");
+    const Storage type = storage_of(teacher[i], "teacher");
+    storage_of(student[i], "student");
     check_same_shape(teacher[i], "teacher", teacher[i], i);
     check_same_shape(student[i], "student", teacher[i], i);
     STD_TORCH_CHECK(!is_16_bit(type) || stochastic || !compensation.empty(), "tensor ", i,
@@ -90,10 +97,10 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, doubl
 
   if (decay == 1.0) return;
   const StreamScope scope(teacher[0]);
-  std::map<std::pair<Element, Element>, Batch> batches;
+  std::map<std::pair<Storage, Storage>, Batch> batches;
   for (size_t i = 0; i < teacher.size(); ++i) {
     if (teacher[i].numel() == 0) continue;
-    const Element type = element_of(teacher[i], "teacher"), source = element_of(student[i], "student");
+    const Storage type = storage_of(teacher[i], "teacher"), source = storage_of(student[i], "student");
     const bool compensated = is_16_bit(type) && !compensation.empty();
     const EmaRounding rounding = !is_16_bit(type) ? EmaRounding::kPlain
                                  : compensated    ? EmaRounding::kCompensated

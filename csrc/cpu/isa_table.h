@@ -32,7 +32,6 @@ const Kernels& kernels() {
       score,
       backward,
       sum_rows,
-      tile_score,
       tile_softmax,
       tile_logprob_gradient,
       tile_divergence,

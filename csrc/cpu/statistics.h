@@ -1,5 +1,5 @@
-// The rows of the `statistics` argument of tile_divergence_ and tile_divergence_gradient_. Read from Python by name in
-// unisd_kernels/backends/native.py.
+// The rows of the `statistics` argument of tile_divergence_ and tile_divergence_gradient_. Python reads the first five,
+// and repeats their order and the count in unisd_kernels/backends/native.py.
 #pragma once
 
 namespace unisd {
@@ -14,8 +14,8 @@ enum DivergenceStatistic {
   // small D.
   kStudentMax = 5,
   kStudentLogSum = 6,
-  // The same of the teacher. In a row that holds the difference delta of the logits, z_t(j) is z_s(j) + delta(j), on a
-  // CPU less kStudentMax.
+  // The same of the teacher. In a row that holds the difference delta of the logits, z_t(j) is z_s(j) + delta(j) less
+  // kStudentMax.
   kTeacherMax = 7,
   kTeacherLogSum = 8,
   kStudentToMixture = 9,  // KL(p_s || m), for 0 < beta < 1, else 0
