@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the compiled library.
+"""Build of the compiled library, which pyproject.toml cannot describe.
 
 `UNISD_BUILD` chooses what is built:
 

@@ -16,7 +16,7 @@ OLDEST_TORCH = (2, 10)
 
 
 def torch_directory() -> Path | None:
-    """Where a torch that fits is installed, without importing it.
+    """Folder of an installed torch that fits, found without importing it; None where there is none.
 
     Any torch >= 2.10 will do, also one of another Python: the library keeps to the stable ABI of 2.10, so that what is
     built is the same.

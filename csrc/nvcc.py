@@ -25,7 +25,7 @@ ARCHS = (80, 90, 100)
 
 @dataclass(frozen=True)
 class TorchTarget:
-    """Which torch the library is for: its headers, the stable ABI's version, and the libraries to link (stream.h)."""
+    """Torch that the library is for: its headers, the stable ABI's version, and the libraries to link (stream.h)."""
 
     include: Path
     library_folder: Path
@@ -42,8 +42,10 @@ class TorchTarget:
 
 
 def torch_target(version: tuple[int, int] | None = None) -> TorchTarget:
-    """For the running torch. 2.13 under a CPU-only torch that has it, so that the result loads there too; otherwise
-    2.10, the oldest that the package supports, so that one library serves every CUDA torch from then on."""
+    """Target of the running torch.
+
+    2.13 under a CPU-only torch that has it, so that the result loads there too; otherwise 2.10, the oldest that the
+    package supports, so that one library serves every CUDA torch from then on."""
     import torch
 
     found = re.match(r"(\d+)\.(\d+)", torch.__version__)
@@ -58,7 +60,7 @@ def torch_target(version: tuple[int, int] | None = None) -> TorchTarget:
 
 
 def find_nvcc() -> str | None:
-    """$CUDA_HOME first, then the PATH, then the customary folder."""
+    """Path of nvcc: from $CUDA_HOME, then the PATH, then the customary folder; None where it is in none."""
     folders = [Path(os.environ["CUDA_HOME"]) / "bin"] if "CUDA_HOME" in os.environ else []
     candidates = [*map(str, folders), *os.environ.get("PATH", "").split(os.pathsep), "/usr/local/cuda/bin"]
     return shutil.which("nvcc", path=os.pathsep.join(candidates))

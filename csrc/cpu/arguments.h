@@ -21,14 +21,14 @@ inline void check_matrix(const Tensor& t, const char* name) {
                   t.stride(1), " between columns");
 }
 
-// A float32 [rows, columns] tile.
+// A float32 tile [rows, columns] with contiguous rows.
 inline float* tile_data(const Tensor& t, const char* name) {
   check_matrix(t, name);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
   return static_cast<float*>(t.mutable_data_ptr());
 }
 
-// Hidden states or a weight, of any storage up to 32 bits.
+// Hidden states [N, H] or a weight [V, H], of any storage up to 32 bits.
 inline Matrix matrix(const Tensor& t, const char* name) {
   check_matrix(t, name);
   const Storage storage = storage_of(t, name);
@@ -36,6 +36,7 @@ inline Matrix matrix(const Tensor& t, const char* name) {
   return {t.const_data_ptr(), t.stride(0), storage};
 }
 
+// One number a row: [size], contiguous.
 template <class T>
 inline T* vector_data(const Tensor& t, const char* name, int64_t size, ScalarType type) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, " must have shape [", size, "]");
@@ -52,7 +53,7 @@ inline float* floats(const std::optional<Tensor>& t, const char* name, int64_t s
   return t.has_value() ? floats(*t, name, size) : nullptr;
 }
 
-// Ids are read here once more, because a bad one would be a read outside of the tile.
+// Target ids [size]. They are read here once more, because a bad one would be a read outside of the tile.
 inline const int64_t* ids(const Tensor& t, int64_t size, int64_t columns) {
   const int64_t* data = vector_data<int64_t>(t, "target_ids", size, ScalarType::Long);
   for (int64_t n = 0; n < size; ++n)

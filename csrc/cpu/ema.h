@@ -1,4 +1,4 @@
-// One moving-average step over a span of one tensor.
+// The moving average (ema_average.h, ema_rounding.h) over a span of one tensor.
 #pragma once
 
 #include "../ema_average.h"

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "../ema_arguments.h"
 #include "arguments.h"
 #include "parallel.h"
 
@@ -19,11 +20,7 @@ struct Span {
 
 void ema_update(std::vector<Tensor> teacher, std::vector<Tensor> student, double decay,
                 std::vector<Tensor> compensation, bool stochastic, int64_t seed) {
-  STD_TORCH_CHECK(teacher.size() == student.size(), "teacher has ", teacher.size(), " tensors but student has ",
-                  student.size());
-  STD_TORCH_CHECK(compensation.empty() || compensation.size() == teacher.size(), "compensation has ",
-                  compensation.size(), " tensors but teacher has ", teacher.size());
-  STD_TORCH_CHECK(decay >= 0.0 && decay <= 1.0, "decay must be in [0, 1], got ", decay);
+  check_ema_arguments(teacher, student, decay, compensation, stochastic);
   std::vector<EmaTensor> tensors;
   std::vector<Span> spans;
   for (size_t i = 0; i < teacher.size(); ++i) {

@@ -1,4 +1,4 @@
-// The table of one instruction set. Included once by each isa_*.cpp, after its target pragma.
+// The table of kernels (kernels.h) of one instruction set. Included once by each isa_*.cpp, after its target pragma.
 #pragma once
 
 #include "divergence.h"

@@ -17,7 +17,7 @@ struct Matrix {
   Storage storage;
 };
 
-// Rows of hidden states, transposed in panels so that one vector holds the same element of several rows.
+// Rows [N, H] of hidden states, transposed in panels so that one vector holds the same element of several rows.
 struct PackedRows {
   const float* data;
   int64_t rows, width;  // N and H
@@ -27,6 +27,7 @@ struct PackedRows {
 // and the target's logit where the target lies in the part.
 enum PartialScore { kPartMax = 0, kPartSum = 1, kPartMoment = 2, kPartTarget = 3, kPartialScores = 4 };
 
+// Complete rows of student and teacher, each [rows, columns].
 struct DivergenceTile {
   float* student;
   float* teacher;
@@ -43,10 +44,11 @@ struct DivergenceTile {
   const float* logprob_weight;  // [rows] or null, for the gradient
 };
 
+// Complete rows [rows, columns], overwritten by their gradient; the other pointers are [rows], weights null for none.
 struct LogprobTile {
   float* tile;
   int64_t stride, columns;
-  const float* tanh_scale;
+  const float* tanh_scale;  // null: no cap
   const float* logsumexp;
   const int64_t* target_ids;
   const float* logprob_weight;
@@ -55,6 +57,7 @@ struct LogprobTile {
   const float* entropy_weight;
 };
 
+// One tensor of the moving average.
 struct EmaTensor {
   void* teacher;
   const void* student;
@@ -69,33 +72,36 @@ struct Kernels {
 
   // Rows of one panel of PackedRows: panels are this high, the last may be lower by whole vectors.
   int panel_rows;
-  int64_t (*packed_size)(int64_t rows, int64_t width);
+  int64_t (*packed_size)(int64_t rows, int64_t width);  // in floats
   void (*pack_rows)(Matrix hidden, int64_t rows, int64_t width, float* packed);
 
-  // Columns [begin, end) of scale * (hidden weight^T + bias) into out.
+  // Columns [begin, end) of scale * (hidden weight^T + bias) into out [N, V]; weight [V, H], bias [V] or null.
   void (*logits)(PackedRows hidden, Matrix weight, const float* bias, float scale, int64_t begin, int64_t end,
                  float* out, int64_t out_stride);
-  // Statistics of the columns [begin, end) of all rows into `partial` [kPartialScores, rows]; the moment's row is left
-  // unwritten unless asked for.
+  // Statistics of the columns [begin, end) of all rows into `partial` [kPartialScores, N], with target_ids [N]; the
+  // moment's row is left unwritten unless asked for.
   void (*score)(PackedRows hidden, Matrix weight, const float* bias, float scale, const float* tanh_scale,
                 const int64_t* target_ids, bool want_entropy, int64_t begin, int64_t end, float* partial);
-  // Columns [begin, end) of gradient weight, [rows, columns of the weight], summed over all `length` columns of the
-  // gradient in their order.
+  // Columns [begin, end) of gradient weight into out [rows, H]; gradient [rows, length] and weight [length, H], summed
+  // over `length` in its order.
   void (*backward)(const float* gradient, int64_t gradient_stride, int64_t rows, int64_t length, Matrix weight,
                    int64_t begin, int64_t end, float* out, int64_t out_stride);
-  // out = scale * (part + (part + stride) + ...), in this order.
+  // out [width] = scale * (part + (part + stride) + ...), in this order.
   void (*sum_rows)(const float* part, int64_t stride, int64_t parts, int64_t width, float scale, float* out);
 
-  // Row n of a tile.
+  // Row n of a tile: statistics, and the gradient in its place.
   void (*tile_softmax)(float* row, int64_t columns, const float* tanh_scale, int64_t target_id, float* logsumexp,
                        float* target_logit);
   void (*tile_logprob_gradient)(const LogprobTile& tile, int64_t n);
   void (*tile_divergence)(const DivergenceTile& tile, int64_t n);
   void (*tile_divergence_gradient)(const DivergenceTile& tile, int64_t n);
 
+  // out [width] = scale * row, rounded to `storage`, which is not float64.
   void (*scale_row)(const float* row, float scale, int64_t width, void* out, Storage storage);
+  // Elements [begin, end) of the tensor.
   void (*ema)(const EmaTensor& tensor, int64_t begin, int64_t end, double decay, bool stochastic);
 
+  // out [n] of x [n]; for the tests of vec_math.h.
   void (*exp)(const float* x, int64_t n, float* out);
   void (*log)(const float* x, int64_t n, float* out);
   void (*expm1)(const float* x, int64_t n, float* out);

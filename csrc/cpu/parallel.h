@@ -1,4 +1,4 @@
-// Work in pieces that do not depend on the number of threads. A thread that is done takes the next piece, so that a
+// Work over threads, in pieces that do not depend on their number. A thread that is done takes the next piece, so that a
 // slow core (a busy neighbour, an efficiency core) holds up no other; who computes a piece does not change its result.
 #pragma once
 

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "../ema_arguments.h"
 #include "../storage_of.h"
 #include "ema.h"
 #include "stream.h"
@@ -68,12 +69,7 @@ class Batch {
 
 void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, double decay,
                  std::vector<Tensor> compensation, bool stochastic, int64_t seed) {
-  STD_TORCH_CHECK(teacher.size() == student.size(), "teacher has ", teacher.size(), " tensors but student has ",
-                  student.size());
-  STD_TORCH_CHECK(compensation.empty() || compensation.size() == teacher.size(), "compensation has ",
-                  compensation.size(), " tensors but teacher has ", teacher.size());
-  STD_TORCH_CHECK(compensation.empty() || !stochastic, "give either stochastic rounding or compensation, not both");
-  STD_TORCH_CHECK(decay >= 0.0 && decay <= 1.0, "decay must be in [0, 1], got ", decay);
+  check_ema_arguments(teacher, student, decay, compensation, stochastic);
 
   // Everything is checked before the first launch, so that a refused call has changed nothing.
   for (size_t i = 0; i < teacher.size(); ++i) {

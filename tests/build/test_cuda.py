@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 
 class Kernel(NamedTuple):
-    """What ptxas says of a kernel for one architecture; bytes but for the registers."""
+    """ptxas' report of a kernel for one architecture; bytes but for the registers."""
 
     name: str
     arch: str
@@ -45,7 +45,7 @@ def kernels(printed: str) -> list[Kernel]:
 
 @pytest.fixture(scope="module")
 def target() -> nvcc.TorchTarget:
-    """That of the running torch, if it has what is linked."""
+    """Target of the running torch, if that has what is linked."""
     found = nvcc.torch_target()
     if missing := [name for name in found.libraries if not (found.library_folder / f"lib{name}.so").exists()]:
         # A torch built for CUDA has them, or something is wrong.

@@ -1,4 +1,4 @@
-"""Where setup.py finds torch when the build has none of its own."""
+"""setup.py's search for torch when the build has none of its own."""
 
 from __future__ import annotations
 

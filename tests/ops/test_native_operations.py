@@ -122,6 +122,7 @@ BAD = [
     ("ema_update_", {"_1": [torch.zeros(8)[::2], torch.zeros(3)]}, "tensor 0 must be contiguous"),
     ("ema_update_", {"_2": 1.5}, r"decay must be in \[0, 1\], got 1.5"),
     ("ema_update_", {"_0": [torch.zeros(4).half(), torch.zeros(3)]}, "tensor 0: a 16-bit teacher needs compensation"),
+    ("ema_update_", {"_3": [torch.zeros(4), torch.zeros(3)], "_4": True}, "either stochastic rounding or compensation"),
     ("ema_update_", {"_3": [torch.zeros(4)]}, "compensation has 1 tensors but teacher has 2"),
     ("ema_update_", {"_0": [torch.zeros(4).int(), torch.zeros(3)]}, "teacher must be float32, float64"),
 ]

@@ -18,6 +18,11 @@ pytestmark = needs_library
 THREADS = (1, 2, 8)
 
 
+def sweep(first, *others):
+    """Values of a parameter: the first for `make test`, the others for `make test-all`."""
+    return [first, *(pytest.param(value, marks=pytest.mark.exhaustive) for value in others)]
+
+
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -44,8 +49,9 @@ def assert_same_bits(compute: Callable[[], list[torch.Tensor]]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "width", "columns"), [(50, 33, 9001), (7, 130, 2049), (145, 200, 700), (1, 97, 5000)])
-def test_products(rows, width, columns, dtype):
+@pytest.mark.parametrize("shape", sweep((50, 33, 9001), (7, 130, 2049), (145, 200, 700), (1, 97, 5000)))
+def test_products(shape, dtype):
+    rows, width, columns = shape
     ops = extension.operations()
     hidden, weight = torch.randn(rows, width).to(dtype), (torch.randn(columns, width) / width**0.5).to(dtype)
     bias, ids = torch.randn(columns), torch.randint(0, columns, (rows,))
@@ -74,7 +80,7 @@ def test_streamed_logits():
     assert_same_bits(compute)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("beta", sweep(0.3, 0.0, 1.0))
 @pytest.mark.parametrize("kind", ["plain", "cap", "delta"])
 def test_tiles(kind, beta):
     ops = extension.operations()
@@ -101,7 +107,7 @@ def test_tiles(kind, beta):
 
 
 @pytest.mark.parametrize("mode", ["stochastic", "compensation"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", sweep(torch.bfloat16, torch.float16, torch.float32, torch.float64))
 def test_moving_average(dtype, mode):
     sizes = (3, 70000, 1, 200001)
     teacher = [torch.randn(size, dtype=torch.float64).to(dtype) for size in sizes]
@@ -119,8 +125,8 @@ def test_moving_average(dtype, mode):
 
 
 @pytest.mark.parametrize("shared_head", [True, False])
-@pytest.mark.parametrize("softcap", [None, 8.0])
-@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("softcap", sweep(None, 8.0))
+@pytest.mark.parametrize("beta", sweep(0.5, 0.0))
 def test_loss_and_its_gradient(beta, softcap, shared_head):
     """With a frozen head: the gradient of a weight is a library product, which makes no such promise."""
     problem = make_problem(
