@@ -1,4 +1,4 @@
-"""From prompts and completions to the hidden states of the completion's rows.
+"""Hidden states of given completions after their prompts, as packed rows.
 
 What is scored is teacher-forced text, so the batches are padded on the right: positions then start at 0 in every row
 without position ids, and a causal model cannot see the padding. Logits are left to `unisd_kernels`.
@@ -7,18 +7,14 @@ without position ids, and a causal model cannot see the padding. Logits are left
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from unisd.modules import backbone, evaluating
-from unisd.turns import reply_end_ids
+from unisd.modules import backbone
+from unisd.turns import Prompt, encode_prompt, reply_end_ids
 from unisd_kernels import pack_rows
-
-Prompt = str | Sequence[dict[str, Any]]
-"""A plain string, or the messages of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +43,6 @@ class ScoringBatch:
     predicts: torch.Tensor
     target_ids: torch.Tensor
     lengths: list[int]
-
-
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Ids of a prompt: a string as it is, messages through the chat template, up to where the reply begins."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
 
 
 def encode_pairs(
@@ -109,18 +97,6 @@ def hidden_rows(model: Any, batch: ScoringBatch) -> torch.Tensor:
     """
     output = backbone(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return pack_rows(batch.predicts, output.last_hidden_state)[0]
-
-
-def model_device(model: Any) -> torch.device:
-    """Where the inputs of the model belong."""
-    return model.get_input_embeddings().weight.device
-
-
-@contextmanager
-def scoring_mode(model: Any) -> Iterator[None]:
-    """Eval mode and no gradients; afterwards every module is back in the mode it was in."""
-    with evaluating(model), torch.no_grad():
-        yield
 
 
 def _batch(pairs: Sequence[EncodedPair], indices: list[int], device: torch.device | str) -> ScoringBatch:

@@ -1,4 +1,4 @@
-"""Greedy replies to prompts, in batches."""
+"""Greedy replies to prompts with transformers' `generate`, in batches."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from unisd.decoding import end_token_ids, own_distribution
-from unisd.evaluation.rows import Prompt, encode_prompt, model_device, scoring_mode
+from unisd.generation.decoding import end_token_ids, own_distribution
+from unisd.modules import model_device, scoring_mode
+from unisd.turns import Prompt, encode_prompt
 
 
 def greedy_replies(
@@ -59,7 +60,7 @@ def greedy_replies(
 
 
 def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, L] ids and mask; on the left, so that every reply starts at the same position."""
+    """Ids and mask [B, L], padded on the left so that every reply starts at the same position."""
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), padding, dtype=torch.long)
     mask = torch.zeros_like(ids)
