@@ -105,6 +105,7 @@ def selective_weights(
 
 
 def _selected(inputs: dict[str, Any], chosen: torch.Tensor) -> dict[str, Any]:
+    """The sequences `chosen` [n] of a batch."""
     return {
         name: value[chosen.to(value.device)] for name, value in per_sequence(inputs).items() if name != TEACHER_HIDDEN
     }

@@ -1,9 +1,10 @@
-"""Micro-batches of TRL: cropped to what they hold, and their completion tokens packed without padding."""
+"""Batches: rows of ids padded, micro-batches of TRL cropped to what they hold, their completion tokens packed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,6 +48,28 @@ class CompletionRows:
         """[B, T, H] to [N, H], on the device of the rows: a model split over devices may end elsewhere."""
         rows = hidden.flatten(0, 1).index_select(0, self.positions.to(hidden.device))
         return rows.to(self.ids.device)
+
+
+def padded(
+    rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"], multiple: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [B, L], int64, of B rows of ids.
+
+    Args:
+        value: id of the padding.
+        side: where it goes.
+        multiple: L is a multiple of it.
+    """
+    longest = max(len(row) for row in rows)
+    if multiple is not None:
+        longest += -longest % multiple
+    ids = torch.full((len(rows), longest), value, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        columns = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        ids[place, columns] = torch.tensor(row, dtype=torch.long)
+        mask[place, columns] = 1
+    return ids, mask
 
 
 def counted_mask(batch: dict[str, Any]) -> torch.Tensor:

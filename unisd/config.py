@@ -46,11 +46,8 @@ class UniSDConfig(DistillationConfig):
         agreement_gamma: >= 0.
         agreement_statistic: "variance" or "range" of the K log-probabilities.
         num_auxiliary: K >= 2; every row's `auxiliary_prompts` must hold as many.
-        agreement_fraction: q in ]0, 1]. Of the B sequences of an optimizer step (per process), only the q B with the
-            highest mean teacher entropy are scored under the K contexts; the others get weight 1. 1 is the paper.
-            Where q B is no integer it is rounded such that the share over all steps is q. Costs one head product
-            for the entropies and [B, T, H] hidden states kept for a step, saves (1 - q) K forwards; the share spent
-            is logged as `unisd/auxiliary_share`.
+        agreement_fraction: q in ]0, 1], the share of the sequences that are scored under the K contexts: those the
+            teacher is least sure of (docs/training.md, "Selective agreement"). 1 is the paper.
         weight_normalization: "auto", "weighted" (divide by max(sum w, 1)) or "count" (by the number of tokens). Auto
             is "count" for sequence-level agreement, where "weighted" would cancel the weights, else "weighted".
         contrastive_weight: >= 0; above 0 needs the column `negative_prompt`.
@@ -69,16 +66,14 @@ class UniSDConfig(DistillationConfig):
             leaves only the model's own limit, for context and `max_completion_length` together.
         overlong: what becomes of rows with a longer context, before training starts: "drop" leaves them out and says
             how many and which; "error" refuses them.
-        prompt_frame: where prompts and contexts that are strings are read. "chat": in the user message of the
-            tokenizer's chat template; a string beside a conversation takes the place of its last message, the user's.
-            "given": outside of it; a row that has strings and conversations is an error. "auto": "chat" where the
-            tokenizer has a template, else "given". Conversations are always read in the template.
+        prompt_frame: where prompts and contexts that are strings are read: "chat" (in the user message of the
+            tokenizer's chat template), "given" (outside of it), or "auto" ("chat" where there is a template); see
+            docs/training.md, "One frame".
         drift_probe_every: optimizer steps between measurements of the drift from the base model
             (`unisd/drift_kl`, see `unisd.drift`), which is measured before the first and after the last step too; 0
             turns it off.
-        on_nonfinite: what a NaN or infinite loss or gradient does. "stop" raises FloatingPointError before the
-            optimizer step; "skip" leaves that step out (`unisd/skipped_steps`), and stops only if a weight is not
-            finite itself. Either way the batch is saved in `output_dir/nonfinite` and the cause is named there.
+        on_nonfinite: what a NaN or infinite loss or gradient does: "stop" raises FloatingPointError before the
+            optimizer step, "skip" leaves that step out (docs/training.md, "When something is not finite").
         impl: implementation of the kernels by name (`unisd_kernels.available()`); None chooses.
         workspace_bytes: bound on the logits held at a time; None for the kernels' default.
 
@@ -190,7 +185,7 @@ class UniSDConfig(DistillationConfig):
         return config.resolved_weight_normalization(self.uses_agreement)
 
     def loss_settings(self) -> dict[str, Any]:
-        """The keyword arguments of `unisd_kernels.unisd_loss` that do not change during a run."""
+        """Keyword arguments of `unisd_kernels.unisd_loss` that do not change during a run."""
         return {
             "beta": self.beta,
             "temperature": self.temperature,

@@ -207,7 +207,7 @@ def _cause_of_loss(
     statistics: dict[str, torch.Tensor],
     parameters: Iterable[tuple[str, nn.Parameter]],
 ) -> str:
-    """The earliest thing on the way to the loss that is not finite: a weight, a view, a term."""
+    """Name the earliest thing on the way to the loss that is not finite: a weight, a view [N, H], a statistic [N]."""
     found = f"the loss is {loss.detach().item()}"
     if bad := _bad_parameters(parameters):
         return f"{found}, and so is the weight {bad[0]}" + (f" ({len(bad)} weights)" if len(bad) > 1 else "")

@@ -56,15 +56,9 @@ class UniSDTrainer(DistillationTrainer):
     `auxiliary_prompts` and `negative_prompt` (see `unisd.contexts`). Evaluation datasets too. Every row is checked at
     construction, those of a stream as they are drawn; `rows.reports` holds what was found.
 
-    Everything else (rollouts with transformers or vLLM, PEFT, checkpoints, logging) is TRL's. Text only.
-    Gradient accumulation and data parallelism give the gradient of the whole batch, except that quantities which are
-    defined over a batch (the 0.95 quantile of token-level agreement, `clip_quantile`, the sum of token weights with
-    `normalization="token"`) are taken over the micro-batch, and the ranking of `agreement_fraction` over the sequences
-    of an optimizer step on one process.
-
-    A moving-average teacher is part of every checkpoint (`unisd.teachers.STATE_FILE`); resuming from one without it
-    raises. Under FSDP and DeepSpeed ZeRO-3 weights are sharded, so only a teacher without weights of its own
-    works there (`ema="none"`; `teacher="base"` with LoRA).
+    Everything else (rollouts with transformers or vLLM, PEFT, checkpoints, logging) is TRL's. Text only. What gradient
+    accumulation and data parallelism give, what a checkpoint holds, and what works with sharded weights:
+    docs/training.md.
 
     Attributes:
         teacher: the model under the teacher's weights (`unisd.teachers`).

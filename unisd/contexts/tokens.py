@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from trl.trainer.utils import pad
 
+from unisd.batch import padded
 from unisd.contexts.columns import RowViews
 from unisd.turns import Prompt
 
@@ -105,22 +106,14 @@ def tokenize_views(
         limit.check(name, lengths)
         ids.append(tokens)
     del ids[0]
-
-    def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-        masks = [torch.ones_like(row) for row in tensors]
-        return (
-            pad(tensors, pad_token_id, padding_side="left", pad_to_multiple_of=pad_to_multiple_of),
-            pad(masks, 0, padding_side="left", pad_to_multiple_of=pad_to_multiple_of),
-        )
-
+    pad = partial(padded, value=pad_token_id, side="left", multiple=pad_to_multiple_of)
     batch, num_auxiliary = len(views.teacher), len(views.auxiliary)
     out: dict[str, torch.Tensor] = {}
-    out["teacher_prompt_ids"], out["teacher_prompt_mask"] = padded(ids[0])
+    out["teacher_prompt_ids"], out["teacher_prompt_mask"] = pad(ids[0])
     if num_auxiliary:
         flat = [ids[1 + k][b] for b in range(batch) for k in range(num_auxiliary)]
-        for name, tensor in zip(("auxiliary_prompt_ids", "auxiliary_prompt_mask"), padded(flat), strict=True):
+        for name, tensor in zip(("auxiliary_prompt_ids", "auxiliary_prompt_mask"), pad(flat), strict=True):
             out[name] = tensor.view(batch, num_auxiliary, -1)
     if views.negative is not None:
-        out["negative_prompt_ids"], out["negative_prompt_mask"] = padded(ids[-1])
+        out["negative_prompt_ids"], out["negative_prompt_mask"] = pad(ids[-1])
     return out

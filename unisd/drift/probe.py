@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from trl.trainer.utils import pad
 
+from unisd.batch import padded
 from unisd.head import gathered_head
 from unisd.modules import HiddenStates, evaluating, head_is_trained, is_peft, model_head
 from unisd.turns import Prompt
@@ -26,6 +26,8 @@ from unisd_kernels import LMHead, linear_divergence, pack_rows
 
 @dataclass(frozen=True)
 class _Batch:
+    """Ids and masks of B items: [B, L] padded on the left, [B, T] padded on the right."""
+
     prompt_ids: torch.Tensor
     prompt_mask: torch.Tensor
     completion_ids: torch.Tensor
@@ -84,8 +86,8 @@ class DriftProbe:
             completions = [[*tokenize_completion(item["completion"]), *reply_end_ids(item["prompt"])] for item in items]
             self._batches.append(
                 _Batch(
-                    *_padded(prompts, pad_token_id, "left"),
-                    *_padded(completions, pad_token_id, "right"),
+                    *padded(prompts, pad_token_id, "left"),
+                    *padded(completions, pad_token_id, "right"),
                 )
             )
         self._base_hidden: list[torch.Tensor] = []
@@ -160,12 +162,6 @@ def default_probe(has_chat_template: bool) -> list[dict[str, Any]]:
         return list(CHAT_PROBE)
     texts = ["\n".join(message["content"] for message in item["prompt"]) for item in CHAT_PROBE]
     return [{"prompt": f"{text}\n", "completion": item["completion"]} for text, item in zip(texts, CHAT_PROBE)]
-
-
-def _padded(rows: list[list[int]], value: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    masks = [torch.ones_like(row) for row in tensors]
-    return pad(tensors, value, padding_side=side), pad(masks, 0, padding_side=side)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -118,4 +118,5 @@ def evaluate_retention(
 
 
 def _nll(hidden: torch.Tensor, head: LMHead, target_ids: torch.Tensor, impl: str | None) -> float:
+    """Summed negative log-likelihood of `target_ids` [N] after `hidden` [N, H], in nats."""
     return -linear_logprobs(hidden, head, target_ids, impl=impl).logprobs.double().sum().item()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from unisd.batch import padded
 from unisd.modules import backbone
 from unisd.turns import Prompt, encode_prompt, reply_end_ids
 from unisd_kernels import pack_rows
@@ -100,17 +101,14 @@ def hidden_rows(model: Any, batch: ScoringBatch) -> torch.Tensor:
 
 
 def _batch(pairs: Sequence[EncodedPair], indices: list[int], device: torch.device | str) -> ScoringBatch:
+    """The pairs at some places, padded on the right."""
     chosen = [pairs[index] for index in indices]
-    longest = max(len(pair.prompt_ids) + len(pair.completion_ids) for pair in chosen)
     # Any id serves as padding: it is masked, and no valid position comes after it.
-    input_ids = torch.zeros(len(chosen), longest, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    predicts = torch.zeros(len(chosen), longest, dtype=torch.bool)
+    input_ids, attention_mask = padded([pair.prompt_ids + pair.completion_ids for pair in chosen], 0, "right")
+    predicts = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, pair in enumerate(chosen):
-        ids = pair.prompt_ids + pair.completion_ids
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        attention_mask[row, : len(ids)] = 1
-        predicts[row, len(pair.prompt_ids) - 1 : len(ids) - 1] = True
+        first = len(pair.prompt_ids) - 1
+        predicts[row, first : first + len(pair.completion_ids)] = True
     targets = torch.tensor([token for pair in chosen for token in pair.completion_ids])
     return ScoringBatch(
         indices=list(indices),

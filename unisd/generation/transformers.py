@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from unisd.batch import padded
 from unisd.generation.decoding import end_token_ids, own_distribution
 from unisd.modules import model_device, scoring_mode
 from unisd.turns import Prompt, encode_prompt
@@ -44,7 +43,8 @@ def greedy_replies(
     with scoring_mode(model), own_distribution(model):
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            input_ids, attention_mask = _left_padded([encoded[place] for place in places], padding)
+            # On the left, so that every reply starts at the same position.
+            input_ids, attention_mask = padded([encoded[place] for place in places], padding, "left")
             output = model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
@@ -57,14 +57,3 @@ def greedy_replies(
             for place, text in zip(places, texts, strict=True):
                 replies[place] = text
     return replies
-
-
-def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask [B, L], padded on the left so that every reply starts at the same position."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), padding, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for place, row in enumerate(rows):
-        ids[place, longest - len(row) :] = torch.tensor(row)
-        mask[place, longest - len(row) :] = 1
-    return ids, mask

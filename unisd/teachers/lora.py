@@ -182,6 +182,8 @@ def _product(layer: Any) -> torch.Tensor:
 
 
 def _adding(delta: torch.Tensor) -> Any:
+    """Forward hook that adds `x delta^T`, `delta` [out, in], to a layer's output."""
+
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         x = args[0]
         return output + functional.linear(x, delta.to(x.dtype)).to(output.dtype)
