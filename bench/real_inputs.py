@@ -17,8 +17,11 @@ from typing import Any
 import torch
 
 from unisd.data.procedural import procedural_rows
-from unisd.evaluation.rows import EncodedPair, Prompt, encode_pairs, hidden_rows, scoring_batches, scoring_mode
-from unisd.models import fetch_smollm2, load_model
+from unisd.evaluation.rows import EncodedPair, encode_pairs, hidden_rows, scoring_batches
+from unisd.models import load_model
+from unisd.modules import scoring_mode
+from unisd.smollm2 import fetch_smollm2
+from unisd.turns import Prompt
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs
 from unisd_kernels.cache import cache_directory
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -24,6 +23,7 @@ from unisd import UniSDConfig, UniSDTrainer
 from unisd.data.procedural import procedural_rows
 from unisd.models import SMOLLM2, load_model
 from unisd.presets import PRESETS
+from unisd.step import LossFunctions
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, reference
 from unisd_kernels.config import LossConfig
 from unisd_kernels.reference.loss import reduce_per_token
@@ -73,8 +73,10 @@ def dense_unisd_loss(
     target_ids: torch.Tensor,
     cu_seqlens: torch.Tensor,
     *,
-    auxiliary_hidden: Sequence[torch.Tensor] | None = None,
+    auxiliary_hidden: Sequence[torch.Tensor] = (),
+    auxiliary_head: None = None,
     negative_hidden: torch.Tensor | None = None,
+    negative_head: None = None,
     token_weights: torch.Tensor | None = None,
     num_items: torch.Tensor | None = None,
     impl: None = None,
@@ -187,12 +189,6 @@ class ReplayingTrainer(UniSDTrainer):
         return loss
 
 
-class DenseTrainer(ReplayingTrainer):
-    def _unisd_loss(self, *args: Any) -> Any:
-        with patch.multiple("unisd.trainer", unisd_loss=dense_unisd_loss, linear_logprobs=dense_linear_logprobs):
-            return super()._unisd_loss(*args)
-
-
 @dataclass(frozen=True)
 class Workbench:
     """What the trainers share. Each takes `rows` as one batch, with completions of `new_tokens` tokens."""
@@ -228,12 +224,14 @@ class Workbench:
             use_cpu=next(self.model.parameters()).device.type == "cpu",
             disable_tqdm=True,
         )
-        trainer = {OURS: ReplayingTrainer, DENSE: DenseTrainer}[contender](
+        trainer = ReplayingTrainer(
             model=self.model,
             args=config,
             train_dataset=Dataset.from_list(self.rows),
             processing_class=self.tokenizer,
         )
+        if contender == DENSE:
+            trainer.step.functions = LossFunctions(dense_unisd_loss, dense_linear_logprobs)
         trainer.create_optimizer_and_scheduler(num_training_steps=1)
         if completions is not None:
             trainer.completions = [completions[0][:2]]

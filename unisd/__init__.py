@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unisd.config import UniSDConfig
     from unisd.drift import DriftProbe
-    from unisd.models import fetch_smollm2, load_model
+    from unisd.models import load_model
     from unisd.presets import PRESETS, Preset
+    from unisd.smollm2 import fetch_smollm2
     from unisd.trainer import UniSDTrainer
 
 _MODULES = {
@@ -21,7 +22,7 @@ _MODULES = {
     "Preset": "unisd.presets",
     "UniSDConfig": "unisd.config",
     "UniSDTrainer": "unisd.trainer",
-    "fetch_smollm2": "unisd.models",
+    "fetch_smollm2": "unisd.smollm2",
     "load_model": "unisd.models",
 }
 

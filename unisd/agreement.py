@@ -15,17 +15,12 @@ from typing import Any
 
 import torch
 
-from unisd.packing import CompletionRows
+from unisd.batch import SCORED, TEACHER_HIDDEN, CompletionRows, per_sequence
 from unisd_kernels import agreement_weights
-
-SCORED = "agreement_scored"
-"""Key of a batch: [B] bool, on the CPU, which sequences are read under the auxiliary contexts."""
-TEACHER_HIDDEN = "teacher_hidden"
-"""Key of a batch: [B, T, H], the teacher's hidden states of the completions, made when the window was ranked."""
 
 
 def scored_count(fraction: float, size: int, window: int) -> int:
-    """How many of a window's `size` sequences are scored, such that their share over all windows is `fraction`.
+    """Number of a window's `size` sequences that are scored, such that their share over all windows is `fraction`.
 
         ceil(q B (t + 1)) - ceil(q B t)      for t = `window`, counted from 0
 
@@ -55,10 +50,12 @@ def most_uncertain(entropies: torch.Tensor, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SelectiveWeights:
-    """Attributes:
-    weights: [N], 1 for the tokens of the sequences that were not scored.
-    disagreement: of the scored ones.
-    num_scored: sequences that were read under the auxiliary contexts.
+    """Agreement weights of a micro-batch of which some sequences were scored.
+
+    Attributes:
+        weights: [N], 1 for the tokens of the sequences that were not scored.
+        disagreement: of the scored ones.
+        num_scored: sequences that were read under the auxiliary contexts.
     """
 
     weights: torch.Tensor
@@ -108,8 +105,7 @@ def selective_weights(
 
 
 def _selected(inputs: dict[str, Any], chosen: torch.Tensor) -> dict[str, Any]:
+    """The sequences `chosen` [n] of a batch."""
     return {
-        name: value[chosen.to(value.device)]
-        for name, value in inputs.items()
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and name != TEACHER_HIDDEN
+        name: value[chosen.to(value.device)] for name, value in per_sequence(inputs).items() if name != TEACHER_HIDDEN
     }

@@ -8,13 +8,14 @@ from typing import Any
 
 from transformers import SchedulerType
 from trl import DistillationConfig
+from trl.trainer.utils import get_config_model_id
 
-from unisd.frames import FRAMES
+from unisd.config_ranges import check_ranges
+from unisd.contexts import FRAMES
 from unisd.presets import Preset, get_preset
-from unisd.ranges import check_ranges
-from unisd.row_check import OVERLONG
+from unisd.rows import OVERLONG
 from unisd_kernels import available
-from unisd_kernels.config import check_choice, check_number
+from unisd_kernels.config import LossConfig, check_choice, check_number
 
 _EMA_MODES = ("none", "auto", "full", "adapter", "merged")
 
@@ -45,11 +46,8 @@ class UniSDConfig(DistillationConfig):
         agreement_gamma: >= 0.
         agreement_statistic: "variance" or "range" of the K log-probabilities.
         num_auxiliary: K >= 2; every row's `auxiliary_prompts` must hold as many.
-        agreement_fraction: q in ]0, 1]. Of the B sequences of an optimizer step (per process), only the q B with the
-            highest mean teacher entropy are scored under the K contexts; the others get weight 1. 1 is the paper.
-            Where q B is no integer it is rounded such that the share over all steps is q. Costs one head product
-            for the entropies and [B, T, H] hidden states kept for a step, saves (1 - q) K forwards; the share spent
-            is logged as `unisd/auxiliary_share`.
+        agreement_fraction: q in ]0, 1], the share of the sequences that are scored under the K contexts: those the
+            teacher is least sure of (docs/training.md, "Selective agreement"). 1 is the paper.
         weight_normalization: "auto", "weighted" (divide by max(sum w, 1)) or "count" (by the number of tokens). Auto
             is "count" for sequence-level agreement, where "weighted" would cancel the weights, else "weighted".
         contrastive_weight: >= 0; above 0 needs the column `negative_prompt`.
@@ -58,14 +56,9 @@ class UniSDConfig(DistillationConfig):
         clip_cap: cap on a token's divergence in nats; 0 for none.
         clip_quantile: instead, cap at this quantile of the micro-batch's divergences; 0 for none.
         teacher: "self": the student's current weights (or their moving average, see `ema`); "base": the weights before
-            training (LoRA: adapter disabled, free; full fine-tuning: a frozen copy of the model).
-        ema: "none", "full", "adapter", "merged", or "auto" ("adapter" for a PEFT model, else "full"):
-            full: float32 average of all trained weights, in a copy of the model. 4 bytes a trained parameter, and
-                2 more for a 16-bit student. Not for PEFT models, whose base weights never move.
-            adapter: float32 averages of A and of B, each on its own, swapped in for the teacher's passes. Cheap,
-                but not the average of the product: mean(B) mean(A) != mean(B A).
-            merged: the exact average of the product scaling B A, kept dense in float32: 4 bytes an entry of every
-                weight that LoRA adapts (for all linear layers, as much as a float32 copy of them).
+            training.
+        ema: the moving average that scores: "none", "full", "adapter", "merged", or "auto" ("adapter" for a PEFT model,
+            else "full"). What each of them averages and costs: docs/training.md, "Teachers".
         ema_decay: in [0, 1].
         sync_steps: optimizer steps between updates of the average.
         normalization: "sequence": mean over sequences of their token means; "token": mean over all tokens.
@@ -73,16 +66,14 @@ class UniSDConfig(DistillationConfig):
             leaves only the model's own limit, for context and `max_completion_length` together.
         overlong: what becomes of rows with a longer context, before training starts: "drop" leaves them out and says
             how many and which; "error" refuses them.
-        prompt_frame: where prompts and contexts that are strings are read. "chat": in the user message of the
-            tokenizer's chat template; a string beside a conversation takes the place of its last message, the user's.
-            "given": outside of it; a row that has strings and conversations is an error. "auto": "chat" where the
-            tokenizer has a template, else "given". Conversations are always read in the template.
+        prompt_frame: where prompts and contexts that are strings are read: "chat" (in the user message of the
+            tokenizer's chat template), "given" (outside of it), or "auto" ("chat" where there is a template); see
+            docs/training.md, "One frame".
         drift_probe_every: optimizer steps between measurements of the drift from the base model
             (`unisd/drift_kl`, see `unisd.drift`), which is measured before the first and after the last step too; 0
             turns it off.
-        on_nonfinite: what a NaN or infinite loss or gradient does. "stop" raises FloatingPointError before the
-            optimizer step; "skip" leaves that step out (`unisd/skipped_steps`), and stops only if a weight is not
-            finite itself. Either way the batch is saved in `output_dir/nonfinite` and the cause is named there.
+        on_nonfinite: what a NaN or infinite loss or gradient does: "stop" raises FloatingPointError before the
+            optimizer step, "skip" leaves that step out (docs/training.md, "When something is not finite").
         impl: implementation of the kernels by name (`unisd_kernels.available()`); None chooses.
         workspace_bytes: bound on the logits held at a time; None for the kernels' default.
 
@@ -186,13 +177,15 @@ class UniSDConfig(DistillationConfig):
 
     @property
     def resolved_weight_normalization(self) -> str:
-        """ "weighted" or "count"."""
-        if self.weight_normalization != "auto":
-            return self.weight_normalization
-        return "count" if self.agreement == "sequence" else "weighted"
+        """Denominator of the weighted mean, "weighted" or "count"; by the kernels' own rule, also where the weights are
+        computed before (`agreement_fraction`)."""
+        chosen: Any = None if self.weight_normalization == "auto" else self.weight_normalization
+        level: Any = self.agreement if self.uses_agreement else "token"
+        config = LossConfig(agreement=level, weight_normalization=chosen)
+        return config.resolved_weight_normalization(self.uses_agreement)
 
     def loss_settings(self) -> dict[str, Any]:
-        """The keyword arguments of `unisd_kernels.unisd_loss` that do not change during a run."""
+        """Keyword arguments of `unisd_kernels.unisd_loss` that do not change during a run."""
         return {
             "beta": self.beta,
             "temperature": self.temperature,
@@ -285,6 +278,23 @@ class UniSDConfig(DistillationConfig):
                     f"{name}={getattr(self, name)!r} was given, but UniSD distils a model from itself: its teacher is "
                     "set with `teacher` and `ema`. Use trl.DistillationTrainer for another model as the teacher"
                 )
+
+
+def config_for(model: Any, args: UniSDConfig | None) -> UniSDConfig:
+    """The given config, or the default one for a model.
+
+    Args:
+        model: a model, or the name of one.
+
+    Raises:
+        TypeError: `args` of another class.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = UniSDConfig(f"{name.split('/')[-1]}-UniSD")
+    if not isinstance(args, UniSDConfig):
+        raise TypeError(f"args must be a UniSDConfig, got {type(args).__name__}")
+    return args
 
 
 def _preset_fields() -> set[str]:

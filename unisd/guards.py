@@ -1,15 +1,62 @@
-"""Refused at construction: what could only fail, or do nothing, once rollouts are paid."""
+"""Refusals at construction: what could only fail, or do nothing, once rollouts are paid."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from unisd.contexts import ContextSpec
 from unisd.modules import is_peft
 
+if TYPE_CHECKING:
+    from unisd.config import UniSDConfig
+
 logger = logging.getLogger(__name__)
+
+
+def check_no_teacher_model(teacher_model: object) -> None:
+    """Raise ValueError for another model as the teacher, which TRL's trainer takes."""
+    if teacher_model is not None:
+        raise ValueError(
+            "UniSDTrainer takes no teacher_model: the teacher is the model itself under a richer context (see "
+            "UniSDConfig.teacher and .ema). Use trl.DistillationTrainer to distil from another model"
+        )
+
+
+def check_columns(contexts: ContextSpec, train_dataset: Any, eval_dataset: Any) -> None:
+    """Raise ValueError for a dataset, or one of several, that lacks a column."""
+    named = [("train_dataset", train_dataset)]
+    if isinstance(eval_dataset, Mapping):
+        named += [(f"eval_dataset[{name!r}]", dataset) for name, dataset in eval_dataset.items()]
+    else:
+        named.append(("eval_dataset", eval_dataset))
+    for where, dataset in named:
+        # A streamed dataset may not know its columns; its rows are checked as they come.
+        columns = getattr(dataset, "column_names", None)
+        if columns is not None:
+            contexts.check_columns(columns, where)
+
+
+def check_sharding(args: UniSDConfig, model: nn.Module, *, is_sharded: bool, is_deepspeed: bool) -> None:
+    """Raise ValueError for settings that FSDP or DeepSpeed cannot serve.
+
+    Args:
+        is_sharded: whether a process holds only a part of the weights (FSDP, ZeRO-3).
+    """
+    if is_deepspeed and args.on_nonfinite == "skip":
+        raise ValueError("on_nonfinite='skip' cannot leave out a step of DeepSpeed; use on_nonfinite='stop'")
+    if not is_sharded:
+        return
+    if args.ema != "none":
+        raise ValueError(
+            f"ema={args.ema!r} needs whole weights, but FSDP or ZeRO-3 shards them; set ema='none', or train with DDP "
+            "or ZeRO-2"
+        )
+    if args.teacher == "base" and not is_peft(model):
+        raise ValueError("teacher='base' copies the model, which FSDP or ZeRO-3 shards; use LoRA, DDP or ZeRO-2")
 
 
 def check_trainable(model: nn.Module) -> None:

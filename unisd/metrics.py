@@ -1,4 +1,4 @@
-"""Metrics of a run, summed on the device and read once per log.
+"""Metrics of the loss, summed on the device and read once per log.
 
 Reading a value back from an accelerator waits for it. One read per metric and micro-batch would stall the queue a dozen
 times a step, so values are added up where they are and leave the device together when the trainer logs.
@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 
 from unisd_kernels import UniSDLoss
+
+if TYPE_CHECKING:
+    from unisd.config import UniSDConfig
+    from unisd.step import StepResult
 
 PREFIX = "unisd/"
 
@@ -78,6 +85,72 @@ def _row(scalar: torch.Tensor) -> torch.Tensor:
     return scalar.reshape(1)
 
 
+class LossMetrics:
+    """Metrics of the loss of a run, training and evaluation apart.
+
+    Args:
+        args: settings of the run.
+        accelerator: of the run.
+        agrees: whether there are auxiliary contexts.
+        teacher: name of the teacher, for the warning.
+    """
+
+    def __init__(self, args: UniSDConfig, accelerator: Accelerator, *, agrees: bool, teacher: str) -> None:
+        self._args, self._accelerator, self._agrees, self._teacher = args, accelerator, agrees, teacher
+        self._windows = {"train": MetricWindow(), "eval": MetricWindow()}
+        self._has_entropy = True
+        self._has_warned = False
+
+    def add(self, mode: str, result: StepResult) -> None:
+        """Add a micro-batch to the window of "train" or "eval"."""
+        window, loss, selective = self._windows[mode], result.loss, result.selective
+        add_loss_statistics(
+            window,
+            loss,
+            clips=bool(self._args.clip_cap or self._args.clip_quantile),
+            agreement_weights=loss.weights if self._agrees else None,
+            disagreement=loss.disagreement if selective is None else selective.disagreement,
+        )
+        if self._agrees:
+            num_sequences = result.inputs.num_sequences
+            spent = num_sequences if selective is None else selective.num_scored
+            window.add("auxiliary_share", torch.tensor(float(spent), device=loss.loss.device), num_sequences)
+        self._has_entropy = loss.student_entropy is not None
+
+    def flush(self, mode: str, metrics: dict[str, list[float]], step: int) -> None:
+        """Empty a window into TRL's metrics, each under `PREFIX`.
+
+        Args:
+            metrics: name -> values since the last log; "entropy" is taken out where no logits were made.
+            step: optimizer steps so far, for the warning about losses that are not finite.
+        """
+        values = self._windows[mode].flush(self._accelerator.gather)
+        for name, (value, _) in values.items():
+            metrics[PREFIX + name].append(value)
+        if not values:
+            return
+        if not self._has_entropy:
+            metrics.pop("entropy", None)
+        metrics[PREFIX + "peak_memory_gib"].append(peak_memory_gib(self._accelerator.device))
+        seconds = sum(metrics.get("step_time", ()))
+        num_tokens = next(
+            (values[name][1] for name in ("divergence", "feature_distance", "contrastive") if name in values), 0.0
+        )
+        if mode == "train" and seconds > 0 and num_tokens:
+            metrics[PREFIX + "completion_tokens_per_second"].append(num_tokens / seconds)
+        share = values["nonfinite_share"][0]
+        if share > 0 and not self._has_warned:
+            self._has_warned = True
+            bad = [name for name, (value, _) in values.items() if not math.isfinite(value)]
+            warnings.warn(
+                f"the UniSD loss was NaN or infinite in {share:.0%} of the {mode} micro-batches up to step "
+                f"{step} (preset {self._args.preset!r}, teacher {self._teacher!r}, "
+                f"beta={self._args.beta}, temperature={self._args.temperature}); not finite among the metrics: "
+                f"{', '.join(bad) or 'none'}. Check the learning rate, and fp16 overflow in the model",
+                stacklevel=2,
+            )
+
+
 def add_loss_statistics(
     window: MetricWindow,
     result: UniSDLoss,
@@ -86,7 +159,7 @@ def add_loss_statistics(
     agreement_weights: torch.Tensor | None,
     disagreement: torch.Tensor | None,
 ) -> None:
-    """Add what `unisd_loss` returned for one micro-batch.
+    """Add the result of `unisd_loss` for one micro-batch.
 
     Adds: `divergence` (mean over tokens, before clipping), `clipped_share`, `agreement_weight` and
     `agreement_weight_min`, `disagreement`, `contrastive` and `contrastive_active` (share of tokens with C > 0),

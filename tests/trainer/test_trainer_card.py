@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tests.trainer.tiny_run import PROBE, llama, lora, trainer
-from unisd.models import SMOLLM2, SMOLLM2_HUB_ID
+from unisd.smollm2 import SMOLLM2, SMOLLM2_HUB_ID
 
 
 def metadata_of(card: str) -> dict:

@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from tests.trainer import tiny_run
-from unisd import teachers
-from unisd.checkpoints import MANIFEST, fault_of, mark_complete, newest_complete, resumable, rotate
-from unisd.teachers import STATE_FILE, AdapterEMATeacher, save_teacher
+from unisd.run.checkpoints import MANIFEST, fault_of, mark_complete, newest_complete, resumable, rotate
+from unisd.teachers import STATE_FILE, AdapterEMATeacher, FullEMATeacher, save_teacher
+from unisd.teachers import checkpoint as checkpoint_file
 from unisd.trainer import UniSDTrainer
 
 # Completions are sampled here, so that the generator's state counts too; 8 rows are two steps an epoch, so that the
@@ -232,7 +232,7 @@ def test_deletion_that_is_cut_off_leaves_nothing_that_looks_whole(tmp_path, monk
     _, checkpoint = interrupted("full")
     old = shutil.copytree(checkpoint, tmp_path / "checkpoint-3")
     shutil.copytree(checkpoint, tmp_path / "checkpoint-4")
-    monkeypatch.setattr("unisd.checkpoints.shutil.rmtree", lambda *args, **kwargs: None)  # killed here
+    monkeypatch.setattr("unisd.run.checkpoints.shutil.rmtree", lambda *args, **kwargs: None)  # killed here
     rotate(tmp_path, 1, {str(tmp_path / "checkpoint-4")})
     assert fault_of(old) == "trainer_state.json is missing"
 
@@ -272,7 +272,7 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     def fails(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(teachers.os, "replace", fails)
+    monkeypatch.setattr(checkpoint_file.os, "replace", fails)
     tiny_run.perturb(model)
     teacher.update(model)
     with pytest.raises(OSError, match="disk full"):
@@ -283,7 +283,7 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_state_dict_restores_bit_for_bit():
     model = tiny_run.llama().bfloat16()
-    teacher = teachers.FullEMATeacher(model, 0.98)
+    teacher = FullEMATeacher(model, 0.98)
     tiny_run.perturb(model)
     teacher.update(model)
     state = teacher.state_dict()

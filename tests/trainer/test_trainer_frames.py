@@ -4,7 +4,7 @@ import pytest
 
 from tests.trainer import tiny_run
 from unisd.contexts import ContextSpec, collect_views
-from unisd.frames import PromptFrame
+from unisd.contexts.frame import PromptFrame
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.trainer import tiny_run
+from unisd.batch import crop
 from unisd.nonfinite import MAX_FILES, NonFiniteGuard
 
 SETTINGS = {
@@ -34,7 +35,7 @@ class Poisoned(tiny_run.FixedRollouts):
 
     def _unisd_loss(self, student, inputs, num_items_in_batch):
         self.bad = self.state.global_step in self.steps and self._step % 2 == 1
-        cropped = self._crop(inputs)
+        cropped = crop(inputs)
         ids = cropped[f"{self.view}_ids"]
         ids = ids[:, 1] if ids.dim() == 3 else ids
         self.bad_ids = torch.cat([ids, cropped["completion_ids"]], dim=1)

@@ -7,8 +7,9 @@ from datasets import Dataset, load_dataset
 from torch.utils.data import Subset
 
 from tests.trainer import tiny_run
-from unisd import row_cache, rows
-from unisd.row_check import _ranges
+from unisd.rows import cache as row_cache
+from unisd.rows import gate as rows
+from unisd.rows.report import _ranges
 
 
 def plain_rows(count=8):

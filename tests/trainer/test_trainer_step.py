@@ -10,6 +10,7 @@ from peft import get_peft_model
 
 from tests.trainer import tiny_run
 from unisd.presets import PRESETS
+from unisd.step import LossFunctions
 from unisd_kernels import unisd_loss
 
 
@@ -242,7 +243,7 @@ def test_dropout_is_off_for_the_teacher_and_on_for_the_student(tmp_path):
     assert model.training
 
 
-def test_evaluation_gives_the_loss_of_the_batch(tmp_path, monkeypatch):
+def test_evaluation_gives_the_loss_of_the_batch(tmp_path):
     run = tiny_run.FixedRollouts(
         model=tiny_run.llama(),
         args=tiny_run.config(tmp_path, preset="unisd_star", per_device_eval_batch_size=4),
@@ -252,11 +253,11 @@ def test_evaluation_gives_the_loss_of_the_batch(tmp_path, monkeypatch):
     )
     heads = []
 
-    def record(hidden, head, *args, **kwargs):
-        heads.append(head.weight.requires_grad)
-        return unisd_loss(hidden, head, *args, **kwargs)
+    def record(student_head, **arguments):
+        heads.append(student_head.weight.requires_grad)
+        return unisd_loss(student_head=student_head, **arguments)
 
-    monkeypatch.setattr("unisd.trainer.unisd_loss", record)
+    run.step.functions = LossFunctions(unisd_loss=record)
     metrics = run.evaluate()
     assert heads == [False]  # a trained head would cost its gradient in vain
     expected, _ = tiny_run.reference_step(tiny_run.llama(), tiny_run.rows(), run.args)

@@ -1,4 +1,4 @@
-"""Settings of `unisd train` that would do nothing, or nothing sensible, are refused before anything is loaded.
+"""Refusal of settings of `unisd train` that would do nothing, or nothing sensible, before anything is loaded.
 
 TRL's and transformers' dataclasses hold settings that this trainer never reads: they would be accepted in silence.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd.cli.errors import CommandError
-from unisd.models import SMOLLM2
+from unisd.smollm2 import SMOLLM2
 
 _NO_PREDICTIONS = "an evaluation computes losses only; use `unisd eval` for scores of replies"
 _OWN_LOSS = "the loss is UniSD's own"

@@ -1,4 +1,4 @@
-"""Where the rows of `unisd train` come from: generated, a file, or a dataset of the hub."""
+"""Sources of the rows of `unisd train`: generated, a file, or a dataset of the hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "c
 
 @dataclass
 class DataArguments:
-    """Where the rows come from. Their columns are described in `unisd.contexts`."""
+    """Settings of the source of the rows. Their columns are described in `unisd.contexts`."""
 
     dataset: str = field(
         default="procedural",

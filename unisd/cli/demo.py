@@ -150,7 +150,7 @@ def make_trainer(model: Any, tokenizer: Any, options: argparse.Namespace) -> Any
 
 
 class _Deadline(TrainerCallback):
-    """Ends training, cleanly, after the optimizer step during which the time is up."""
+    """Callback that ends training, cleanly, after the optimizer step during which the time is up."""
 
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline

@@ -114,7 +114,7 @@ def self_test(impl: str, device: torch.device) -> float:
 
 
 def _compile_time(impl: str, device: torch.device, first: float) -> str:
-    """What the first call of kernels that are compiled when used took longer than the second."""
+    """Time of compiling kernels when they are used: by how much their first call took longer than the second."""
     if not impl.startswith("triton"):
         return ""
     from triton import knobs

@@ -1,4 +1,4 @@
-"""What a user did wrong, in one or two lines without a traceback; a fault of the program keeps its traceback.
+"""Mistakes of a user, told in one or two lines without a traceback; a fault of the program keeps its traceback.
 
 Which of the two an exception is, is told by how it was raised: a `raise` statement of this package, or of a library
 while a command is being set up, was written for the user to read. An exception that nobody raised on purpose (an index
@@ -27,7 +27,7 @@ class CommandError(Exception):
 
 @contextmanager
 def setting_up() -> Iterator[None]:
-    """Within it, libraries too raise for the user: a model that does not exist, a file that cannot be read.
+    """Let libraries too raise for the user, meanwhile: a model that does not exist, a file that cannot be read.
 
     Raises:
         CommandError: from such an error. Everything else passes unchanged.
@@ -41,7 +41,7 @@ def setting_up() -> Iterator[None]:
 
 
 def run(command: str, function: Callable[[], int], *, traceback: bool) -> int:
-    """The exit status of `function()`: 2, and a message on stderr, where it raised because of what the user gave.
+    """Exit status of `function()`: 2, and a message on stderr, where it raised because of what the user gave.
 
     Args:
         command: name to put before the message, for example "unisd train".
@@ -64,13 +64,13 @@ def run(command: str, function: Callable[[], int], *, traceback: bool) -> int:
 
 
 def wants_traceback(arguments: list[str]) -> tuple[bool, list[str]]:
-    """(whether `--traceback` or UNISD_TRACEBACK=1 asks for it, the arguments without the flag)."""
+    """Whether `--traceback` or UNISD_TRACEBACK=1 asks for a traceback, and the arguments without the flag."""
     asked = "--traceback" in arguments or os.environ.get("UNISD_TRACEBACK", "0") not in ("", "0")
     return asked, [argument for argument in arguments if argument != "--traceback"]
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Raised on purpose by this package."""
+    """Whether the error was raised on purpose by this package."""
     if not isinstance(error, (*_USERS, RuntimeError)) or not _raised_on_purpose(error):
         return False
     module = _innermost(error).tb_frame.f_globals.get("__name__", "")
@@ -93,7 +93,7 @@ def _innermost(error: BaseException) -> TracebackType:
 
 
 def _names_a_file(error: BaseException) -> bool:
-    """An error of the operating system on a file, for example one that is missing or may not be written."""
+    """Whether it is an error of the operating system on a file, for example one that is missing."""
     return isinstance(error, OSError) and error.filename is not None
 
 

@@ -1,4 +1,4 @@
-"""The model of `unisd train`: which one, and how it is loaded and adapted."""
+"""Model of `unisd train`: which one, and how it is loaded and adapted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelArguments(ModelConfig):
 
 @dataclass(frozen=True)
 class ModelToTrain:
-    """What `UniSDTrainer` is to be given.
+    """Arguments of `UniSDTrainer` on its model.
 
     Attributes:
         source: folder or model id, which the trainer loads with `config.model_init_kwargs`.

@@ -24,7 +24,7 @@ class CommandParser(argparse.ArgumentParser):
         raise CommandError(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As `ArgumentParser.parse_known_args`, but a misspelt flag is told before what its value was taken for."""
+        """Parse as `ArgumentParser` does, but tell of a misspelt flag before what its value was taken for."""
         arguments = sys.argv[1:] if args is None else list(args)
         refuse_unknown(self, [argument for argument in arguments if self._is_unknown_flag(argument)])
         return super().parse_known_args(arguments, namespace)
@@ -40,7 +40,7 @@ class CommandParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, known)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As `ArgumentParser.parse_args`."""
+        """Parse as `ArgumentParser` does."""
         parsed, unknown = self.parse_known_args(args, namespace)
         refuse_unknown(self, unknown)
         return parsed

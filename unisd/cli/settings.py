@@ -1,4 +1,4 @@
-"""The settings of a run from dataclasses, a YAML file and the command line, in rising order of precedence.
+"""Settings of a run from dataclasses, a YAML file and the command line, in rising order of precedence.
 
 The values of a file go through the same converters and choices as flags do, so neither accepts what the other refuses.
 """
@@ -50,7 +50,7 @@ class SettingsParser(CommandParser, TrlParser):
                 action.type = _json_object
 
     def parse(self, arguments: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """(one instance of each dataclass, everything that was given by file or flag).
+        """Read one instance of each dataclass, and everything that was given by file or flag.
 
         Args:
             defaults: values that take the place of the dataclasses' own.
@@ -131,7 +131,7 @@ class SettingsParser(CommandParser, TrlParser):
         return self._given([f"{option}={texts[0]}"] if len(texts) == 1 else [option, *texts])
 
     def _check(self, name: str, value: Any) -> None:
-        """What argparse lets through although it cannot be meant."""
+        """Refuse what argparse lets through although it cannot be meant."""
         if not isinstance(value, str):
             return
         members = _members(self.hints[name])
@@ -168,7 +168,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A setting that stands twice in a file is an error, not a choice of the last."""
+    """Refuse a setting that stands twice in a file, rather than choose the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -24,13 +24,14 @@ from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.model import ModelArguments, model_to_train
 from unisd.cli.settings import SettingsParser
 from unisd.config import UniSDConfig
-from unisd.run_config import resolved_settings
+from unisd.run.processes import ending_process_group
+from unisd.run.settings import resolved_settings
 from unisd.trainer import UniSDTrainer
 
 
 @dataclass
 class RunArguments:
-    """What becomes of an output folder that is not empty."""
+    """Treatment of an output folder that is not empty."""
 
     resume: bool = field(
         default=False,
@@ -43,7 +44,7 @@ class RunArguments:
 
 @dataclass(frozen=True)
 class Settings:
-    """A run as it was asked for, checked."""
+    """Settings of a run as it was asked for, checked."""
 
     data: DataArguments
     config: UniSDConfig
@@ -54,7 +55,7 @@ class Settings:
 
     @property
     def resume(self) -> str | bool | None:
-        """What to give to `Trainer.train(resume_from_checkpoint=)`."""
+        """Value for `Trainer.train(resume_from_checkpoint=)`."""
         asked = self.config.resume_from_checkpoint
         return True if self.run.resume or asked in ("true", "True", "last") else asked
 
@@ -104,6 +105,12 @@ def build(settings: Settings) -> UniSDTrainer:
 
 
 def main(arguments: list[str]) -> int:
+    # The settings join the processes: TRL's config starts the process group.
+    with ending_process_group():
+        return _train(arguments)
+
+
+def _train(arguments: list[str]) -> int:
     with setting_up():
         settings = parse(arguments)
         _prepare_output_dir(settings)

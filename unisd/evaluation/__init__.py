@@ -1,4 +1,4 @@
-"""What a trained model can do, and what it still can: procedural accuracy, perplexity, retention.
+"""Evaluation of a trained model, on its task and on what it could before: procedural accuracy, perplexity, retention.
 
 `unisd.evaluation.report` (which needs matplotlib) writes them down.
 """

@@ -1,4 +1,4 @@
-"""How well a model executes procedures, by number of steps (see `unisd.data.procedural`)."""
+"""Accuracy and perplexity on procedural tasks, by number of steps (see `unisd.data.procedural`)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from unisd.data.procedural import parse_answer
-from unisd.evaluation.generation import greedy_replies
 from unisd.evaluation.perplexity import CompletionScores, completion_scores
-from unisd.evaluation.rows import Prompt
+from unisd.generation import greedy_replies
+from unisd.turns import Prompt
 
 Generate = Callable[[Sequence[Prompt]], Sequence[str]]
 
@@ -43,7 +43,7 @@ class ProceduralScores:
     replies: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: `{"by_steps": [...], "overall": {...}}`, without the replies."""
+        """Dictionary for JSON: `{"by_steps": [...], "overall": {...}}`, without the replies."""
         return {"by_steps": [asdict(scores) for scores in self.by_steps], "overall": asdict(self.overall)}
 
     def table(self) -> str:

@@ -1,4 +1,4 @@
-"""One HTML page on a training run: what was run, how training went, what changed.
+"""HTML page on a training run: what was run, how training went, what changed.
 
 The page is static, needs no network, and its plots are PNG files beside it; every text that comes from outside is
 escaped.
@@ -112,7 +112,7 @@ def environment() -> dict[str, str]:
 
 
 def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """(step, value) of every number logged at two or more steps; infinite and NaN values are left out."""
+    """Points (step, value) of every number logged at two or more steps; infinite and NaN values are left out."""
     series: dict[str, list[tuple[float, float]]] = {}
     for record in history:
         if "step" not in record:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from unisd.data.chat_probe import CHAT_PROBE
-from unisd.evaluation.rows import encode_pairs, hidden_rows, model_device, scoring_batches, scoring_mode
-from unisd.modules import is_peft, model_head
+from unisd.evaluation.rows import encode_pairs, hidden_rows, scoring_batches
+from unisd.modules import is_peft, model_device, model_head, scoring_mode
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs
 
 
@@ -41,7 +41,7 @@ class RetentionScores:
     kl_by_prompt: tuple[float, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, without `kl_by_prompt`."""
+        """Dictionary for JSON, without `kl_by_prompt`."""
         return {
             "kl": self.kl,
             "base_perplexity": self.base_perplexity,
@@ -118,4 +118,5 @@ def evaluate_retention(
 
 
 def _nll(hidden: torch.Tensor, head: LMHead, target_ids: torch.Tensor, impl: str | None) -> float:
+    """Summed negative log-likelihood of `target_ids` [N] after `hidden` [N, H], in nats."""
     return -linear_logprobs(hidden, head, target_ids, impl=impl).logprobs.double().sum().item()

@@ -1,4 +1,4 @@
-"""From prompts and completions to the hidden states of the completion's rows.
+"""Hidden states of given completions after their prompts, as packed rows.
 
 What is scored is teacher-forced text, so the batches are padded on the right: positions then start at 0 in every row
 without position ids, and a causal model cannot see the padding. Logits are left to `unisd_kernels`.
@@ -7,18 +7,15 @@ without position ids, and a causal model cannot see the padding. Logits are left
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from unisd.modules import backbone, evaluating
-from unisd.turns import reply_end_ids
+from unisd.batch import padded
+from unisd.modules import backbone
+from unisd.turns import Prompt, encode_prompt, reply_end_ids
 from unisd_kernels import pack_rows
-
-Prompt = str | Sequence[dict[str, Any]]
-"""A plain string, or the messages of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +44,6 @@ class ScoringBatch:
     predicts: torch.Tensor
     target_ids: torch.Tensor
     lengths: list[int]
-
-
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Ids of a prompt: a string as it is, messages through the chat template, up to where the reply begins."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
 
 
 def encode_pairs(
@@ -111,30 +100,15 @@ def hidden_rows(model: Any, batch: ScoringBatch) -> torch.Tensor:
     return pack_rows(batch.predicts, output.last_hidden_state)[0]
 
 
-def model_device(model: Any) -> torch.device:
-    """Where the inputs of the model belong."""
-    return model.get_input_embeddings().weight.device
-
-
-@contextmanager
-def scoring_mode(model: Any) -> Iterator[None]:
-    """Eval mode and no gradients; afterwards every module is back in the mode it was in."""
-    with evaluating(model), torch.no_grad():
-        yield
-
-
 def _batch(pairs: Sequence[EncodedPair], indices: list[int], device: torch.device | str) -> ScoringBatch:
+    """The pairs at some places, padded on the right."""
     chosen = [pairs[index] for index in indices]
-    longest = max(len(pair.prompt_ids) + len(pair.completion_ids) for pair in chosen)
     # Any id serves as padding: it is masked, and no valid position comes after it.
-    input_ids = torch.zeros(len(chosen), longest, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    predicts = torch.zeros(len(chosen), longest, dtype=torch.bool)
+    input_ids, attention_mask = padded([pair.prompt_ids + pair.completion_ids for pair in chosen], 0, "right")
+    predicts = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, pair in enumerate(chosen):
-        ids = pair.prompt_ids + pair.completion_ids
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        attention_mask[row, : len(ids)] = 1
-        predicts[row, len(pair.prompt_ids) - 1 : len(ids) - 1] = True
+        first = len(pair.prompt_ids) - 1
+        predicts[row, first : first + len(pair.completion_ids)] = True
     targets = torch.tensor([token for pair in chosen for token in pair.completion_ids])
     return ScoringBatch(
         indices=list(indices),

@@ -1,6 +1,4 @@
-"""The contexts under which a completion is re-scored: teacher, K auxiliary, negative.
-
-A row of the dataset holds
+"""Columns of a dataset, and the views that a row of them gives.
 
     prompt                the question: a string, or chat messages
     teacher_prompt        the question in its richer context, or instead
@@ -8,37 +6,34 @@ A row of the dataset holds
     auxiliary_prompts     K other contexts of the same question (only with agreement)
     negative_prompt       the question with a plausible wrong demonstration (only with the contrastive term)
 
-Every one of them is a prompt that ends where the completion begins, and all of a row stand in one frame
-(`unisd.frames`). They are tokenized with TRL's own `_tokenize_prompts`, so chat template, tools and special tokens are
-those of the rollout.
+Every view is a prompt that ends where the completion begins, and all views of a row stand in one frame
+(`unisd.contexts.frame`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from trl.trainer.utils import pad
-
-from unisd.frames import Prompt, PromptFrame, is_conversation
+from unisd.contexts.frame import PromptFrame, is_conversation
+from unisd.turns import Prompt
 
 TEACHER_TEMPLATE = (
     "{prompt}\n\n"
     "Here is a demonstration of a good answer to this:\n\n{privileged_context}\n\n"
     "Now give an answer of your own, in your own words."
 )
-"""How a teacher prompt is built from `prompt` and `privileged_context`. In a conversation it takes the place of the
+"""Teacher prompt made of `prompt` and `privileged_context`. In a conversation it takes the place of the
 content of the last message, which must be the user's; earlier messages stay as they are."""
 
 CONTEXT_COLUMNS = ("teacher_prompt", "privileged_context", "auxiliary_prompts", "negative_prompt")
-"""Columns that are kept besides `prompt`."""
+"""Columns kept besides `prompt`."""
 
 
 @dataclass(frozen=True)
 class ContextSpec:
-    """Which views a run needs.
+    """Views that a run needs.
 
     Attributes:
         num_auxiliary: K, 0 without agreement.
@@ -49,6 +44,11 @@ class ContextSpec:
     num_auxiliary: int
     negative: bool
     preset: str
+
+    @classmethod
+    def of_run(cls, args: Any) -> ContextSpec:
+        """The views that a `UniSDConfig` needs."""
+        return cls(args.num_auxiliary if args.uses_agreement else 0, args.uses_contrastive, args.preset)
 
     def check_columns(self, columns: Iterable[str], where: str) -> None:
         """Raise ValueError, naming the column, if one that is needed is missing."""
@@ -66,44 +66,6 @@ class ContextSpec:
 
 
 @dataclass(frozen=True)
-class LengthLimit:
-    """Longest admissible contexts, in tokens; None for no limit.
-
-    Attributes:
-        prompt: of a context (`max_prompt_length`).
-        total: of context and completion together (the model's `max_position_embeddings`).
-        completion: the most tokens a completion may have (`max_completion_length`).
-        rollout: of the student's prompt and completion together, if the sampler takes less than the model (vLLM).
-    """
-
-    prompt: int | None
-    total: int | None
-    completion: int = 0
-    rollout: int | None = None
-
-    def excess(self, view: str, length: int) -> str | None:
-        """Why a context of this view and length is too long, or None if it is not."""
-        if self.prompt is not None and length > self.prompt:
-            return f"more than max_prompt_length={self.prompt}"
-        if self.total is not None and length + self.completion > self.total:
-            return f"with max_completion_length={self.completion} more than the model's {self.total} positions"
-        if self.rollout is not None and view == "prompt" and length + self.completion > self.rollout:
-            return f"with max_completion_length={self.completion} more than vllm_max_model_length={self.rollout}"
-        return None
-
-    def check(self, view: str, lengths: Sequence[int]) -> None:
-        """Raise ValueError if a context of this view is too long. Nothing is truncated: a truncated context would
-        be another question, and left truncation eats the system prompt and the demonstration first."""
-        for row, length in enumerate(lengths):
-            excess = self.excess(view, length)
-            if excess is not None:
-                raise ValueError(
-                    f"the {view} of row {row} of the batch has {length} tokens, {excess}; raise the limit, or drop "
-                    "such rows from the dataset (nothing is truncated)"
-                )
-
-
-@dataclass(frozen=True)
 class RowViews:
     """The prompts of a batch of B rows by view."""
 
@@ -113,7 +75,7 @@ class RowViews:
     negative: list[Prompt] | None
 
     def named(self) -> list[tuple[str, list[Prompt]]]:
-        """(name for messages, prompts) of every view besides the student's, teacher first."""
+        """Pairs (name for messages, prompts) of every view besides the student's, teacher first."""
         views = [("teacher prompt", self.teacher)]
         views += [(f"auxiliary prompt {k}", prompts) for k, prompts in enumerate(self.auxiliary)]
         return views if self.negative is None else [*views, ("negative prompt", self.negative)]
@@ -194,60 +156,3 @@ def view_names(spec: ContextSpec) -> list[str]:
     """Names of the views that `views_of_row` gives, in its order."""
     names = ["prompt", "teacher prompt", *(f"auxiliary prompt {k}" for k in range(spec.num_auxiliary))]
     return [*names, "negative prompt"] if spec.negative else names
-
-
-def tokenize_views(
-    views: RowViews,
-    tokenize: Callable[[list[Prompt]], list[list[int]]],
-    limit: LengthLimit,
-    *,
-    pad_token_id: int,
-    pad_to_multiple_of: int | None = None,
-) -> dict[str, torch.Tensor]:
-    """Left-padded ids and masks of every view, so that the completions appended to them align. The student's own
-    prompt, which the rollout tokenizes, is checked alike.
-
-    Args:
-        views: of B rows.
-        tokenize: prompts to lists of ids.
-        limit: see `LengthLimit`.
-        pad_token_id, pad_to_multiple_of: as in TRL.
-
-    Returns:
-        int64 tensors whose first dimension is B, so that TRL can shuffle and split them with the batch:
-        `teacher_prompt_ids`, `teacher_prompt_mask` [B, L_t]; with auxiliary views `auxiliary_prompt_ids`,
-        `auxiliary_prompt_mask` [B, K, L_a]; with a negative `negative_prompt_ids`, `negative_prompt_mask` [B, L_n].
-
-    Raises:
-        ValueError: a context that is too long or empty, a view that mixes strings and conversations.
-    """
-    ids: list[list[list[int]]] = []
-    for name, prompts in [("prompt", views.student), *views.named()]:
-        if len({isinstance(prompt, str) for prompt in prompts}) > 1:
-            raise ValueError(f"the {name}s of one batch mix strings and conversations; use one form in a column")
-        tokens = tokenize(prompts)
-        lengths = [len(row) for row in tokens]
-        if 0 in lengths:
-            raise ValueError(f"the {name} of row {lengths.index(0)} of the batch is empty")
-        limit.check(name, lengths)
-        ids.append(tokens)
-    del ids[0]
-
-    def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-        masks = [torch.ones_like(row) for row in tensors]
-        return (
-            pad(tensors, pad_token_id, padding_side="left", pad_to_multiple_of=pad_to_multiple_of),
-            pad(masks, 0, padding_side="left", pad_to_multiple_of=pad_to_multiple_of),
-        )
-
-    batch, num_auxiliary = len(views.teacher), len(views.auxiliary)
-    out: dict[str, torch.Tensor] = {}
-    out["teacher_prompt_ids"], out["teacher_prompt_mask"] = padded(ids[0])
-    if num_auxiliary:
-        flat = [ids[1 + k][b] for b in range(batch) for k in range(num_auxiliary)]
-        for name, tensor in zip(("auxiliary_prompt_ids", "auxiliary_prompt_mask"), padded(flat), strict=True):
-            out[name] = tensor.view(batch, num_auxiliary, -1)
-    if views.negative is not None:
-        out["negative_prompt_ids"], out["negative_prompt_mask"] = padded(ids[-1])
-    return out

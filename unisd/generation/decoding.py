@@ -23,7 +23,7 @@ _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "cache_implementation",
 
 @contextmanager
 def own_distribution(model: Any) -> Iterator[None]:
-    """While this is held, `model.generate` takes nothing but token ids and cache settings from the model's config.
+    """Make `model.generate` take nothing but token ids and cache settings from the model's config, meanwhile.
 
     Args:
         model: has `generate` and a `generation_config`; PEFT or not. Its config is put back on the way out.
@@ -56,7 +56,7 @@ def neutral_config(config: Any) -> GenerationConfig:
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a reply: those of the model's generation config and the tokenizer's EOS, as in a rollout."""
+    """Ids that end a reply, those of the model's generation config and the tokenizer's EOS, as in a rollout."""
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [] if declared is None else [declared] if isinstance(declared, int) else [int(token) for token in declared]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:

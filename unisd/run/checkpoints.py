@@ -1,4 +1,4 @@
-"""Which checkpoint folders are whole, and which of them a run resumes from and keeps.
+"""Checkpoint folders: which are whole, and which of them a run resumes from and keeps.
 
 A checkpoint is written file by file, so a run that is killed meanwhile leaves a folder that looks like one. The last
 file written is `MANIFEST`, in one step: the names and sizes of all others. A folder is whole if every file of its
@@ -13,7 +13,10 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -27,7 +30,7 @@ _NAME = re.compile(rf"{re.escape(PREFIX_CHECKPOINT_DIR)}-(\d+)")
 
 
 def unmark(folder: str | os.PathLike[str]) -> None:
-    """Before a folder is written (again): from now on it is not whole, whatever it held."""
+    """Mark a folder as not whole, whatever it held, before it is written (again)."""
     for name in (MANIFEST, _STATE):
         (Path(folder) / name).unlink(missing_ok=True)
 
@@ -49,7 +52,7 @@ def mark_complete(folder: str | os.PathLike[str], global_step: int) -> None:
 
 
 def fault_of(folder: str | os.PathLike[str]) -> str | None:
-    """What makes a checkpoint unfit to resume from, in a few words; None if it is whole."""
+    """Reason why a checkpoint is unfit to resume from, in a few words; None if it is whole."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -64,7 +67,7 @@ def fault_of(folder: str | os.PathLike[str]) -> str | None:
 
 
 def newest_complete(run_folder: str | os.PathLike[str]) -> Path | None:
-    """The whole checkpoint of the highest step; warns of each newer one that is not whole."""
+    """Whole checkpoint of the highest step; warns of each newer one that is not whole."""
     for folder in reversed(_checkpoints(run_folder)):
         fault = fault_of(folder)
         if fault is None:
@@ -74,7 +77,7 @@ def newest_complete(run_folder: str | os.PathLike[str]) -> Path | None:
 
 
 def resumable(resume: str | os.PathLike[str] | bool | None, run_folder: str | os.PathLike[str]) -> str | None:
-    """The folder a run resumes from.
+    """Folder that a run resumes from.
 
     Args:
         resume: as in `Trainer.train`: True for the newest whole checkpoint of `run_folder`, a path, or nothing.
@@ -93,6 +96,16 @@ def resumable(resume: str | os.PathLike[str] | bool | None, run_folder: str | os
     if fault is not None:
         raise ValueError(f"cannot resume from {resume}: the checkpoint is incomplete ({fault}); choose another one")
     return str(resume)
+
+
+@contextmanager
+def keeping_all(args: Any) -> Iterator[int | None]:
+    """Keep the trainer from deleting checkpoints; yields the limit (`save_total_limit`) that is put back afterwards."""
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        yield limit
+    finally:
+        args.save_total_limit = limit
 
 
 def rotate(run_folder: str | os.PathLike[str], limit: int | None, keep: set[str]) -> None:
@@ -145,7 +158,7 @@ def _differs(folder: Path, files: dict[str, int]) -> str | None:
 
 
 def _lacks(folder: Path) -> str | None:
-    """What a folder without a manifest lacks of that which every checkpoint holds."""
+    """Part of every checkpoint that a folder without a manifest lacks, or None."""
     try:
         json.loads((folder / _STATE).read_text())
     except FileNotFoundError:
@@ -172,7 +185,7 @@ def _lacks(folder: Path) -> str | None:
 
 
 def _cut_off(path: Path) -> str | None:
-    """Whether a safetensors file is shorter or longer than its header says."""
+    """Difference between a safetensors file and the length its header tells, in words, or None."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:

@@ -1,4 +1,4 @@
-"""The settings of a run as they were resolved, in its folder: YAML that `unisd train --config` accepts."""
+"""Resolved settings of a run, in its folder: YAML that `unisd train --config` accepts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NEW_NAMES = ("activation_checkpointing", "activation_checkpointing_kwargs")
 
 
 def resolved_settings(*instances: Any) -> dict[str, Any]:
-    """Every setting of some dataclasses by name, as plain values.
+    """Settings of some dataclasses by name, as plain values.
 
     Args:
         instances: built dataclasses, such as a `UniSDConfig`.

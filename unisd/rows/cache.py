@@ -1,4 +1,4 @@
-"""What the check of a dataset found, kept in the user's cache: the second start of a run does not wait for it."""
+"""Cache of the findings of a dataset's check: the second start of a run does not wait for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tokenizers
 import transformers
 
 from unisd.contexts import TEACHER_TEMPLATE
-from unisd.row_check import Measured, RowChecker
+from unisd.rows.check import Measured, RowChecker
 from unisd_kernels.cache import cache_directory
 
 _FORMAT = 1
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_file(dataset: Any, checker: RowChecker, tokenizer: Any, template_options: dict[str, Any]) -> Path | None:
-    """Where to keep the result; None for a dataset without a fingerprint.
+    """File to keep the findings in; None for a dataset without a fingerprint.
 
     Limits on the length are not part of the key: lengths are kept, and compared anew.
     """
@@ -46,7 +46,7 @@ def cache_file(dataset: Any, checker: RowChecker, tokenizer: Any, template_optio
 
 
 def load(file: Path) -> Measured | None:
-    """What `save` wrote, or None if there is nothing (whole) there."""
+    """Read what `save` wrote; None if there is nothing (whole) there."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             faults = {int(row): text for row, text in json.loads(str(stored["faults"])).items()}
@@ -76,7 +76,7 @@ def save(file: Path, measured: Measured) -> None:
 
 
 def _tokenizer_key(tokenizer: Any) -> list[Any]:
-    """All that decides the ids of a text, with the versions of the libraries that do it."""
+    """Everything that decides the ids of a text, with the versions of the libraries that do it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         text = json.dumps(sorted(tokenizer.get_vocab().items())) + repr(sorted(tokenizer.init_kwargs.items(), key=str))

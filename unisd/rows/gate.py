@@ -1,4 +1,4 @@
-"""The datasets of a run on their way to the trainer: checked, without the rows that are too long.
+"""Admission of a run's datasets: checked, without the rows that are too long.
 
 Each process comes to the same result by itself. On every machine one goes first, so that the others find its result in
 the cache where the check took long.
@@ -10,36 +10,43 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
+from torch import nn
 from torch.utils.data import Subset
 
-from unisd import row_cache
-from unisd.contexts import LengthLimit
-from unisd.row_check import Measured, RowChecker, RowReport, StreamFilter, file_rows
+from unisd.contexts import ContextSpec, LengthLimit, PromptFrame
+from unisd.guards import check_end_token, check_special_ids, check_steps
+from unisd.rows import cache
+from unisd.rows.check import Measured, RowChecker
+from unisd.rows.report import RowReport, file_rows
+from unisd.rows.stream import StreamFilter
+
+if TYPE_CHECKING:
+    from unisd.config import UniSDConfig
+    from unisd.trainer import UniSDTrainer
 
 logger = logging.getLogger(__name__)
 
 CACHE_AFTER_SECONDS = 2.0
-"""A check that took less is not worth a file."""
+"""Least time of a check whose findings are worth a file."""
 
 
 class RowGate:
-    """Checks datasets, and keeps a report of each.
+    """Check of datasets, with a report of each.
 
     Args:
         checker: what a row has to satisfy.
         limit: how long it may be.
-        overlong: "drop" or "error".
+        args: the `UniSDConfig`: what becomes of long rows, whether to show a bar, and whether somebody chose the frame.
         accelerator: of the run.
         tokenizer: for the key of the cache.
         template_options: what else is given to the chat template, for the same.
         tools: functions, likewise.
-        frame_is_automatic: whether nobody chose the frame, so that it is worth a word.
-        progress: whether to show a bar.
 
     Attributes:
+        checker, limit: as given.
         reports: of every dataset with a length, by its name.
     """
 
@@ -48,21 +55,48 @@ class RowGate:
         checker: RowChecker,
         limit: LengthLimit,
         *,
-        overlong: str,
+        args: UniSDConfig,
         accelerator: Accelerator,
         tokenizer: Any,
         template_options: Mapping[str, Any],
         tools: Sequence[Callable[..., Any]],
-        frame_is_automatic: bool,
-        progress: bool,
     ) -> None:
-        self._checker, self._limit, self._overlong = checker, limit, overlong
+        self.checker, self.limit, self._args = checker, limit, args
         self._accelerator, self._tokenizer = accelerator, tokenizer
         described = [f"{tool.__name__}{inspect.signature(tool)}{tool.__doc__}" for tool in tools]
         self._template_options = {**template_options, "tools": described}
-        self._frame_is_automatic = frame_is_automatic
-        self._progress = progress
         self.reports: dict[str, RowReport] = {}
+
+    @classmethod
+    def for_run(cls, trainer: UniSDTrainer, contexts: ContextSpec, student: nn.Module) -> RowGate:
+        """The gate of a run.
+
+        Raises:
+            ValueError: a tokenizer that does not fit the model, or a frame that does not fit the tokenizer.
+        """
+        tokenizer: Any = trainer._tokenizer
+        num_embeddings = getattr(student.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+        check_end_token(tokenizer)
+        check_special_ids(tokenizer, num_embeddings)
+        options: Any = trainer.chat_template_kwargs
+        options = {**options, "chat_template": trainer.chat_template}
+        frame = PromptFrame.of(trainer.args.prompt_frame, tokenizer, options)
+        return cls(
+            RowChecker(contexts, frame, trainer._prompt_ids, num_embeddings),
+            LengthLimit.of_run(trainer.args, student.config),
+            args=trainer.args,
+            accelerator=trainer.accelerator,
+            tokenizer=tokenizer,
+            template_options=options,
+            tools=trainer.tools,
+        )
+
+    def check_steps(self, where: str) -> None:
+        """Raise ValueError if a dataset that was admitted has not the rows of an optimizer step."""
+        report = self.reports.get(where)
+        if report is not None:
+            processes, log = self._accelerator.num_processes, self._accelerator.is_main_process
+            check_steps(len(report.kept), len(report.overlong), self._args, processes, log=log)
 
     def admit(self, dataset: Any, where: str) -> Any:
         """The dataset without its rows that are too long; a mapping of datasets likewise; None for None.
@@ -78,12 +112,13 @@ class RowGate:
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             return self._admit_stream(dataset, where)
         measured = self._measure(dataset, where)
-        report = RowReport(where, measured, self._limit, self._checker.views, *file_rows(dataset))
+        report = RowReport(where, measured, self.limit, self.checker.views, *file_rows(dataset))
         self.reports[where] = report
-        report.raise_if_unusable(self._overlong)
+        report.raise_if_unusable(self._args.overlong)
         if self._accelerator.is_main_process:
             report.say()
-            if self._frame_is_automatic and self._checker.frame.name == "chat" and report.measured.plain.any():
+            # A frame that nobody chose is worth a word.
+            if self._args.prompt_frame == "auto" and self.checker.frame.name == "chat" and report.measured.plain.any():
                 logger.warning(
                     "%s: prompts and contexts that are strings go into the user message of the tokenizer's "
                     "chat template; prompt_frame='given' leaves them outside of it, 'chat' does so without a word",
@@ -94,20 +129,22 @@ class RowGate:
         return dataset.select(report.kept) if hasattr(dataset, "select") else Subset(dataset, report.kept)
 
     def _measure(self, dataset: Any, where: str) -> Measured:
-        file = row_cache.cache_file(dataset, self._checker, self._tokenizer, self._template_options)
-        progress = self._progress and self._accelerator.is_local_main_process
+        file = cache.cache_file(dataset, self.checker, self._tokenizer, self._template_options)
+        progress = not self._args.disable_tqdm and self._accelerator.is_local_main_process
         # Nothing is raised in here for a bad row: the processes that wait would wait for good.
         with self._accelerator.local_main_process_first():
-            measured = None if file is None else row_cache.load(file)
+            measured = None if file is None else cache.load(file)
             if measured is None:
                 started = time.perf_counter()
-                measured = self._checker.measure_all(dataset, where, progress)
+                measured = self.checker.measure_all(dataset, where, progress)
                 if file is not None and time.perf_counter() - started > CACHE_AFTER_SECONDS:
-                    row_cache.save(file, measured)
+                    cache.save(file, measured)
         return measured
 
     def _admit_stream(self, dataset: Any, where: str) -> Any:
         if not hasattr(dataset, "filter"):
             return dataset  # another library's stream: the trainer checks each batch before its rollout
         log = self._accelerator.is_main_process
-        return dataset.filter(StreamFilter(self._checker, self._limit, self._overlong, where, log), with_indices=True)
+        return dataset.filter(
+            StreamFilter(self.checker, self.limit, self._args.overlong, where, log), with_indices=True
+        )

@@ -1,4 +1,4 @@
-"""Drift: how far training has moved the model from its base, measured on a small fixed probe.
+"""Drift of the model from its base, measured on a small fixed probe.
 
     drift = mean over the tokens of the probe's answers of KL(p_base || p_now)     (nats a token, temperature 1)
 
@@ -11,24 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from trl.trainer.utils import pad
 
-from unisd.contexts import Prompt
-from unisd.modules import evaluating, is_peft, model_head
-from unisd.teachers import gathered_head, head_is_trained
+from unisd.batch import padded
+from unisd.head import gathered_head
+from unisd.modules import HiddenStates, evaluating, head_is_trained, is_peft, model_head
+from unisd.turns import Prompt
 from unisd_kernels import LMHead, linear_divergence, pack_rows
-
-HiddenStates = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""(model, input ids [B, L], attention mask [B, L], number T of last positions) -> [B, T, H], the state before each."""
 
 
 @dataclass(frozen=True)
 class _Batch:
+    """Ids and masks of B items: [B, L] padded on the left, [B, T] padded on the right."""
+
     prompt_ids: torch.Tensor
     prompt_mask: torch.Tensor
     completion_ids: torch.Tensor
@@ -36,7 +35,7 @@ class _Batch:
 
 
 class DriftProbe:
-    """Measures the drift of one model from its base.
+    """Measurement of the drift of one model from its base.
 
     The base's hidden states of the probe are computed once and kept on the CPU (H entries a token in the model's dtype:
     64 MB for 4,000 tokens, H = 4096 and float32). With a PEFT model the base is always at hand (adapter off), so that
@@ -50,7 +49,7 @@ class DriftProbe:
         tokenize_completion: one answer to ids, without special tokens.
         reply_end_ids: the ids that end the reply to a prompt (`unisd.turns`), appended to its answer.
         pad_token_id: for padding.
-        hidden_states: see `HiddenStates`.
+        hidden_states: see `unisd.modules.HiddenStates`.
         batch_size: items per forward pass.
         impl, workspace_bytes: as in `unisd_kernels`.
 
@@ -87,8 +86,8 @@ class DriftProbe:
             completions = [[*tokenize_completion(item["completion"]), *reply_end_ids(item["prompt"])] for item in items]
             self._batches.append(
                 _Batch(
-                    *_padded(prompts, pad_token_id, "left"),
-                    *_padded(completions, pad_token_id, "right"),
+                    *padded(prompts, pad_token_id, "left"),
+                    *padded(completions, pad_token_id, "right"),
                 )
             )
         self._base_hidden: list[torch.Tensor] = []
@@ -115,7 +114,7 @@ class DriftProbe:
                 head = model_head(model)
                 bias = None if head.bias is None else head.bias.detach().to("cpu", copy=True)
                 weight = head.weight.detach().to("cpu", copy=True)
-                self._base_head = LMHead(weight, bias, head.logit_scale, head.softcap, head.vocab_size)
+                self._base_head = replace(head, weight=weight, bias=bias)
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> float:
@@ -147,7 +146,7 @@ class DriftProbe:
         return total / max(count, 1)
 
     def _rows(self, model: nn.Module, device: torch.device) -> Iterator[torch.Tensor]:
-        """Per batch of the probe: hidden states [N, H] of its answer tokens."""
+        """Hidden states [N, H] of the answer tokens, for each batch of the probe."""
         for batch in self._batches:
             ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1).to(device)
             mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1).to(device)
@@ -165,16 +164,10 @@ def default_probe(has_chat_template: bool) -> list[dict[str, Any]]:
     return [{"prompt": f"{text}\n", "completion": item["completion"]} for text, item in zip(texts, CHAT_PROBE)]
 
 
-def _padded(rows: list[list[int]], value: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    masks = [torch.ones_like(row) for row in tensors]
-    return pad(tensors, value, padding_side=side), pad(masks, 0, padding_side=side)
-
-
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
 def _moved(head: LMHead, like: LMHead) -> LMHead:
     bias = None if head.bias is None else head.bias.to(like.weight)
-    return LMHead(head.weight.to(like.weight), bias, head.logit_scale, head.softcap, head.vocab_size)
+    return replace(head, weight=head.weight.to(like.weight), bias=bias)

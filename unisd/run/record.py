@@ -1,4 +1,4 @@
-"""What a run leaves in its folder beside the weights: its settings when it begins, and a card with every checkpoint."""
+"""Record of a run in its folder, beside the weights: its settings when it begins, and a card with every checkpoint."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from unisd.model_card import model_card, write_model_card
-from unisd.run_config import write_settings
+from unisd.run.model_card import model_card, write_model_card
+from unisd.run.settings import write_settings
 
 if TYPE_CHECKING:
     from unisd.trainer import UniSDTrainer
 
 
 class RunRecord(TrainerCallback):
-    """Writes `unisd_config.yaml` into the output folder when training begins, and it and README.md into checkpoints."""
+    """Callback that writes `unisd_config.yaml` when training begins, and it and README.md into each checkpoint."""
 
     def __init__(self, trainer: UniSDTrainer) -> None:
         self._trainer = trainer
@@ -24,6 +24,6 @@ class RunRecord(TrainerCallback):
             write_settings(args.output_dir, self._trainer.recorded_settings)
 
     def write(self, checkpoint: str) -> None:
-        """Both files, into a checkpoint that is being written (by one process)."""
+        """Write both files into a checkpoint that is being written (by one process)."""
         write_settings(checkpoint, self._trainer.recorded_settings)
         write_model_card(checkpoint, model_card(self._trainer))

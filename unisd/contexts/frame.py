@@ -1,4 +1,4 @@
-"""The frame in which the views of a row stand: inside the chat template or outside of it, all of them alike.
+"""The frame of the views of a row: inside the chat template or outside of it, all of them alike.
 
 Where one view is read inside the template and another outside, their divergence measures the frame. A string goes
 into the user message of the template (frame "chat"), or stays the bare text it is (frame "given"). A conversation is
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Prompt = str | list[dict[str, Any]]
+from unisd.turns import Prompt
 
 FRAMES = ("auto", "chat", "given")
 """Values of `UniSDConfig.prompt_frame`."""
@@ -30,7 +30,7 @@ def is_conversation(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class PromptFrame:
-    """How strings are read.
+    """Reading of prompts that are strings.
 
     Attributes:
         name: "chat" or "given".
@@ -120,7 +120,7 @@ class PromptFrame:
 
 
 def _inside(name: str, view: Prompt, prompt: Prompt) -> Prompt:
-    """A string as the last user message, after what precedes that message in the prompt; a conversation as it is."""
+    """The view as a conversation: a string becomes the last user message, after what precedes that in the prompt."""
     if not isinstance(view, str):
         return view
     if isinstance(prompt, str):
@@ -145,7 +145,7 @@ def _form(value: Any) -> str:
 
 
 def _after_content(tokenizer: Any, generation: bool, options: Mapping[str, Any]) -> str:
-    """What a rendered user message has after its content; "" where that is no mark of a template."""
+    """Text that a rendered user message has after its content; "" where that is no mark of a template."""
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": _PROBE}], tokenize=False, **{**options, "add_generation_prompt": generation}
     )

@@ -1,4 +1,4 @@
-"""The order in which rows are read, such that a resumed run reads them as the uninterrupted one would have."""
+"""Order of the rows, such that a resumed run reads them as the uninterrupted one would have."""
 
 from __future__ import annotations
 

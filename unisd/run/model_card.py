@@ -1,9 +1,10 @@
-"""The README.md of a trained model: what it was trained from, with which recipe, and what the run measured."""
+"""Model card (README.md) of a trained model: its base, the recipe, and what the run measured."""
 
 from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib import metadata
@@ -13,13 +14,26 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from trl.trainer.utils import get_config_model_id
 
-from unisd.models import SMOLLM2, SMOLLM2_HUB_ID
 from unisd.modules import is_peft
 from unisd.presets import Preset
-from unisd.run_config import FILE_NAME
+from unisd.run.settings import FILE_NAME
+from unisd.smollm2 import SMOLLM2, SMOLLM2_HUB_ID
 
 if TYPE_CHECKING:
     from unisd.trainer import UniSDTrainer
+
+PAPER = {
+    "title": "UniSD: Towards a Unified Self-Distillation Framework for Large Language Models",
+    "id": "2605.06597",
+    "citation": textwrap.dedent("""\
+        @article{jin2026unisd,
+            title  = {{UniSD: Towards a Unified Self-Distillation Framework for Large Language Models}},
+            author = {Yiqiao Jin and others},
+            year   = 2026,
+            eprint = {arXiv:2605.06597},
+        }"""),
+}
+"""The paper, as TRL's trainers name theirs."""
 
 _PACKAGES = ("unisd-kernels", "torch", "transformers", "trl", "peft", "datasets")
 _RECIPE = (
@@ -122,7 +136,7 @@ def write_model_card(folder: str | os.PathLike[str], text: str) -> Path:
 
 
 def _without_folder(dataset: str | None) -> str | None:
-    """The folder of a file is nobody else's business; the owner of a dataset of the hub stays."""
+    """Name of a dataset without the folder of a file, nobody else's business; the owner of one of the hub stays."""
     return Path(dataset).name if dataset and Path(dataset).expanduser().is_file() else dataset
 
 
@@ -132,7 +146,7 @@ def _setting(trainer: UniSDTrainer, name: str) -> str:
 
 
 def _base_model(trainer: UniSDTrainer) -> tuple[str, bool]:
-    """(name of the model before training, whether it is an id of the hub)."""
+    """Name of the model before training, and whether it is an id of the hub."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft(model):
         model = model.get_base_model()  # type: ignore[operator]
@@ -184,7 +198,7 @@ def _drift(history: list[dict[str, Any]]) -> list[str]:
 
 
 def _at_most(points: list[tuple[int, float]], count: int) -> list[tuple[int, float]]:
-    """Evenly spaced, the last one included."""
+    """At most `count` points, evenly spaced, the last one included."""
     if len(points) <= count:
         return points
     return [points[round(place * (len(points) - 1) / (count - 1))] for place in range(count)]

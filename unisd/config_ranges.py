@@ -1,4 +1,4 @@
-"""Numbers of `transformers.TrainingArguments` and `trl.DistillationConfig` that only a mistake can put out of range.
+"""Ranges of numbers of `transformers.TrainingArguments` and `trl.DistillationConfig` that only a mistake can leave.
 
 Neither checks them: a negative batch size fails somewhere in a data loader, a negative learning rate trains upwards.
 """

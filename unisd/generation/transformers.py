@@ -1,14 +1,14 @@
-"""Greedy replies to prompts, in batches."""
+"""Greedy replies to prompts with transformers' `generate`, in batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from unisd.decoding import end_token_ids, own_distribution
-from unisd.evaluation.rows import Prompt, encode_prompt, model_device, scoring_mode
+from unisd.batch import padded
+from unisd.generation.decoding import end_token_ids, own_distribution
+from unisd.modules import model_device, scoring_mode
+from unisd.turns import Prompt, encode_prompt
 
 
 def greedy_replies(
@@ -43,7 +43,8 @@ def greedy_replies(
     with scoring_mode(model), own_distribution(model):
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            input_ids, attention_mask = _left_padded([encoded[place] for place in places], padding)
+            # On the left, so that every reply starts at the same position.
+            input_ids, attention_mask = padded([encoded[place] for place in places], padding, "left")
             output = model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
@@ -56,14 +57,3 @@ def greedy_replies(
             for place, text in zip(places, texts, strict=True):
                 replies[place] = text
     return replies
-
-
-def _left_padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, L] ids and mask; on the left, so that every reply starts at the same position."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), padding, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for place, row in enumerate(rows):
-        ids[place, longest - len(row) :] = torch.tensor(row)
-        mask[place, longest - len(row) :] = 1
-    return ids, mask

@@ -1,0 +1,29 @@
+"""Contexts under which a completion is re-scored: teacher, K auxiliary, negative."""
+
+from unisd.contexts.columns import (
+    CONTEXT_COLUMNS,
+    TEACHER_TEMPLATE,
+    ContextSpec,
+    RowViews,
+    build_teacher_prompt,
+    collect_views,
+    view_names,
+    views_of_row,
+)
+from unisd.contexts.frame import FRAMES, PromptFrame
+from unisd.contexts.tokens import LengthLimit, tokenize_views
+
+__all__ = [
+    "CONTEXT_COLUMNS",
+    "FRAMES",
+    "TEACHER_TEMPLATE",
+    "ContextSpec",
+    "LengthLimit",
+    "PromptFrame",
+    "RowViews",
+    "build_teacher_prompt",
+    "collect_views",
+    "tokenize_views",
+    "view_names",
+    "views_of_row",
+]

@@ -1,0 +1,1 @@
+"""Folder of a run: settings, checkpoints, model card."""

@@ -1,0 +1,205 @@
+"""One micro-batch: its views, their hidden states, and the loss of those.
+
+The teacher's passes come first, one a view, since a teacher may borrow the student's module (`unisd.teachers`); then
+the student's; then `unisd_loss`, from the packed hidden states of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from unisd.agreement import SelectiveWeights, most_uncertain, selective_weights, sequence_means
+from unisd.batch import SCORED, TEACHER_HIDDEN, CompletionRows, counted_mask, crop, per_sequence
+from unisd.config import UniSDConfig
+from unisd.contexts import ContextSpec
+from unisd.head import fitted_head, gathered_head, head_device
+from unisd.modules import HiddenStates, model_head
+from unisd.teachers import Teacher
+from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, linear_logprobs, unisd_loss
+from unisd_kernels.config import LossInputs
+
+
+@dataclass(frozen=True)
+class LossFunctions:
+    """Functions on packed hidden states that a step calls; a benchmark puts its own in their place."""
+
+    unisd_loss: Callable[..., UniSDLoss] = unisd_loss
+    linear_logprobs: Callable[..., LinearLogProbs] = linear_logprobs
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss of a micro-batch, and all it was made of.
+
+    Attributes:
+        batch: ids and masks of all views, cropped.
+        inputs: hidden states of the N completion tokens, and the heads.
+        loss: as `unisd_loss` returns it.
+        selective: with selective agreement, the weights that are `inputs.token_weights`.
+    """
+
+    batch: dict[str, Any]
+    inputs: LossInputs
+    loss: UniSDLoss
+    selective: SelectiveWeights | None = None
+
+
+@dataclass
+class LossStep:
+    """Way of a micro-batch to its loss.
+
+    Attributes:
+        args: settings of the run.
+        contexts: the views of a row.
+        teacher: scores the views.
+        hidden_states: runs a backbone.
+        num_processes: data-parallel processes.
+        is_sharded: whether a forward pass is a collective.
+        fixed_shapes: whether batches keep their padding.
+        functions: what is called on the hidden states.
+    """
+
+    args: UniSDConfig
+    contexts: ContextSpec
+    teacher: Teacher
+    hidden_states: HiddenStates
+    num_processes: int = 1
+    is_sharded: bool = False
+    fixed_shapes: bool = False
+    functions: LossFunctions = LossFunctions()
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether only some sequences are read under the auxiliary contexts (`unisd.agreement`)."""
+        return self.contexts.num_auxiliary > 0 and self.args.agreement_fraction < 1.0
+
+    def __call__(self, student: Any, batch: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> StepResult:
+        """The loss of a micro-batch of B sequences and N counted tokens.
+
+        Args:
+            student: the model, unwrapped.
+            batch: ids and masks of all views and of the completions, as TRL's `_prepare_inputs` gives them.
+            num_items_in_batch: tokens of the optimizer step over the number of processes, as TRL has it.
+        """
+        batch = batch if self.fixed_shapes else crop(batch)
+        mask = counted_mask(batch)
+        rows = CompletionRows.of(mask, batch["completion_ids"]).to(head_device(student))
+        auxiliary: tuple[torch.Tensor, ...] = ()
+        negative = selective = None
+        with self.teacher.scoring(student) as scorer:
+            own_head = self.teacher.head(student)
+            kept = batch[TEACHER_HIDDEN] if self.is_selective else None
+            teacher = rows.take(self._view(scorer, batch, "teacher_prompt") if kept is None else kept)
+            if self.contexts.negative:
+                negative = rows.take(self._view(scorer, batch, "negative_prompt"))
+            if self.is_selective:
+                selective = self._selective_weights(student, scorer, own_head, batch, rows)
+            else:
+                auxiliary = tuple(rows.take(view) for view in self._auxiliary_views(scorer, batch))
+        hidden = rows.take(self._view(student, batch, "prompt"))
+        num_items = self._num_items(batch, num_items_in_batch)
+        with gathered_head(student):
+            head = fitted_head(model_head(student), hidden)
+            if not torch.is_grad_enabled():
+                head = head.detach()  # else evaluation would pay for the head's gradient
+            inputs = LossInputs(
+                student_hidden=hidden,
+                student_head=head,
+                teacher_hidden=teacher,
+                # The very same tensor where the weights are the same.
+                teacher_head=head.detach() if own_head is None else fitted_head(own_head, teacher),
+                target_ids=rows.ids,
+                cu_seqlens=rows.cu_seqlens,
+                auxiliary_hidden=auxiliary,
+                negative_hidden=negative,
+                token_weights=None if selective is None else selective.weights,
+                num_items=None if num_items is None else num_items.to(hidden.device),
+            )
+            loss = self.functions.unisd_loss(**inputs.arguments(), **self.args.loss_settings())
+        return StepResult(batch, inputs, loss, selective)
+
+    def rank(self, student: Any, window: dict[str, Any], *, count: int, batch_size: int) -> dict[str, torch.Tensor]:
+        """Entries of a window for selective agreement (`unisd.agreement`): which `count` of its sequences are scored
+        under the auxiliary contexts, and the teacher's hidden states [B, T, H], by which that is decided.
+
+        Args:
+            student: the model, unwrapped.
+            window: the sequences of an optimizer step on this process.
+            count: how many are scored.
+            batch_size: sequences in one pass.
+        """
+        size, length = window["completion_ids"].shape
+        hidden, entropies = [], []
+        with self.teacher.scoring(student) as scorer:
+            own_head = self.teacher.head(student)
+            for start in range(0, size, batch_size):
+                batch = {name: value[start : start + batch_size] for name, value in per_sequence(window).items()}
+                batch = batch if self.fixed_shapes else crop(batch)
+                mask = counted_mask(batch)
+                rows = CompletionRows.of(mask, batch["completion_ids"]).to(head_device(student))
+                view = self._view(scorer, batch, "teacher_prompt")
+                entropy = self._score(
+                    student, own_head, rows.take(view), rows.ids, temperature=self.args.temperature, return_entropy=True
+                ).entropy
+                assert entropy is not None
+                entropies.append(sequence_means(entropy, rows, mask))
+                hidden.append(nn.functional.pad(view, (0, 0, 0, length - view.shape[1])))
+        return {TEACHER_HIDDEN: torch.cat(hidden), SCORED: most_uncertain(torch.cat(entropies), count)}
+
+    def _num_items(self, batch: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> torch.Tensor | None:
+        """Sequences or tokens of the whole optimizer step, of which the losses of all micro-batches are shares.
+
+        TRL has divided its number of tokens by the number of processes, since DDP averages gradients where the shares
+        of the processes are to be added up; the number of sequences is treated alike.
+        """
+        if num_items_in_batch is None or self.args.normalization == "token":
+            return num_items_in_batch
+        return batch["num_sequences_in_batch"].clamp(min=1) / self.num_processes
+
+    def _view(self, model: Any, batch: dict[str, Any], name: str, k: int | None = None) -> torch.Tensor:
+        """[B, T, H] hidden states of the completions under the context of that name, the k-th if there are several."""
+        ids, mask = batch[f"{name}_ids"], batch[f"{name}_mask"]  # [B, L], or [B, K, L]
+        if k is not None:
+            ids, mask = ids[:, k], mask[:, k]
+        completion_ids, completion_mask = batch["completion_ids"], batch["completion_mask"]
+        return self.hidden_states(
+            model,
+            torch.cat([ids, completion_ids], dim=1),
+            torch.cat([mask, completion_mask], dim=1),
+            completion_ids.shape[1],
+        )
+
+    def _auxiliary_views(self, scorer: Any, batch: dict[str, Any]) -> Iterator[torch.Tensor]:
+        """[B, T, H] hidden states of the completions under each of the K auxiliary contexts."""
+        return (self._view(scorer, batch, "auxiliary_prompt", k) for k in range(self.contexts.num_auxiliary))
+
+    def _selective_weights(
+        self, student: Any, scorer: Any, own_head: LMHead | None, batch: dict[str, Any], rows: CompletionRows
+    ) -> SelectiveWeights:
+        return selective_weights(
+            batch,
+            rows,
+            counted_mask(batch),
+            lambda chosen: self._auxiliary_views(scorer, chosen),
+            lambda hidden, ids: self._score(student, own_head, hidden, ids).logprobs,
+            always_run=self.is_sharded,
+            level=str(self.args.agreement),
+            statistic=self.args.agreement_statistic,
+            gamma=float(self.args.agreement_gamma or 0.0),
+        )
+
+    def _score(
+        self, student: Any, own_head: LMHead | None, hidden: torch.Tensor, ids: torch.Tensor, **options: Any
+    ) -> LinearLogProbs:
+        """Log-probabilities and entropies of `ids` [N] after `hidden` [N, H] under the teacher's head; inside
+        `Teacher.scoring`."""
+        with gathered_head(student):
+            head = fitted_head(own_head or model_head(student).detach(), hidden)
+            return self.functions.linear_logprobs(
+                hidden, head, ids, impl=self.args.impl, workspace_bytes=self.args.workspace_bytes, **options
+            )

@@ -1,0 +1,30 @@
+"""Teachers: the model itself, under weights that depend on the settings (docs/training.md, "Teachers").
+
+A teacher scores every view (teacher, auxiliary and negative contexts). `Teacher.scoring(model)` yields the module to
+run, in eval mode and without gradients, and puts everything back when it is left, by an exception too. Teachers that
+borrow the student's module (all but the copies) must run before the student's forward pass: its autograd graph would
+refer to weights that are swapped underneath it.
+"""
+
+from unisd.teachers.base import EMATeacher, SelfTeacher, Teacher, trained_parameters
+from unisd.teachers.checkpoint import STATE_FILE, load_teacher, save_teacher
+from unisd.teachers.full import BaseTeacher, FullEMATeacher
+from unisd.teachers.lora import AdapterEMATeacher, MergedEMATeacher
+from unisd.teachers.make import make_teacher
+from unisd.teachers.updates import TeacherUpdates
+
+__all__ = [
+    "STATE_FILE",
+    "AdapterEMATeacher",
+    "BaseTeacher",
+    "EMATeacher",
+    "FullEMATeacher",
+    "MergedEMATeacher",
+    "SelfTeacher",
+    "Teacher",
+    "TeacherUpdates",
+    "load_teacher",
+    "make_teacher",
+    "save_teacher",
+    "trained_parameters",
+]

@@ -1,0 +1,138 @@
+"""The interface of a teacher, the student itself as one, and what moving averages have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from unisd.modules import evaluating
+from unisd_kernels import LMHead
+
+
+class Teacher(ABC):
+    """A teacher as the trainer sees it.
+
+    Attributes:
+        mode: name, as in `UniSDConfig.ema` (or "self", "base").
+    """
+
+    mode: ClassVar[str]
+
+    @contextmanager
+    def scoring(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Yield the module that scores, in eval mode, under `torch.no_grad()`; restore the student on the way out.
+
+        Args:
+            model: the student, unwrapped.
+        """
+        with ExitStack() as stack:
+            self.follow(model)
+            # Autocast caches 16-bit copies of the weights by parameter. A copy made here, from swapped weights
+            # and without a graph, must not be served to the student's forward pass.
+            stack.callback(torch.clear_autocast_cache)
+            stack.enter_context(torch.no_grad())
+            scorer = stack.enter_context(self._weights(model))
+            stack.enter_context(evaluating(scorer))
+            yield scorer
+
+    def follow(self, model: nn.Module) -> None:  # noqa: B027 (nothing to do for a teacher without weights)
+        """Go where the student is: a model may be moved, or cast, after its teacher was made (DeepSpeed,
+        `bf16_full_eval`, `device_map`). Before each use; costs a comparison per tensor."""
+
+    @contextmanager
+    def _weights(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Yield the module with the teacher's weights in place."""
+        yield model
+
+    def head(self, model: nn.Module) -> LMHead | None:
+        """The teacher's own head, frozen, or None if it is the student's. Only valid inside `scoring`, but what it
+        returns stays valid after it."""
+        return None
+
+
+class SelfTeacher(Teacher):
+    """The student's current weights: the richer context is all that makes it a teacher."""
+
+    mode = "self"
+
+
+class EMATeacher(Teacher):
+    """A moving average: `theta_t = decay theta_t + (1 - decay) theta_s` at each `update`, starting at the student.
+
+    Float32 whatever the student's dtype: a 16-bit average with decay 0.98 stops moving once the increment is below half
+    an ulp.
+
+    Attributes:
+        decay: weight of the old average.
+        updates: number of updates so far.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the student's weights, once."""
+        self.follow(model)
+        self._update(model)
+        self.updates += 1
+
+    @abstractmethod
+    def _update(self, model: nn.Module) -> None: ...
+
+    @abstractmethod
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The averages by name, float32, live (not copies)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a checkpoint has to hold: `mode`, `updates` and copies of the averages in `tensors`."""
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.tensors().items()}
+        return {"mode": self.mode, "updates": self.updates, "tensors": tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, bit for bit.
+
+        Raises:
+            ValueError: a state of another mode, or of another model.
+        """
+        if state["mode"] != self.mode:
+            raise ValueError(
+                f"the saved teacher is ema={state['mode']!r} but this run has ema={self.mode!r}; resume with the mode "
+                "of the checkpoint"
+            )
+        own, saved = self.tensors(), state["tensors"]
+        if own.keys() != saved.keys():
+            difference = sorted(own.keys() ^ saved.keys())
+            raise ValueError(
+                f"the saved teacher belongs to another model or adapter: {len(difference)} names differ, the first is "
+                f"{difference[0]!r}"
+            )
+        for name, tensor in own.items():
+            if tensor.shape != saved[name].shape or tensor.dtype != saved[name].dtype:
+                raise ValueError(
+                    f"{name!r} of the saved teacher is {saved[name].dtype} {tuple(saved[name].shape)}, expected "
+                    f"{tensor.dtype} {tuple(tensor.shape)}"
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+        self.updates = int(state["updates"])
+        self._after_load()
+
+    def _after_load(self) -> None:
+        """Bring what is derived from the averages up to date."""
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in named_parameters(model).items() if parameter.requires_grad}
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    # torch.compile's wrapper prefixes the names; an average must not depend on whether the student is compiled.
+    return {name.removeprefix("_orig_mod."): parameter for name, parameter in model.named_parameters()}
