@@ -1,4 +1,4 @@
-"""What is measured: an operation at a shape. `inputs.py` makes what every contender gets."""
+"""What is measured: an operation at a shape. `inputs.py` makes what every peer gets."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Case:
 
 
 # (H, V) of the heads of one accelerator's cases.
-SHAPES = {
+HEADS = {
     "llama3.1-8b": (4096, 128256),
     "qwen2.5-7b": (3584, 152064),
     "qwen2.5-0.5b": (896, 151936),
@@ -121,7 +121,7 @@ def _accelerator_case(shape: str, operation: str, num_rows: int) -> Case:
     return Case(
         f"{shape}.{operation}.{num_rows}",
         num_rows,
-        *SHAPES[shape],
+        *HEADS[shape],
         beta=(0.0,),
         dtype=torch.bfloat16,
         num_sequences=num_rows // SEQUENCE_ROWS,

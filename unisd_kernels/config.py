@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 
@@ -118,6 +118,10 @@ class LossInputs:
     negative_head: LMHead | None = None
     token_weights: torch.Tensor | None = None
     num_items: float | torch.Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """By name, as `unisd_loss` takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def num_rows(self) -> int:

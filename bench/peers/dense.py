@@ -6,15 +6,15 @@ The functions of tensors stand alone, so that `compiled.py` can hand the same on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from bench.cases import Case
-from bench.inputs import Inputs
 from bench.peers.reduction import combine
 from bench.peers.step import Outcome, Step, differentiate, weighted_backward
+from unisd_kernels.config import LossInputs
 from unisd_kernels.reference import divergence_from_log_probs
 
 
@@ -50,7 +50,7 @@ def divergence(
 
 
 class Statistics(NamedTuple):
-    """Of each row, [N]; `auxiliary` [K, N]."""
+    """Divergences and log-probabilities of the rows, [N]; `auxiliary` [K, N]."""
 
     divergence: torch.Tensor
     student: torch.Tensor
@@ -63,7 +63,7 @@ def statistics(
     student_hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
     negative_hidden: torch.Tensor,
-    auxiliary_hidden: list[torch.Tensor],
+    auxiliary_hidden: Sequence[torch.Tensor],
     weight: torch.Tensor,
     target_ids: torch.Tensor,
     beta: float,
@@ -99,29 +99,31 @@ def build_from(
     temperature = case.options["temperature"]
     score, diverge, measure = (prepare(function) for function in (target_log_probs, divergence, statistics))
 
-    def scoring(inputs: Inputs) -> Outcome:
+    def scoring(inputs: LossInputs) -> Outcome:
         with torch.no_grad():
-            result = score(inputs.student_hidden, inputs.head.weight, inputs.target_ids, temperature, dtype)
+            result = score(inputs.student_hidden, inputs.student_head.weight, inputs.target_ids, temperature, dtype)
             return Outcome(result, None)
 
-    def per_token(inputs: Inputs) -> Outcome:
-        result = diverge(inputs.student_hidden, inputs.teacher_hidden, inputs.head.weight, beta, temperature, dtype)
+    def per_token(inputs: LossInputs) -> Outcome:
+        result = diverge(
+            inputs.student_hidden, inputs.teacher_hidden, inputs.student_head.weight, beta, temperature, dtype
+        )
         return weighted_backward(result, inputs)
 
-    def unisd_star(inputs: Inputs) -> Outcome:
+    def unisd_star(inputs: LossInputs) -> Outcome:
         rows = measure(
             inputs.student_hidden,
             inputs.teacher_hidden,
             inputs.negative_hidden,
             inputs.auxiliary_hidden,
-            inputs.head.weight,
+            inputs.student_head.weight,
             inputs.target_ids,
             beta,
             temperature,
             dtype,
         )
-        # Numbers a row: in float32 like the statistics of any contender.
-        loss = combine(inputs, *(row.float() for row in rows))
+        # Numbers a row: in float32 like the statistics of any peer.
+        loss = combine(case, inputs, *(row.float() for row in rows))
         return Outcome(loss.detach(), differentiate(loss, inputs))
 
     return {"scoring": scoring, "divergence": per_token, "unisd_loss": unisd_star}[case.operation]

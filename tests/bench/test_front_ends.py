@@ -17,7 +17,7 @@ from unisd.cli import main
 
 ROOT = Path(__file__).parents[2]
 OURS, FLOOR = "unisd_kernels", "gemm floor"
-# Contenders that fail in every way that there is, and this package with a wrong gradient. Loaded with `-p`.
+# Peers that fail in every way that there is, and this package with a wrong gradient. Loaded with `-p`.
 PLUGIN = """
 from dataclasses import replace
 
@@ -65,7 +65,7 @@ def run_pytest(*arguments: str, plugins: Path | None = None) -> subprocess.Compl
     )
 
 
-def test_pytest_has_an_entry_for_each_contender(tmp_path):
+def test_pytest_has_an_entry_for_each_peer(tmp_path):
     pytest.importorskip("pytest_benchmark")
     output = tmp_path / "result.json"
     cases, peers = ["smoke.kl", "smoke.scoring", "smoke"], [OURS, "dense float32", "liger triton"]
