@@ -16,7 +16,7 @@ from bench.cases import Case
 from bench.inputs.sets import rotating
 from bench.measuring.deadline import NO_DEADLINE, Deadline
 from bench.measuring.energy import NoEnergy, joules_per_step
-from bench.measuring.memory import run_with_peak
+from bench.measuring.memory import run_with_peak, settled_garbage
 from bench.measuring.setting import make_sets, make_setting, row_of
 from bench.measuring.timing import interleaved_seconds, ratios, spread
 from bench.measuring.watchdog import Watchdog
@@ -47,6 +47,7 @@ def device_lost(device: torch.device) -> str | None:
     return None
 
 
+@settled_garbage()
 def measure(
     case: Case,
     device: torch.device,

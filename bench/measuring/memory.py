@@ -6,7 +6,8 @@ import ctypes
 import gc
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,6 +54,17 @@ def run_with_peak(step: Callable[[], Result], device: torch.device) -> tuple[Res
 def extra_peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """The second of `run_with_peak`."""
     return run_with_peak(step, device)[1]
+
+
+@contextmanager
+def settled_garbage() -> Iterator[None]:
+    """Within it a collection walks only what was made since: all that a process has imported takes up to a second."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _give_back_freed_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +42,9 @@ def make_sets(case: Case, device: torch.device) -> list[LossInputs]:
 
 
 def make_setting(case: Case, beta: float, device: torch.device, sets: list[LossInputs]) -> Setting:
-    # Compiled code of other cases would count towards torch.compile's limit of variants.
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:
+        # Compiled code of other cases would count towards torch.compile's limit of variants.
+        torch.compiler.reset()
     expected = expected_outcome(case, sets[0], beta)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what inputs and reference left behind is room for the peers

@@ -33,13 +33,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def views(folder: Path) -> LossInputs:
-    return real_views(NUM_ROWS, NUM_AUXILIARY, CPU, cache_dir=folder)
+def model_and_tokenizer() -> tuple[Any, Any]:
+    return load_model(SMOLLM2)
 
 
 @pytest.fixture(scope="module")
-def model_and_tokenizer() -> tuple[Any, Any]:
-    return load_model(SMOLLM2)
+def views(folder: Path, model_and_tokenizer: tuple[Any, Any]) -> LossInputs:
+    with pytest.MonkeyPatch.context() as once:
+        once.setattr(smollm2, "load_model", lambda folder: model_and_tokenizer)
+        return real_views(NUM_ROWS, NUM_AUXILIARY, CPU, cache_dir=folder)
 
 
 def hidden_of(views: LossInputs) -> list[torch.Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import multiprocessing
+import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -147,48 +149,47 @@ def test_a_lost_device_costs_one_entry(tmp_path, monkeypatch):
     assert "took the device with it" in result["rows"][1]["failure"]
 
 
-HANGS = """
-import faulthandler, sys, time
-from pathlib import Path
-from bench.measuring import measure, suite
-from bench.measuring.deadline import Deadline
-from bench.peers import FLOOR, OURS, PEERS, Peer
-import torch
+def hanging(output, errors):
+    """The main function of a process: peers that hang and crash, its standard error in a file."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.__stderr__.fileno())
+    torch.set_num_threads(1)
+    measuring.SHORTEST_ON_CPU = 0.01
 
-measure.SHORTEST_ON_CPU = 0.01
+    def hang(case, beta, device):
+        time.sleep(600)
 
-def hang(case, beta, device):
-    time.sleep(600)
+    def crash(case, beta, device):
+        faulthandler._sigsegv()
 
-def crash(case, beta, device):
-    faulthandler._sigsegv()
-
-PEERS["hang"], PEERS["crash"] = Peer("hang", hang), Peer("crash", crash)
-first, second = suite.plan("smoke")[:2]
-entries = [suite.Entry(case, (FLOOR, OURS, "crash", "hang", "unisd torch")) for case in (first.case, second.case)]
-sys.exit(suite.run(entries, torch.device("cpu"), Deadline(1000), Path(sys.argv[1]), 1, 1, True, 15.0))
-"""
+    PEERS["hang"], PEERS["crash"] = Peer("hang", hang), Peer("crash", crash)
+    cases = [entry.case for entry in suite.plan("smoke")[:2]]
+    entries = [suite.Entry(case, (FLOOR, OURS, "crash", "hang", "unisd torch")) for case in cases]
+    sys.stderr = sys.__stderr__
+    sys.exit(suite.run(entries, CPU, Deadline(1000), output, 1, 1, resume=True, watchdog_seconds=15.0))
 
 
 def test_a_peer_that_hangs_or_crashes_costs_itself(tmp_path):
     """Three processes: the first is lost to a crash, the second to a call that does not return."""
-    output = tmp_path / "bench.json"
+    output, errors = tmp_path / "bench.json", tmp_path / "errors.txt"
+    # Forked from one that has imported everything.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
 
     def process():
-        command = [sys.executable, "-c", HANGS, str(output)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+        child = context.Process(target=hanging, args=(output, errors))
+        child.start()
+        child.join(timeout=120)
+        return child.exitcode
 
-    crashed = process()
-    assert crashed.returncode == -signal.SIGSEGV
+    assert process() == -signal.SIGSEGV
     result = json.loads(output.read_text())
     # What came before the culprit is there already, and says that it was not timed.
     assert [row["peer"] for row in result["rows"]] == [FLOOR, OURS]
     assert all("not timed" in row["failure"] and "gradient_error" in row for row in result["rows"][1:])
-    hung = process()
-    assert hung.returncode == 1
-    assert "Timeout (0:00:15)" in hung.stderr
-    assert "in hang" in hung.stderr  # where it hung
-    assert process().returncode == 0
+    assert process() == 1
+    assert "Timeout (0:00:15)" in errors.read_text()
+    assert "in hang" in errors.read_text()  # where it hung
+    assert process() == 0
     result = json.loads(output.read_text())
     assert not suite.in_flight(output).exists()
     assert result["left_out"] == []
