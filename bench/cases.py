@@ -1,4 +1,4 @@
-"""What is measured: an operation at a shape. `inputs.py` makes what every peer gets."""
+"""Cases to measure: an operation at a shape. `inputs` makes what every peer gets of it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Case:
     data: Literal["random", "smollm2"] = "random"
 
     def divergence(self, beta: float) -> str:
-        """As tables name it."""
+        """Name of a divergence in tables."""
         if self.operation == "scoring":
             return "none"
         return {0.0: "forward KL", 1.0: "reverse KL"}.get(beta, f"JSD beta={beta:g}")
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the floor."""
+        """FLOPs of the floor."""
         return 2 * self.num_products * self.num_rows * self.hidden_size * self.vocab_size
 
     @property

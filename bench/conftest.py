@@ -20,7 +20,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: (case, beta) and peer; those of one group follow each other."""
+    """Tests to run: (case, beta) and peer; those of one setting follow each other."""
 
     device: torch.device
     entries: tuple[tuple[tuple[str, float], str], ...]

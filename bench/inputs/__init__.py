@@ -1,1 +1,1 @@
-"""What peers are given: random sets, and hidden states of a real model."""
+"""Tensors that peers are given: random sets, and hidden states of a real model."""

@@ -1,4 +1,4 @@
-"""What every peer gets: the tensors of a case, in several sets, for a cache to be of no use.
+"""The tensors of a case, which every peer gets, in several sets, for a cache to be of no use.
 
 A step that is timed again and again on the same tensors finds in the last-level cache what a training step would have
 to fetch. So peers go round several sets, of which no one is still there when its turn comes.

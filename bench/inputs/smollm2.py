@@ -74,7 +74,7 @@ def real_views(
 
 
 def describe(views: LossInputs, temperature: float) -> dict[str, float]:
-    """What the data is like, in nats: forward KL of a token (median and 90th percentile) and mean teacher entropy."""
+    """Character of the data, in nats: forward KL of a token (median and 90th percentile) and mean teacher entropy."""
     head = views.student_head
     divergence = linear_divergence(views.student_hidden, head, views.teacher_hidden, head, temperature=temperature)
     scores = linear_logprobs(views.teacher_hidden, head, views.target_ids, temperature=temperature, return_entropy=True)

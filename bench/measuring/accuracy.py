@@ -109,6 +109,7 @@ def _native_outcome(case: Case, first: LossInputs, beta: float) -> Outcome:
         return dense.build(case, beta, first.student_hidden.device)(first)
     assert first.negative_hidden is not None
     assert first.token_weights is not None
+    assert first.num_items is not None
     rows = dense.statistics(
         first.student_hidden,
         first.teacher_hidden,

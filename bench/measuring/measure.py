@@ -36,7 +36,7 @@ class DeviceLost(RuntimeError):
 
 
 def device_lost(device: torch.device) -> str | None:
-    """Why the device takes no more work, or None."""
+    """Reason why the device takes no more work, or None."""
     if device.type != "cuda":
         return None
     try:

@@ -125,7 +125,7 @@ class Record:
         self.result["rows"] = [row for row in self.result["rows"] if row["entry"] != entry.key]
 
     def keep(self, entry: Entry, rows: Sequence[dict[str, Any]]) -> None:
-        """What an entry has so far; what has no time yet says so, should this be the last that is heard of it."""
+        """Write what an entry has so far; what has no time yet says so, should this be the last that is heard of it."""
         self.begin(entry)
         for row in rows:
             pending = {} if "failure" in row or "median_seconds" in row else {"failure": NOT_TIMED}
@@ -143,7 +143,7 @@ class Record:
         self.save()
 
     def blamed(self, peer: str, case: Case) -> str | None:
-        """Why a peer is not run again: it ended an earlier process with this operation."""
+        """Reason not to run a peer again: it ended an earlier process with this operation."""
         for culprit in self.result["culprits"]:
             if (culprit["peer"], culprit["operation"]) == (peer, case.operation):
                 return str(culprit["reason"])
@@ -231,7 +231,7 @@ def run(
 
 
 def in_flight(output: Path) -> Path:
-    """Beside the results: the call that is running, if one is (`watchdog.py`)."""
+    """File beside the results that holds the call in flight (`watchdog.py`)."""
     return output.with_name(output.name + ".in_flight")
 
 

@@ -2,7 +2,7 @@
 
 The order turns round from one round to the next, so that none always follows the same other. On CUDA a sample is the
 time between two events. A step shorter than two milliseconds is repeated inside its sample, so that the events' own
-resolution does not count. That no peer finds its inputs in a cache is the caller's part (`inputs.more_inputs`).
+resolution does not count. That no peer finds its inputs in a cache is the caller's part (`inputs/sets.py`).
 """
 
 from __future__ import annotations

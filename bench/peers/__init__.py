@@ -107,7 +107,7 @@ PEERS = {
 
 
 def names(asked: list[str], case: Case) -> list[str]:
-    """What `--peers` means: "all" leaves out this package's variants, but for an accelerator's case.
+    """Peers that `--peers` means: "all" leaves out this package's variants, but for an accelerator's case.
 
     Raises:
         ValueError: a name that is not known.

@@ -1,4 +1,4 @@
-"""What a peer makes for a case: a function that runs the operation once on any inputs of that case."""
+"""A peer's step: a function that runs a case's operation once on any inputs of that case."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Step = Callable[[LossInputs], Outcome]
 
 
 def leaves(inputs: LossInputs) -> tuple[torch.Tensor, ...]:
-    """What a backward makes gradients for: student's hidden states [N, H], then a trainable head's weight [V, H]."""
+    """Tensors that a backward differentiates: student's hidden states [N, H], then a trainable head's weight [V, H]."""
     weight = inputs.student_head.weight
     return (inputs.student_hidden, weight) if weight.requires_grad else (inputs.student_hidden,)
 

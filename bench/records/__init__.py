@@ -1,1 +1,1 @@
-"""What is kept of a measurement: rows, the machine beside them, why a row has no figures, what is wrong or slow."""
+"""Results as they are kept: rows, the machine beside them, why a row has no figures, what is wrong or slow."""

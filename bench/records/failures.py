@@ -1,4 +1,4 @@
-"""Why a row has no figures: what a peer raises to say so, and the text that a table shows in their place."""
+"""Reasons why a row has no figures: what a peer raises to say so, and the text that a table shows in their place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NotHere(Exception):
 
 
 def failure_text(error: Exception) -> str:
-    """What a table shows in place of a time."""
+    """The text that a table shows in place of a time."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     if isinstance(error, ImportError):

@@ -94,7 +94,7 @@ def _name(row: Row) -> str:
 
 
 def errors_text(row: Row) -> str:
-    """What is wrong of a row that is."""
+    """Errors of a wrong row that are above their limits."""
     return " and ".join(
         f"{name.replace('_', ' ')} {row[name]:.1e}, at most {row[f'{name}_limit']:.1e}" for name in _wrong_errors(row)
     )

@@ -26,21 +26,26 @@ FIGURES = Path("docs") / "figures"
 INTRODUCTION = """# Benchmarks
 
 Written by `python -m bench report` from the files in `bench/results`, which hold the raw samples; a test fails if this
-page and they differ. `make figures` measures everything of a CPU anew.
+page and they differ. `make figures` measures everything of a CPU anew; `python -m bench --help` lists the commands.
 
-**How to read it.** Peers take turns in every round of one process, in an order that turns round, each time with
+## How a figure is made
+
+Peers take turns in every round of one process, in an order that turns round, after one uncounted call, each time with
 another set of inputs than the last-level cache could hold. "time / floor" is the median over rounds of the time within
 a round as a multiple of the *floor*: the bare matrix products that the operation cannot do without, at full size, into
-a buffer that exists already. The spread is the 0.2 and the 0.8 quantile of the rounds. "Extra peak memory" is what one
-step adds to what the process held before. Errors are relative, by Frobenius norms, against float64 on the first
-sequence; one that is more than twice that of the dense formulas in the operands' dtype with float32 statistics, plus
-1e-5, stands with its limit. Milliseconds are printed for accelerators only: those of one CPU say little of another's.
-What a peer cannot do is in its note, and it is compared on what it can do.
+a buffer that exists already (in chunks of 8192 rows where that would exceed 4 GiB). The spread is the 0.2 and the 0.8
+quantile of the rounds. On a GPU a time is between two CUDA events, over several repetitions where a step is shorter
+than 2 ms; on a CPU a sample lasts a second or ten steps. Milliseconds, medians with the same quantiles, are printed for
+accelerators only: those of one CPU say little of another's. "Extra peak memory" is what one step adds to what the
+process held before: by torch's own counter on a GPU, by the process's resident set on a CPU. Errors are relative, by
+Frobenius norms, against float64 on the first sequence; one that is more than twice that of the dense formulas in the
+operands' dtype with float32 statistics, plus 1e-5, stands with its limit. What a peer cannot do, or does more, is in
+its note and in its file of `bench/peers`; it is compared on what it can do.
 
-    make bench                                                    # the forward KL on this machine's CPU, six minutes
-    unisd bench --case unisd_star --device auto --peers all       # any case; --output FILE.json or .csv
-    unisd bench --case kl --against FILE.json --strict            # did it become slower, or wrong?
-    pytest bench/ --benchmark-only --bench-case kl scoring        # the same peers under pytest-benchmark
+    make bench                                                       # the forward KL on this machine's CPU, six minutes
+    python -m bench --case unisd_star --device auto --peers all      # any case; --output FILE.json or .csv
+    python -m bench --case kl --against FILE.json --strict           # did it become slower, or wrong?
+    pytest bench/ --benchmark-only --bench-case kl scoring           # the same peers under pytest-benchmark
 """
 
 

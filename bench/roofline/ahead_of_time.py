@@ -49,7 +49,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler said. Bytes; counts are of instructions in the code, not executed ones."""
+    """Resources of one compiled variant. Bytes; counts are of instructions in the code, not executed ones."""
 
     architecture: str
     variant: str

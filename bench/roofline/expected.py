@@ -85,7 +85,7 @@ class Assumptions:
 
 
 class Rows(NamedTuple):
-    """Of a chunk and of a block of it, and the bytes that a row of each holds."""
+    """Rows of a chunk and of a block of it, and the bytes that a row of each holds."""
 
     chunk: int
     block: int
@@ -130,7 +130,7 @@ class Model:
 
     @property
     def weight_gradient_end(self) -> float:
-        """What dW costs after its last chunk: times the upstream and rounded to the weight's dtype, in one pass."""
+        """Seconds of dW after its last chunk: times the upstream and rounded to the weight's dtype, in one pass."""
         return (FLOAT32 + OPERAND) * self.case.vocab_size * self.case.hidden_size / self.given.bandwidth
 
     @property
@@ -149,7 +149,7 @@ class Model:
         return default if self.given.workspace is None else self.given.workspace
 
     def rows(self, design: str) -> Rows:
-        """As the walks of `backends/triton/divergence.py` split them."""
+        """Rows of chunk and block, as the walks of `backends/triton/divergence.py` split them."""
         columns = self.case.vocab_size
         stride = row_stride(columns, ROW_PADDING)
 
@@ -175,7 +175,7 @@ class Model:
         )
 
     def partial_bytes(self, design: str) -> float:
-        """Of the partial statistics that are written, a pair of logits."""
+        """Bytes of partial statistics that are written for a pair of logits."""
         block_columns = walks._STATISTICS_COLUMNS if design == "chunked" else _pair_columns()
         # As `bench/peers/unisd.py` asks for it.
         want_entropy = self.case.operation == "unisd_loss"
@@ -268,7 +268,7 @@ def _pair_columns() -> int:
 
 
 def _spans(total: int, step: int) -> list[int]:
-    """As the driver walks."""
+    """Rows of each part, as the engine walks."""
     return [span.stop - span.start for span in engine._spans(total, step)]
 
 
@@ -279,7 +279,7 @@ def measured_assumptions(file: Path) -> Assumptions:
 
 
 def measured_ratios(result: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """By case and peer; of forward KL."""
+    """Ratios to the floor by case and peer, of forward KL."""
     return {
         (row["case"], row["peer"]): row["ratio_to_floor"]
         for row in result["rows"]

@@ -142,7 +142,7 @@ def _cells(duration: float, floor: float | None, entry: dict[str, Any]) -> list[
 
 
 def listing() -> str:
-    """Of the architecture that the shapes are for."""
+    """Every candidate of the architecture that the shapes are for."""
     lines = []
     for shape in SHAPES:
         lines.append(f"{shape.kind}, {shape.name}: {shape.rows} x {shape.width} x {shape.columns}")

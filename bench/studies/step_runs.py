@@ -195,7 +195,7 @@ class DenseTrainer(ReplayingTrainer):
 
 @dataclass(frozen=True)
 class Workbench:
-    """What the trainers share. Each takes `rows` as one batch, with completions of `new_tokens` tokens."""
+    """Model, tokenizer and rows of the trainers. Each takes `rows` as one batch, completions of `new_tokens` tokens."""
 
     model: Any
     tokenizer: Any

@@ -178,7 +178,7 @@ def _in_fresh_process(make: Any, names: tuple[str, str] | None, completions: lis
 
 
 def _peak_bytes(make: Any, names: tuple[str, str] | None, completions: list[list[int]], threads: int) -> int:
-    """Of one step, or without `names` of the rollout. A small one before it warms the matrix library up."""
+    """Extra peak of one step, or without `names` of the rollout. A small one before it warms the matrix library up."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         bench = make(folder)

@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def share(self) -> Model:
-        """What a rank computes: all rows, its columns."""
+        """A rank's computation: all rows, its columns."""
         return Model(replace(self.case, vocab_size=self.columns))
 
     @property
@@ -130,7 +130,7 @@ class Plan:
 
     @property
     def extra_bytes(self) -> float:
-        """What a step adds to W and hidden states at its peak."""
+        """Bytes that a step adds to W and hidden states at its peak."""
         return self.share.memory(self.design)
 
 
