@@ -1,4 +1,4 @@
-"""A call that hangs or kills the process costs itself, not the session.
+"""Guard against a call that hangs or kills the process: it costs itself, not the session.
 
 While a peer runs, its name stands in a file beside the results; a call that does not return in time ends the
 process with a traceback of every thread. Whoever starts the process again reads the file and goes past the culprit.

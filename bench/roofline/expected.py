@@ -268,7 +268,7 @@ def _pair_columns() -> int:
 
 
 def _spans(total: int, step: int) -> list[int]:
-    """Rows of each part, as the engine walks."""
+    """As the driver walks."""
     return [span.stop - span.start for span in engine._spans(total, step)]
 
 
