@@ -38,10 +38,12 @@ def row_of(case: Case, beta: float, peer: Peer) -> dict[str, Any]:
 
 
 def make_sets(case: Case, device: torch.device) -> list[LossInputs]:
+    """Inputs to go round for a case."""
     return more_inputs(case, make_inputs(case, device), device)
 
 
 def make_setting(case: Case, beta: float, device: torch.device, sets: list[LossInputs]) -> Setting:
+    """Compute what the first of the sets is expected to give."""
     if "torch._dynamo" in sys.modules:
         # Compiled code of other cases would count towards torch.compile's limit of variants.
         torch.compiler.reset()

@@ -32,14 +32,16 @@ ALL: tuple[Operation, ...] = ("unisd_loss", "divergence", "scoring")
 
 @dataclass(frozen=True)
 class Peer:
-    """Attributes:
-    name: in tables.
-    make: makes the step from a case, a beta and a device; may raise with the reason it cannot, as may the step.
-    note: what it cannot do, or does more; shown beside its row.
-    operations: those it has.
-    mean_only: its value is the mean of D over the rows, its gradient that of the mean.
-    variant: another implementation of this package, shown beside its default.
-    compiles: in its first call, whose memory is then not the step's.
+    """An implementation that is measured.
+
+    Attributes:
+        name: in tables.
+        make: makes the step from a case, a beta and a device; may raise with the reason it cannot, as may the step.
+        note: what it cannot do, or does more; shown beside its row.
+        operations: those it has.
+        mean_only: its value is the mean of D over the rows, its gradient that of the mean.
+        variant: another implementation of this package, shown beside its default.
+        compiles: in its first call, whose memory is then not the step's.
     """
 
     name: str

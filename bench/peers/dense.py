@@ -19,11 +19,12 @@ from unisd_kernels.reference import divergence_from_log_probs
 
 
 def logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
-    """The product in the operands' dtype, everything after it in `dtype`."""
+    """[N, V] from hidden [N, H] and weight [V, H]: the product in their dtype, everything after it in `dtype`."""
     return (hidden @ weight.T).to(dtype) / temperature
 
 
 def log_probs(hidden: torch.Tensor, weight: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
+    """[N, V]"""
     return torch.log_softmax(logits(hidden, weight, temperature, dtype), dim=-1)
 
 
@@ -43,6 +44,7 @@ def divergence(
     temperature: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    """D [N] of hidden states [N, H]."""
     student = log_probs(student_hidden, weight, temperature, dtype)
     with torch.no_grad():
         teacher = log_probs(teacher_hidden, weight, temperature, dtype)
@@ -70,7 +72,7 @@ def statistics(
     temperature: float,
     dtype: torch.dtype,
 ) -> Statistics:
-    """Everything of the UniSD* loss that has the size of the vocabulary."""
+    """Everything of the UniSD* loss that has the size of the vocabulary; hidden states [N, H], weight [V, H]."""
     index = target_ids.unsqueeze(-1)
     student = log_probs(student_hidden, weight, temperature, dtype)
     with torch.no_grad():
