@@ -56,7 +56,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The tables of a CPU for the forward KL, with every contender, in at most six minutes: what no longer fits says so.
+# The tables of a CPU for the forward KL, with every peer, in at most six minutes: what no longer fits says so.
 bench: $(STAMP)
 	$(BIN)/python -m bench --device cpu --case scoring kl unisd_star --beta 0 --rounds 5 --peer-rounds 3 --deadline 300 $(BENCH_ARGS)
 
@@ -66,13 +66,13 @@ figures: $(STAMP)
 	$(BIN)/python -m bench --device cpu --case scoring kl kl_trainable unisd_star --rounds 9 --peer-rounds 3 --output bench/results/cpu.json
 	$(BIN)/python -m bench --device cpu --case unisd_star_smollm2 --rounds 5 --peer-rounds 2 --output bench/results/cpu_smollm2.json
 	$(BIN)/python -m bench --device cpu --case qwen2.5-0.5b_cpu gemma3-270m_cpu --rounds 3 --peers unisd_kernels --output bench/results/cpu_heads.json
-	$(BIN)/python -m bench.scaling --device cpu --output bench/results/cpu_scaling.json
-	$(BIN)/python -m bench.steps --device cpu --output bench/results/cpu_steps.json
-	$(BIN)/python -m bench.ceilings --device cpu --output bench/results/cpu_ceilings.json
-	$(BIN)/python -m bench.ema --output bench/results/ema_cpu.json
-	$(BIN)/python -m bench.numerics --output bench/results/numerics_cpu.json
-	$(BIN)/python -m bench.plots bench/results/cpu_scaling.json bench/results/cpu.json --ceilings bench/results/cpu_ceilings.json --output docs/figures
-	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench scaling --device cpu --output bench/results/cpu_scaling.json
+	$(BIN)/python -m bench steps --device cpu --output bench/results/cpu_steps.json
+	$(BIN)/python -m bench ceilings --device cpu --output bench/results/cpu_ceilings.json
+	$(BIN)/python -m bench ema --output bench/results/ema_cpu.json
+	$(BIN)/python -m bench numerics --output bench/results/numerics_cpu.json
+	$(BIN)/python -m bench plots bench/results/cpu_scaling.json bench/results/cpu.json --ceilings bench/results/cpu_ceilings.json --output docs/figures
+	$(BIN)/python -m bench report
 
 # One wheel for every Python >= 3.10 and torch >= 2.10 (docs/building.md).
 wheel: $(STAMP)

@@ -1,1 +1,1 @@
-"""Benchmarks: declarative cases, peers behind one small interface, every figure with its machine and versions."""
+"""Benchmarks of the kernels and of the trainer; not in the wheel. `python -m bench --help` lists the commands."""

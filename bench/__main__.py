@@ -1,89 +1,57 @@
-"""`python -m bench --case unisd_star --device auto --peers all`, also `unisd bench`.
-
-Of every contender: time as a multiple of the bare matrix products, interleaved in one process; extra peak memory; error
-against float64. The tables go to standard output, everything including raw samples to `--output`, as JSON or CSV.
-
-Exit status 1: this package or the floor has no figure, or this package is wrong. With `--strict` also 1 where it misses
-its bar, or is slower than in `--against`.
-"""
+"""One command line: `python -m bench COMMAND ...`, also `unisd bench COMMAND ...`. Without a command word: `run`."""
 
 from __future__ import annotations
 
-import argparse
-import json
+import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
-from bench import results_file
-from bench.cases import CASES, OPERATIONS, find_case
-from bench.deadline import Deadline
-from bench.environment import chosen_device, environment
-from bench.inputs import make_inputs
-from bench.measure import measure
-from bench.peers import PEERS, names
-from bench.tables import left_out, table
-from bench.verdict import slow, wrong
 from unisd.cli.errors import CommandError, run, wants_traceback
-from unisd.cli.parser import CommandParser
+from unisd.cli.parser import nearest
+
+DEFAULT = "run"
+# Name -> module with `main(arguments) -> exit status`, and a line of `--help`.
+COMMANDS = {
+    "run": ("bench.measuring.run", "cases with every peer: time, memory, error; the default"),
+    "suite": ("bench.measuring.suite", "many cases within a deadline, most important first; can be resumed"),
+    "scaling": ("bench.studies.scaling", "time and memory against N, V, H and K, with fitted exponents"),
+    "steps": ("bench.studies.steps", "whole training steps of every preset, ours and dense"),
+    "ema": ("bench.studies.ema", "the moving average: time, and error after a thousand steps"),
+    "numerics": ("bench.studies.numerics", "the digits of a small divergence"),
+    "tensor-parallel": ("bench.studies.tensor_parallel", "a head in shards: bytes and messages, by formula"),
+    "ceilings": ("bench.roofline.ceilings", "this device's copy bandwidth and product rate"),
+    "expected": ("bench.roofline.expected", "times on an accelerator from counts, beside measured ones"),
+    "tuning": ("bench.roofline.tuning", "every tile shape of the product kernels, timed on a GPU"),
+    "ahead-of-time": ("bench.roofline.ahead_of_time", "what the compiler makes of the kernels; needs no GPU"),
+    "tables": ("bench.report.tables", "a result file as tables, and what it left out"),
+    "plots": ("bench.report.plots", "result files as plots"),
+    "compare": ("bench.report.compare", "whether two results agree within their spread"),
+    "report": ("bench.report.pages", "docs/benchmarks.md and README.md's tables from the results"),
+}
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = CommandParser(prog="python -m bench", description=__doc__)
-    parser.add_argument(
-        "--case",
-        nargs="+",
-        default=["unisd_star"],
-        help=f"{', '.join(OPERATIONS)} (the device's own case of it), or one of {', '.join(CASES)}",
-    )
-    parser.add_argument("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda, ...")
-    parser.add_argument("--peers", nargs="+", default=["all"], help=f"all, or some of: {', '.join(PEERS)}")
-    parser.add_argument(
-        "--beta", type=float, nargs="+", help="of the divergence: 0 forward KL, 1 reverse; default: the case's"
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peer-rounds", type=int, help="of contenders other than this package; default: --rounds")
-    parser.add_argument("--deadline", type=float, help="seconds after which nothing new is begun")
-    parser.add_argument("--output", type=Path, help="file for everything, .json or .csv, raw samples included")
-    parser.add_argument("--against", type=Path, help="an earlier result (.json); says what became slower")
-    parser.add_argument("--strict", action="store_true", help="a missed bar or a slower kernel fails")
-    parser.add_argument("--one-step-of", choices=sorted(PEERS), help="run it once, for a memory checker")
-    return parser.parse_args(arguments)
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {description}" for name, (_, description) in COMMANDS.items()]
+    head = "usage: python -m bench [COMMAND] [options]"
+    return "\n".join([head, "", *lines, "", "python -m bench COMMAND --help says more."])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    device = chosen_device(options.device)
-    try:
-        cases = [find_case(name, device) for name in options.case]
-        if options.beta:
-            cases = [replace(case, beta=tuple(options.beta)) for case in cases]
-        asked = [names(options.peers, case) for case in cases]
-        if options.output:
-            results_file.check_suffix(options.output)
-    except ValueError as error:
-        raise CommandError(str(error)) from None
-    if options.one_step_of:
-        PEERS[options.one_step_of].build(cases[0], cases[0].beta[0], device)(make_inputs(cases[0], device))
+    """The command's exit status.
+
+    Raises:
+        CommandError: a mistake in what was given.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] in (["-h"], ["--help"]):
+        print(usage())
         return 0
-    before = json.loads(options.against.read_text())["rows"] if options.against else []
-    deadline = Deadline(options.deadline) if options.deadline else Deadline(float("inf"))
-    rows = []
-    for case, peers in zip(cases, asked, strict=True):
-        measured = measure(
-            case, device, options.rounds, peers, peer_rounds=options.peer_rounds, with_energy=True, deadline=deadline
-        )
-        print(f"{table(measured)}\n")
-        rows += measured
-    surroundings = environment(device, "python -m bench")
-    if options.output:
-        results_file.write(options.output, {"environment": surroundings, "rows": rows, "left_out": left_out(rows)})
-    errors, delays = wrong(rows), slow(rows, before)
-    for line in (*errors, *delays):
-        print(line)
-    print(json.dumps(surroundings))
-    return int(bool(errors) or (options.strict and bool(delays)))
+    name = DEFAULT if not given or given[0].startswith("-") else given.pop(0)
+    if name not in COMMANDS:
+        raise CommandError(f"there is no command {name!r}{nearest(name, COMMANDS) or '; --help lists them'}")
+    # Imported here: most commands need only some of the packages.
+    return importlib.import_module(COMMANDS[name][0]).main(given)
 
 
 if __name__ == "__main__":

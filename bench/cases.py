@@ -1,4 +1,4 @@
-"""What is measured: an operation at a shape. `inputs.py` makes what every contender gets."""
+"""Cases to measure: an operation at a shape. `inputs` makes what every peer gets of it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Case:
     data: Literal["random", "smollm2"] = "random"
 
     def divergence(self, beta: float) -> str:
-        """As tables name it."""
+        """Name of a divergence in tables."""
         if self.operation == "scoring":
             return "none"
         return {0.0: "forward KL", 1.0: "reverse KL"}.get(beta, f"JSD beta={beta:g}")
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the floor."""
+        """FLOPs of the floor."""
         return 2 * self.num_products * self.num_rows * self.hidden_size * self.vocab_size
 
     @property
@@ -94,7 +94,7 @@ class Case:
 
 
 # (H, V) of the heads of one accelerator's cases.
-SHAPES = {
+HEADS = {
     "llama3.1-8b": (4096, 128256),
     "qwen2.5-7b": (3584, 152064),
     "qwen2.5-0.5b": (896, 151936),
@@ -121,7 +121,7 @@ def _accelerator_case(shape: str, operation: str, num_rows: int) -> Case:
     return Case(
         f"{shape}.{operation}.{num_rows}",
         num_rows,
-        *SHAPES[shape],
+        *HEADS[shape],
         beta=(0.0,),
         dtype=torch.bfloat16,
         num_sequences=num_rows // SEQUENCE_ROWS,

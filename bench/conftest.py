@@ -1,4 +1,4 @@
-"""Options of `pytest bench/`, which contenders it runs, and the inputs that those of one case share."""
+"""Options of `pytest bench/`, which peers it runs, and the inputs that those of one case share."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.accuracy import Expected, expected_outcome
-from bench.cases import Case, find_case
-from bench.environment import chosen_device, environment
-from bench.inputs import Inputs, make_inputs, more_inputs
+from bench.cases import find_case
+from bench.measuring.setting import Setting, make_sets, make_setting
 from bench.peers import PEERS, names
+from bench.records.environment import chosen_device, environment
 
 QUICK = ("kl", "scoring")
 DEVICES = ("auto", "cpu", "cuda")
@@ -21,36 +20,17 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: (case, beta) and contender; those of one group follow each other."""
+    """Tests to run: (case, beta) and peer; those of one setting follow each other."""
 
     device: torch.device
     entries: tuple[tuple[tuple[str, float], str], ...]
-
-
-@dataclass(frozen=True)
-class Group:
-    """What the contenders of one case and divergence share. `sets`: inputs to go round, the first one first."""
-
-    case: Case
-    beta: float
-    device: torch.device
-    sets: list[Inputs]
-    expected: Expected
-
-    @property
-    def divergence(self) -> str:
-        return self.case.divergence(self.beta)
-
-    @property
-    def name(self) -> str:
-        return self.case.name if self.case.operation == "scoring" else f"{self.case.name}, {self.divergence}"
 
 
 PLAN = pytest.StashKey[Plan]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("bench", "contenders (pytest bench/)")
+    group = parser.getgroup("bench", "peers (pytest bench/)")
     group.addoption("--bench-case", nargs="+", action="extend", help=f"operations or cases; default: {' '.join(QUICK)}")
     group.addoption("--bench-device", choices=DEVICES, default="auto", help="auto: CUDA if there is one")
     group.addoption("--bench-peers", nargs="+", action="extend", help=f"all (default), or some of: {', '.join(PEERS)}")
@@ -73,7 +53,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def make_plan(device: torch.device, case_names: list[str], peers: list[str]) -> Plan:
-    """Raises ValueError for a case or a contender that is not known."""
+    """Raises ValueError for a case or a peer that is not known."""
     cases = {case.name: case for case in (find_case(name, device) for name in case_names)}
     entries = [
         ((case.name, beta), peer) for case in cases.values() for beta in case.beta for peer in names(peers, case)
@@ -82,11 +62,11 @@ def make_plan(device: torch.device, case_names: list[str], peers: list[str]) -> 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "group" in metafunc.fixturenames:
+    if "setting" in metafunc.fixturenames:
         plan = metafunc.config.stash.get(PLAN, None)
         entries = plan.entries if plan else ()
         ids = [f"{case}-beta={beta:g}-{peer}" for (case, beta), peer in entries]
-        metafunc.parametrize(("group", "peer"), entries, indirect=["group"], ids=ids)
+        metafunc.parametrize(("setting", "name"), entries, indirect=["setting"], ids=ids)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -94,39 +74,28 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """In a key of its own, without what says nothing of the machine: pytest-benchmark warns of differences."""
     plan = config.stash.get(PLAN, None)
     if plan:
-        surroundings = environment(plan.device, "pytest")
+        surroundings = environment(plan.device)
         left_out = ("commit", "date", "command")
         machine_info["unisd"] = {name: value for name, value in surroundings.items() if name not in left_out}
 
 
 @pytest.fixture(scope="session")
-def held() -> dict[tuple[str, float], Group]:
-    """The group of the latest test: a GPU has room for one."""
+def held() -> dict[tuple[str, float], Setting]:
+    """The setting of the latest test: a GPU has room for one."""
     return {}
 
 
 @pytest.fixture
-def group(request: pytest.FixtureRequest, held: dict[tuple[str, float], Group]) -> Group:
+def setting(request: pytest.FixtureRequest, held: dict[tuple[str, float], Setting]) -> Setting:
     if request.param not in held:
         device = request.config.stash[PLAN].device
         for former in held.values():
-            former.sets.clear()  # a failed test's traceback still refers to the group
+            former.sets.clear()  # a failed test's traceback still refers to the setting
         held.clear()
-        _free(device)
-        held[request.param] = make_group(*request.param, device)
-        _free(device)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        name, beta = request.param
+        case = find_case(name, device)
+        held[request.param] = make_setting(case, beta, device, make_sets(case, device))
     return held[request.param]
-
-
-def make_group(case_name: str, beta: float, device: torch.device) -> Group:
-    case = find_case(case_name, device)
-    # Compiled code of other cases would count towards torch.compile's limit of variants.
-    torch.compiler.reset()
-    sets = more_inputs(make_inputs(case, device), device)
-    return Group(case, beta, device, sets, expected_outcome(sets[0], beta))
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call, the most valuable first: doctor, a smoke test of every kernel, the two
 # ceilings, the headline's four operations with the floor and this package's designs, the tiles, the other tests, the
-# contenders, other heads, a memory check, other row counts, torch.compile. Installs nothing from a network.
+# peers, other heads, a memory check, other row counts, torch.compile. Installs nothing from a network.
 #
 #   bash scripts/gpu_suite.sh [--deadline SECONDS]      (default 520; it ends within this, and nine minutes at most)
 #
 # Needs python3 with torch, triton and pytest; pytest-xdist runs the tests side by side and pytest-timeout ends one that
-# hangs. Wheels of contenders (trl, liger-kernel, ...) are installed from the folder .whl of the repository if there is
+# hangs. Wheels of peers (trl, liger-kernel, ...) are installed from the folder .whl of the repository if there is
 # one. Results go to $OUT (default: runs/gpu), eight files at most, each written as it grows; the tables are printed last.
-# A contender that hangs or takes the process with it costs itself: the next process goes on past it.
+# A peer that hangs or takes the process with it costs itself: the next process goes on past it.
 # Status 0: what was built was built, tests passed, and this package's default has a time in every case that was reached.
 #
 # A rehearsal on a CPU: DEVICE=cpu CASES=smoke ROUNDS=2 OUT=/tmp/rehearsal bash scripts/gpu_suite.sh
@@ -108,7 +108,7 @@ fi
 # A kernel that hangs ends its worker, which is replaced.
 if python3 -c 'import pytest_timeout' 2>/dev/null; then test_options+=(--timeout 60 --timeout-method thread); fi
 
-# cases SUITE SECONDS WATCHDOG: a part of the cases, into the one file, again where a contender took the process with it.
+# cases SUITE SECONDS WATCHDOG: a part of the cases, into the one file, again where a peer took the process with it.
 cases() {
     local suite=$1 limit=$2 watchdog=$3 end=$((SECONDS + $2)) attempt code=0 rest
     echo "== cases: $suite"
@@ -116,12 +116,12 @@ cases() {
         rest=$((end - SECONDS))
         [ $((rest < $(left) - reserve ? rest : $(left) - reserve)) -ge 20 ] || { echo "no time left"; break; }
         # Nothing new is begun in the last ten seconds: what runs then may end.
-        within "$rest" python3 -m bench.suite --suite "$suite" --device "$DEVICE" \
+        within "$rest" python3 -m bench suite --suite "$suite" --device "$DEVICE" \
             --deadline $(((rest < $(left) - reserve ? rest : $(left) - reserve) - 10)) --watchdog "$watchdog" \
             --rounds "${ROUNDS:-9}" --peer-rounds "${PEER_ROUNDS:-4}" --output "$OUT/bench.json" --resume 2>>"$OUT/bench_log.txt"
         code=$?
         case $code in 124 | 137) rm -f "$OUT/bench.json.in_flight" ;; esac # our limit, nobody's fault
-        # 3: a contender took the device with it. A call in flight: it took the process. The others deserve a fresh one.
+        # 3: a peer took the device with it. A call in flight: it took the process. The others deserve a fresh one.
         [ $code -eq 3 ] || [ -e "$OUT/bench.json.in_flight" ] || break
         echo "attempt $attempt: $(tail -n 1 "$OUT/bench_log.txt")"
     done
@@ -137,13 +137,13 @@ tiles() {
     local limit=$1 code
     if [ "$DEVICE" = cpu ]; then
         echo "not on a CPU"
-        within 30 python3 -m bench.tuning --dry-run >>"$OUT/bench_log.txt" 2>&1 || failed tiles
+        within 30 python3 -m bench tuning --dry-run >>"$OUT/bench_log.txt" 2>&1 || failed tiles
         return
     fi
     limit=$((limit < $(left) - reserve ? limit : $(left) - reserve))
     [ "$limit" -ge 20 ] || { echo "skipped: $limit s are left"; return; }
     # A candidate that is begun may take ten seconds to compile.
-    within "$limit" python3 -m bench.tuning --device "$DEVICE" --deadline $((limit - 12)) --output "$OUT/tuning.json" \
+    within "$limit" python3 -m bench tuning --device "$DEVICE" --deadline $((limit - 12)) --output "$OUT/tuning.json" \
         >/dev/null 2>>"$OUT/bench_log.txt"
     code=$?
     case $code in
@@ -180,7 +180,7 @@ memory_check() {
 
 if [ "$CASES" != gpu ]; then # a rehearsal
     tests 200 tests/gpu -m gpu tests/gpu
-    within 45 python3 -m bench.ceilings --device "$DEVICE" --output "$OUT/ceilings.json" || failed ceilings
+    within 45 python3 -m bench ceilings --device "$DEVICE" --output "$OUT/ceilings.json" || failed ceilings
     cases "$CASES" 200 90
     tiles 60
     memory_check
@@ -188,7 +188,7 @@ else
     # A first look at every kernel and every operation; the rest of the same files follows when the headline is safe.
     tests 40 smoke -m "gpu and smoke" tests/gpu
     echo "== ceilings"
-    within 30 python3 -m bench.ceilings --device "$DEVICE" --output "$OUT/ceilings.json" || failed ceilings
+    within 30 python3 -m bench ceilings --device "$DEVICE" --output "$OUT/ceilings.json" || failed ceilings
     cases headline 100 60
     tiles 60
     tests 90 tests/gpu -m "gpu and not smoke" tests/gpu
@@ -204,17 +204,17 @@ fi
 echo "== tables"
 {
     if [ -e "$OUT/bench.json" ]; then
-        python3 -m bench.tables "$OUT/bench.json" || failed tables
+        python3 -m bench tables "$OUT/bench.json" || failed tables
     else
         echo "no case was begun"
     fi
     if [ "$CASES" = gpu ] && [ -e "$OUT/bench.json" ] && [ -e "$OUT/ceilings.json" ]; then
         echo
-        python3 -m bench.expected --measured "$OUT/ceilings.json" --results "$OUT/bench.json" || failed expected
+        python3 -m bench expected --measured "$OUT/ceilings.json" --results "$OUT/bench.json" || failed expected
     fi
     if [ -e "$OUT/tuning.json" ]; then
         echo
-        python3 -m bench.tuning --report "$OUT/tuning.json" || failed "tables of the tiles"
+        python3 -m bench tuning --report "$OUT/tuning.json" || failed "tables of the tiles"
     fi
 } >"$OUT/tables.md"
 [ ! -e "$OUT/ceilings.json" ] || cat "$OUT/ceilings.json"

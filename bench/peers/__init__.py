@@ -1,4 +1,4 @@
-"""Contenders by name. Each makes, for a case and a beta, a function that runs the operation once on given inputs."""
+"""The peers by name: this package, the floor and others; each makes a step of a case and a beta."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from bench.peers import (
     trl_kernels,
     unisd,
 )
-from bench.peers.step import NotHere, NotOffered, Outcome, Step
-from bench.verdict import FLOOR, OURS
+from bench.peers.names import FLOOR, OURS
+from bench.peers.step import Outcome, Step
+from bench.records.failures import NotHere, NotOffered
 
 __all__ = ["ALL", "FLOOR", "OURS", "PEERS", "NotHere", "NotOffered", "Outcome", "Peer", "Step", "names"]
 
@@ -31,14 +32,16 @@ ALL: tuple[Operation, ...] = ("unisd_loss", "divergence", "scoring")
 
 @dataclass(frozen=True)
 class Peer:
-    """Attributes:
-    name: in tables.
-    make: makes the step from a case, a beta and a device; may raise with the reason it cannot, as may the step.
-    note: what it cannot do, or does more; shown beside its row.
-    operations: those it has.
-    mean_only: its value is the mean of D over the rows, its gradient that of the mean.
-    variant: another implementation of this package, not a contender.
-    compiles: in its first call, whose memory is then not the step's.
+    """An implementation that is measured.
+
+    Attributes:
+        name: in tables.
+        make: makes the step from a case, a beta and a device; may raise with the reason it cannot, as may the step.
+        note: what it cannot do, or does more; shown beside its row.
+        operations: those it has.
+        mean_only: its value is the mean of D over the rows, its gradient that of the mean.
+        variant: another implementation of this package, shown beside its default.
+        compiles: in its first call, whose memory is then not the step's.
     """
 
     name: str
@@ -106,7 +109,7 @@ PEERS = {
 
 
 def names(asked: list[str], case: Case) -> list[str]:
-    """What `--peers` means: "all" are the contenders, and on an accelerator's case also this package's variants.
+    """Peers that `--peers` means: "all" leaves out this package's variants, but for an accelerator's case.
 
     Raises:
         ValueError: a name that is not known.

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from bench.cases import Case
-from bench.inputs import Inputs
-from bench.peers.step import NotOffered, Outcome, Step
+from bench.peers.step import Outcome, Step
+from bench.records.failures import NotOffered
+from unisd_kernels.config import LossInputs
 
 
 def build(case: Case, beta: float, device: torch.device) -> Step:
@@ -19,8 +20,8 @@ def build(case: Case, beta: float, device: torch.device) -> Step:
 
     impl = "torch_compile" if device.type == "cpu" else "cce"
 
-    def step(inputs: Inputs) -> Outcome:
-        hidden, weight = inputs.student_hidden.detach(), inputs.head.weight.detach()
+    def step(inputs: LossInputs) -> Outcome:
+        hidden, weight = inputs.student_hidden.detach(), inputs.student_head.weight.detach()
         with torch.no_grad():
             loss = linear_cross_entropy(hidden, weight, inputs.target_ids, reduction="none", impl=impl)
             return Outcome(-loss.float(), None)

@@ -1,7 +1,7 @@
 """torch.compile of the dense formulas (`dense.py`): everything of the vocabulary's size in one graph, without a break.
 
 The reductions of [N] numbers stay outside it: they depend on the lengths of the sequences. Compilation happens in
-the first call, which is never timed; its failure is the contender's.
+the first call, which is never timed; its failure is the peer's.
 """
 
 from __future__ import annotations

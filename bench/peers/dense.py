@@ -6,24 +6,25 @@ The functions of tensors stand alone, so that `compiled.py` can hand the same on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from bench.cases import Case
-from bench.inputs import Inputs
 from bench.peers.reduction import combine
 from bench.peers.step import Outcome, Step, differentiate, weighted_backward
+from unisd_kernels.config import LossInputs
 from unisd_kernels.reference import divergence_from_log_probs
 
 
 def logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
-    """The product in the operands' dtype, everything after it in `dtype`."""
+    """[N, V] from hidden [N, H] and weight [V, H]: the product in their dtype, everything after it in `dtype`."""
     return (hidden @ weight.T).to(dtype) / temperature
 
 
 def log_probs(hidden: torch.Tensor, weight: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
+    """[N, V]"""
     return torch.log_softmax(logits(hidden, weight, temperature, dtype), dim=-1)
 
 
@@ -43,6 +44,7 @@ def divergence(
     temperature: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    """D [N] of hidden states [N, H]."""
     student = log_probs(student_hidden, weight, temperature, dtype)
     with torch.no_grad():
         teacher = log_probs(teacher_hidden, weight, temperature, dtype)
@@ -50,7 +52,7 @@ def divergence(
 
 
 class Statistics(NamedTuple):
-    """Of each row, [N]; `auxiliary` [K, N]."""
+    """Divergences and log-probabilities of the rows, [N]; `auxiliary` [K, N]."""
 
     divergence: torch.Tensor
     student: torch.Tensor
@@ -63,14 +65,14 @@ def statistics(
     student_hidden: torch.Tensor,
     teacher_hidden: torch.Tensor,
     negative_hidden: torch.Tensor,
-    auxiliary_hidden: list[torch.Tensor],
+    auxiliary_hidden: Sequence[torch.Tensor],
     weight: torch.Tensor,
     target_ids: torch.Tensor,
     beta: float,
     temperature: float,
     dtype: torch.dtype,
 ) -> Statistics:
-    """Everything of the UniSD* loss that has the size of the vocabulary."""
+    """Everything of the UniSD* loss that has the size of the vocabulary; hidden states [N, H], weight [V, H]."""
     index = target_ids.unsqueeze(-1)
     student = log_probs(student_hidden, weight, temperature, dtype)
     with torch.no_grad():
@@ -99,29 +101,31 @@ def build_from(
     temperature = case.options["temperature"]
     score, diverge, measure = (prepare(function) for function in (target_log_probs, divergence, statistics))
 
-    def scoring(inputs: Inputs) -> Outcome:
+    def scoring(inputs: LossInputs) -> Outcome:
         with torch.no_grad():
-            result = score(inputs.student_hidden, inputs.head.weight, inputs.target_ids, temperature, dtype)
+            result = score(inputs.student_hidden, inputs.student_head.weight, inputs.target_ids, temperature, dtype)
             return Outcome(result, None)
 
-    def per_token(inputs: Inputs) -> Outcome:
-        result = diverge(inputs.student_hidden, inputs.teacher_hidden, inputs.head.weight, beta, temperature, dtype)
+    def per_token(inputs: LossInputs) -> Outcome:
+        result = diverge(
+            inputs.student_hidden, inputs.teacher_hidden, inputs.student_head.weight, beta, temperature, dtype
+        )
         return weighted_backward(result, inputs)
 
-    def unisd_star(inputs: Inputs) -> Outcome:
+    def unisd_star(inputs: LossInputs) -> Outcome:
         rows = measure(
             inputs.student_hidden,
             inputs.teacher_hidden,
             inputs.negative_hidden,
             inputs.auxiliary_hidden,
-            inputs.head.weight,
+            inputs.student_head.weight,
             inputs.target_ids,
             beta,
             temperature,
             dtype,
         )
-        # Numbers a row: in float32 like the statistics of any contender.
-        loss = combine(inputs, *(row.float() for row in rows))
+        # Numbers a row: in float32 like the statistics of any peer.
+        loss = combine(case, inputs, *(row.float() for row in rows))
         return Outcome(loss.detach(), differentiate(loss, inputs))
 
     return {"scoring": scoring, "divergence": per_token, "unisd_loss": unisd_star}[case.operation]

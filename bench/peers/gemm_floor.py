@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from bench.cases import Case
-from bench.inputs import Inputs
 from bench.peers.step import Outcome, Step
+from unisd_kernels.config import LossInputs
 
 # Above this size of the logits, the rows go in chunks.
 LARGEST_BUFFER = 4 << 30
@@ -25,8 +25,8 @@ def build(case: Case, beta: float, device: torch.device) -> Step:
     gradient = None if case.operation == "scoring" else buffer(case.num_rows, case.hidden_size)
     weight_gradient = None if case.frozen_head else buffer(case.vocab_size, case.hidden_size)
 
-    def step(inputs: Inputs) -> Outcome:
-        hidden, weight = inputs.student_hidden.detach(), inputs.head.weight.detach()
+    def step(inputs: LossInputs) -> Outcome:
+        hidden, weight = inputs.student_hidden.detach(), inputs.student_head.weight.detach()
         for start in range(0, case.num_rows, rows):
             part = hidden[start : start + rows]
             tile = logits[: part.shape[0]]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from bench.cases import Case
-from bench.inputs import Inputs
 from bench.peers.step import Outcome, Step, differentiate
+from unisd_kernels.config import LossInputs
 
 
 def build(case: Case, beta: float, device: torch.device) -> Step:
@@ -25,8 +25,8 @@ def build(case: Case, beta: float, device: torch.device) -> Step:
         compiled=True,
     )
 
-    def step(inputs: Inputs) -> Outcome:
-        weight = inputs.head.weight
+    def step(inputs: LossInputs) -> Outcome:
+        weight = inputs.student_head.weight
         loss = loss_of(inputs.student_hidden, weight, inputs.teacher_hidden, weight, inputs.target_ids)
         return Outcome(loss.detach(), differentiate(loss, inputs))
 

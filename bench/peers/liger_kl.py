@@ -16,8 +16,9 @@ from __future__ import annotations
 import torch
 
 from bench.cases import Case
-from bench.inputs import Inputs
-from bench.peers.step import NotHere, NotOffered, Outcome, Step, differentiate
+from bench.peers.step import Outcome, Step, differentiate
+from bench.records.failures import NotHere, NotOffered
+from unisd_kernels.config import LossInputs
 
 
 def _probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -38,8 +39,8 @@ def build(case: Case, beta: float, device: torch.device) -> Step:
     # float32 sums over the chunks for dW, as ours; the default would add bfloat16 to bfloat16.
     sums = None if case.frozen_head else torch.float32
 
-    def step(inputs: Inputs) -> Outcome:
-        weight = inputs.head.weight
+    def step(inputs: LossInputs) -> Outcome:
+        weight = inputs.student_head.weight
         with torch.no_grad():
             target = probabilities(inputs.teacher_hidden @ weight.T, temperature)
         loss = LigerFusedLinearKLDivFunction.apply(

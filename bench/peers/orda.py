@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from bench.cases import Case
-from bench.inputs import Inputs
 from bench.peers.step import Outcome, Step, differentiate
+from unisd_kernels.config import LossInputs
 
 
 def _divergence(beta: float) -> dict[str, Any]:
@@ -47,9 +47,11 @@ def build(case: Case, beta: float, device: torch.device) -> Step:
         "config": KernelConfig(grad_weight_accumulation="fp32", assume_valid_labels=True),
     }
 
-    def step(inputs: Inputs) -> Outcome:
+    def step(inputs: LossInputs) -> Outcome:
         teacher = TiedTeacher(inputs.teacher_hidden, mode="frozen")
-        result = distillation_loss(inputs.student_hidden, inputs.head.weight, inputs.target_ids, teacher, **options)
+        result = distillation_loss(
+            inputs.student_hidden, inputs.student_head.weight, inputs.target_ids, teacher, **options
+        )
         return Outcome(result.loss.detach(), differentiate(result.loss, inputs))
 
     return step

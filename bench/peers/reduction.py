@@ -1,16 +1,18 @@
-"""From per-token statistics to the UniSD* loss, for contenders that offer only the statistics."""
+"""From per-token statistics to the UniSD* loss, for peers that offer only the statistics."""
 
 from __future__ import annotations
 
 import torch
 
-from bench.inputs import Inputs
+from bench.cases import Case
+from unisd_kernels.config import LossInputs
 from unisd_kernels.reference import agreement_weights, contrastive_hinge, feature_distance
 from unisd_kernels.reference.loss import reduce_per_token
 
 
 def combine(
-    inputs: Inputs,
+    case: Case,
+    inputs: LossInputs,
     divergence: torch.Tensor,
     student_logprobs: torch.Tensor,
     teacher_logprobs: torch.Tensor,
@@ -19,7 +21,7 @@ def combine(
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Statistics [N], `auxiliary_logprobs` [K, N]; `weights` [N] stand in for those of agreement."""
-    options, cu_seqlens = inputs.case.options, inputs.cu_seqlens
+    options, cu_seqlens = case.options, inputs.cu_seqlens
     if weights is None:
         weights = agreement_weights(auxiliary_logprobs, cu_seqlens, gamma=options["agreement_gamma"]).weights
     hinge = contrastive_hinge(student_logprobs, teacher_logprobs, negative_logprobs, options["contrastive_margin"])

@@ -1,4 +1,4 @@
-"""What a contender makes for a case: a function that runs the operation once on any inputs of that case."""
+"""A peer's step: a function that runs a case's operation once on any inputs of that case."""
 
 from __future__ import annotations
 
@@ -7,35 +7,34 @@ from typing import NamedTuple
 
 import torch
 
-from bench.inputs import Inputs
+from unisd_kernels.config import LossInputs
 
 
 class Outcome(NamedTuple):
-    """`value`: the loss of "unisd_loss", D [N] of "divergence" (a scalar where the contender has no more), the
-    log-probabilities [N] of "scoring". `gradient`: of the student's hidden states, where the operation has one.
+    """`value`: the loss of "unisd_loss", D [N] of "divergence" (a scalar where the peer has no more), the
+    log-probabilities [N] of "scoring". `gradient`: [N, H], of the student's hidden states, where the operation has one.
     Both None for the floor."""
 
     value: torch.Tensor | None
     gradient: torch.Tensor | None
 
 
-Step = Callable[[Inputs], Outcome]
+Step = Callable[[LossInputs], Outcome]
 
 
-class NotOffered(Exception):
-    """The contender does not have the operation, or not this divergence."""
+def leaves(inputs: LossInputs) -> tuple[torch.Tensor, ...]:
+    """Tensors that a backward differentiates: student's hidden states [N, H], then a trainable head's weight [V, H]."""
+    weight = inputs.student_head.weight
+    return (inputs.student_hidden, weight) if weight.requires_grad else (inputs.student_hidden,)
 
 
-class NotHere(Exception):
-    """The contender does not run on this machine."""
-
-
-def differentiate(loss: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+def differentiate(loss: torch.Tensor, inputs: LossInputs) -> torch.Tensor:
     """The gradient of the student's hidden states; that of a trainable head is computed too."""
-    return torch.autograd.grad(loss, inputs.leaves)[0]
+    return torch.autograd.grad(loss, leaves(inputs))[0]
 
 
-def weighted_backward(divergence: torch.Tensor, inputs: Inputs) -> Outcome:
-    """The backward of `sum_n u_n D_n`."""
-    gradients = torch.autograd.grad(divergence, inputs.leaves, inputs.upstream.to(divergence.dtype))
+def weighted_backward(divergence: torch.Tensor, inputs: LossInputs) -> Outcome:
+    """The backward of `sum_n u_n D_n`, D [N], u the token weights."""
+    assert inputs.token_weights is not None
+    gradients = torch.autograd.grad(divergence, leaves(inputs), inputs.token_weights.to(divergence.dtype))
     return Outcome(divergence.detach(), gradients[0])

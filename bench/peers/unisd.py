@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from bench.cases import Case
-from bench.inputs import Inputs
 from bench.peers.step import Outcome, Step, differentiate, weighted_backward
 from unisd_kernels import linear_divergence, linear_logprobs, unisd_loss
+from unisd_kernels.config import LossInputs
 
 
 def build(case: Case, beta: float, device: torch.device, impl: str | None = None) -> Step:
-    def scoring(inputs: Inputs) -> Outcome:
+    def scoring(inputs: LossInputs) -> Outcome:
         with torch.no_grad():
-            scores = linear_logprobs(inputs.student_hidden, inputs.head, inputs.target_ids, impl=impl, **case.options)
+            scores = linear_logprobs(
+                inputs.student_hidden, inputs.student_head, inputs.target_ids, impl=impl, **case.options
+            )
         return Outcome(scores.logprobs, None)
 
-    def per_token(inputs: Inputs) -> Outcome:
-        head = inputs.head
+    def per_token(inputs: LossInputs) -> Outcome:
         divergence = linear_divergence(
-            inputs.student_hidden, head, inputs.teacher_hidden, head.detach(), beta=beta, impl=impl, **case.options
+            inputs.student_hidden,
+            inputs.student_head,
+            inputs.teacher_hidden,
+            inputs.teacher_head,
+            beta=beta,
+            impl=impl,
+            **case.options,
         )
         return weighted_backward(divergence, inputs)
 
-    def trainable(inputs: Inputs) -> Outcome:
-        """`unisd_loss` without a view: it knows its weights in the forward, so it needs no second pass."""
+    def trainable(inputs: LossInputs) -> Outcome:
+        """`unisd_loss` without a view: it knows its weights in the forward, so it needs no second pass. Over one item
+        it is `sum_n u_n D_n`."""
         result = unisd_loss(
-            inputs.student_hidden,
-            inputs.head,
-            inputs.teacher_hidden,
-            inputs.head.detach(),
-            inputs.target_ids,
-            inputs.cu_seqlens,
-            token_weights=inputs.token_weights,
+            **replace(inputs, num_items=1).arguments(),
+            normalization="token",
             weight_normalization="count",
             beta=beta,
             return_entropy=False,
@@ -41,20 +46,8 @@ def build(case: Case, beta: float, device: torch.device, impl: str | None = None
         )
         return Outcome(result.divergence, differentiate(result.loss, inputs))
 
-    def unisd_star(inputs: Inputs) -> Outcome:
-        result = unisd_loss(
-            inputs.student_hidden,
-            inputs.head,
-            inputs.teacher_hidden,
-            inputs.head.detach(),
-            inputs.target_ids,
-            inputs.cu_seqlens,
-            auxiliary_hidden=inputs.auxiliary_hidden,
-            negative_hidden=inputs.negative_hidden,
-            beta=beta,
-            impl=impl,
-            **case.options,
-        )
+    def unisd_star(inputs: LossInputs) -> Outcome:
+        result = unisd_loss(**inputs.arguments(), beta=beta, impl=impl, **case.options)
         return Outcome(result.loss.detach(), differentiate(result.loss, inputs))
 
     if case.operation == "divergence":

@@ -1,4 +1,4 @@
-"""Compile the kernels for GPUs that are not here: `python -m bench.roofline.ahead_of_time`.
+"""Compile the kernels for GPUs that are not here: `python -m bench ahead-of-time`.
 
 Prints, for each architecture and variant, what the compiler reports: shared memory, registers, bytes spilled, and which
 matrix and copy instructions are in the code. Needs no GPU; must not run under the interpreter.
@@ -6,13 +6,11 @@ matrix and copy instructions are in the code. Needs no GPU; must not run under t
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.parser import command_parser
 from bench.roofline.assembler import TOOLS, assemble
+from unisd.cli.errors import CommandError
 from unisd_kernels.backends.triton import fused_divergence, gradients, rows, score, statistics
 from unisd_kernels.backends.triton.configs import TABLE, GemmConfig
 
@@ -49,7 +49,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler said. Bytes; counts are of instructions in the code, not executed ones."""
+    """Resources of one compiled variant. Bytes; counts are of instructions in the code, not executed ones."""
 
     architecture: str
     variant: str
@@ -372,23 +372,20 @@ def table(reports: list[Report]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.roofline.ahead_of_time", description=__doc__)
+def main(arguments: Sequence[str]) -> int:
+    parser = command_parser("ahead-of-time", __doc__)
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--everything", action="store_true", help="also the candidates that only a measurement picks")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these, by their names in the table")
     parser.add_argument("--json", action="store_true", help="machine-readable")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
-        sys.exit("TRITON_INTERPRET is set: kernels cannot be compiled under the interpreter; unset it")
+        raise CommandError("TRITON_INTERPRET is set: kernels cannot be compiled under the interpreter; unset it")
     reports = [
         compile_variant(variant, architecture)
-        for architecture in arguments.architectures
-        for variant in variants(architecture, arguments.everything)
-        if arguments.variants is None or variant.name in arguments.variants
+        for architecture in options.architectures
+        for variant in variants(architecture, options.everything)
+        if options.variants is None or variant.name in options.variants
     ]
-    print(json.dumps([asdict(report) for report in reports]) if arguments.json else table(reports))
-
-
-if __name__ == "__main__":
-    main()
+    print(json.dumps([asdict(report) for report in reports]) if options.json else table(reports))
+    return 0

@@ -1,4 +1,4 @@
-"""What NVIDIA's assembler, the one that comes with Triton, says of a kernel: registers, spills, advisories."""
+"""Registers, spills and advisories of a kernel, from NVIDIA's assembler, the one that comes with Triton."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def assemble(code: str, capability: int) -> Resources:
 
 
 def resources(printed: str) -> Resources:
-    """From what the assembler printed with `-v`."""
+    """Parse what the assembler printed with `-v`."""
     return Resources(
         max(int(number) for number in re.findall(r"Used (\d+) registers", printed)),
         sum(int(number) for number in re.findall(r"(\d+) bytes spill", printed)),

@@ -7,4 +7,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.measure.SHORTEST_ON_CPU", 0.05)
+    monkeypatch.setattr("bench.measuring.measure.SHORTEST_ON_CPU", 0.05)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.memory import extra_peak_bytes
+from bench.measuring.memory import extra_peak_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,20 +36,28 @@ def test_command_writes_samples_and_surroundings(tmp_path):
 
 
 def test_a_copy_without_history_can_be_told_its_commit(monkeypatch):
-    from bench import environment
+    from bench.records import environment
 
     monkeypatch.setattr(environment, "_output_of", lambda *command: None)
     monkeypatch.setenv("UNISD_COMMIT", "abc1234")
-    assert environment.environment(torch.device("cpu"), "x")["commit"] == "abc1234"
+    assert environment.environment(torch.device("cpu"))["commit"] == "abc1234"
+
+
+def test_the_command_stands_as_it_is_typed():
+    from bench.records.environment import command_line
+
+    assert command_line(["/x/bench/__main__.py", "suite", "--peers", "unisd fused"]) == (
+        "python -m bench suite --peers 'unisd fused'"
+    )
+    assert command_line(["/x/bin/unisd", "bench", "--case", "kl"]) == "unisd bench --case kl"
 
 
 def test_moving_average_command(monkeypatch, capsys, tmp_path):
-    from bench import ema
+    from bench.studies import ema
 
     monkeypatch.setattr(ema, "SHAPES", [(7, 5), (3,)])
     monkeypatch.setattr(ema, "FOLLOWED", (20, 200))
-    monkeypatch.setattr(sys, "argv", ["bench.ema", "--rounds", "1", "--output", str(tmp_path / "ema.json")])
-    ema.main()
+    assert ema.main(["--rounds", "1", "--output", str(tmp_path / "ema.json")]) == 0
     written = json.loads((tmp_path / "ema.json").read_text())
     errors = {row["teacher"]: row for row in written["errors"]}
     # What the command is for: plain bfloat16 stalls, ours do not.
@@ -61,18 +69,17 @@ def test_moving_average_command(monkeypatch, capsys, tmp_path):
 
 
 def test_numerics_command(monkeypatch, capsys, tmp_path):
-    from bench import numerics
+    from bench.studies import numerics
 
     for name, value in (("ROWS", 4), ("WIDTH", 32), ("COLUMNS", 1000), ("TARGETS", (1e-1, 1e-5))):
         monkeypatch.setattr(numerics, name, value)
-    monkeypatch.setattr(sys, "argv", ["bench.numerics", "--output", str(tmp_path / "numerics.json")])
-    numerics.main()
+    assert numerics.main(["--output", str(tmp_path / "numerics.json")]) == 0
     rows = json.loads((tmp_path / "numerics.json").read_text())["rows"]
     assert len(rows) == 2 * 3 * 4
     for row in rows:
-        if "difference form" in row["contender"]:
+        if "difference form" in row["peer"]:
             assert row["largest"] < 1e-3
-        if row["contender"] == "bfloat16 logits" and row["mean"] < 1e-4:
+        if row["peer"] == "bfloat16 logits" and row["mean"] < 1e-4:
             assert row["largest"] > 1e-2
     assert "| forward KL |" in capsys.readouterr().out
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from bench.cases import ACCELERATOR_CASES, CASES, SHAPES
-from bench.expected import (
+from bench.cases import ACCELERATOR_CASES, CASES, HEADS
+from bench.roofline.expected import (
     GRADIENT_PARTIALS,
     Assumptions,
     Model,
@@ -106,7 +106,7 @@ def test_the_floor_is_the_target_figure():
     assert Model(HEADLINE).floor == pytest.approx(35.5e-3, rel=5e-3)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", HEADS)
 @pytest.mark.parametrize("operation", ["kl", "kl_trainable"])
 @pytest.mark.parametrize(("design", "walk"), [("fused", FusedDivergence), ("chunked", ChunkedDivergence)])
 def test_rows_are_those_of_the_walks(shape, operation, design, walk, monkeypatch):

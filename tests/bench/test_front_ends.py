@@ -1,37 +1,74 @@
-"""The two front ends of the benchmarks: `pytest bench/`, and `unisd bench` from any directory."""
+"""The front ends of the benchmarks: the command line, `unisd bench` from any directory, and `pytest bench/`."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 import pytest
-
-from unisd.cli import main
-
-ROOT = Path(__file__).parents[2]
-OURS, FLOOR = "unisd_kernels", "gemm floor"
-# Contenders that fail in every way that there is, and this package with a wrong gradient. Loaded with `-p`.
-PLUGIN = """
-from dataclasses import replace
-
 import torch
 
+from bench import __main__ as one_line
+from bench.peers import FLOOR, OURS, PEERS
+from bench.records.failures import NotHere
+from unisd.cli import main
+from unisd.cli.errors import CommandError
 
-def failing(error):
-    def make(case, beta, device):
-        raise error
-    return make
+ROOT = Path(__file__).parents[2]
+OPTIONS = ["bench/", "-p", "no:xdist", "-rsf", "--bench-device", "cpu"]
 
 
-def pytest_sessionstart():
-    from bench.peers import OURS, PEERS, NotHere
+def run_pytest(monkeypatch, *arguments: str) -> int:
+    """The exit status of a session within this one, which may be one of pytest-xdist's."""
+    monkeypatch.chdir(ROOT)
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    return pytest.main([*OPTIONS, *arguments])
 
+
+def test_pytest_has_an_entry_for_each_peer(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pytest_benchmark")
+    output = tmp_path / "result.json"
+    cases, peers = ["smoke.kl", "smoke.scoring", "smoke"], [OURS, "dense float32", "liger triton"]
+    options = ["--benchmark-only", "--benchmark-json", str(output), "--benchmark-min-rounds", "3"]
+    assert run_pytest(monkeypatch, *options, "--bench-case", *cases, "--bench-peers", *peers) == 0
+    said = capsys.readouterr().out
+    assert "liger triton: not offered: liger triton has divergence only" in said
+    result = json.loads(output.read_text())
+    # In the order in which they ran: a group at a time.
+    groups = {
+        name: [row["extra_info"] for row in rows] for name, rows in groupby(result["benchmarks"], lambda b: b["group"])
+    }
+    assert list(groups) == ["smoke.kl, forward KL", "smoke.scoring", "smoke, forward KL", "smoke, JSD beta=0.5"]
+    for name, rows in groups.items():
+        assert [row["peer"] for row in rows] == [FLOOR, OURS, "dense float32"]
+        assert f"benchmark '{name}': 3 tests" in said
+        errors = {"value_error"} if name == "smoke.scoring" else {"gradient_error"}
+        errors |= {"value_error"} if name.startswith("smoke.kl") else set()
+        for row in rows:
+            assert {field for field in row if field.endswith("_error")} == (set() if row["peer"] == FLOOR else errors)
+            assert all(row[field] <= row[f"{field}_limit"] for field in errors if row["peer"] != FLOOR)
+            assert (row["num_rows"], row["vocab_size"], row["dtype"], row["device"]) == (32, 500, "float32", "cpu")
+    assert all(row["stats"]["rounds"] == 3 for row in result["benchmarks"])
+    assert result["machine_info"]["unisd"]["versions"]["torch"]
+
+
+def test_pytest_fails_for_a_wrong_kernel_and_says_why_others_are_skipped(monkeypatch, capsys):
+    """Peers that fail in every way that there is, and this package with a wrong gradient."""
+    pytest.importorskip("pytest_benchmark")
     make = PEERS[OURS].make
+
+    def failing(error):
+        def make(case, beta, device):
+            raise error
+
+        return make
 
     def wrong(case, beta, device):
         step = make(case, beta, device)
@@ -45,71 +82,22 @@ def pytest_sessionstart():
         "trl composed": failing(RuntimeError("broken")),
     }
     for name, make_step in makes.items():
-        PEERS[name] = replace(PEERS[name], make=make_step)
-"""
-
-
-def run_pytest(*arguments: str, plugins: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TRITON"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(plugins or "")}
-    options = [*(["-p", "broken_peers"] if plugins else []), "-p", "no:xdist", "-rsf", "--bench-device", "cpu"]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "bench/", *options, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-
-
-def test_pytest_has_an_entry_for_each_contender(tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    output = tmp_path / "result.json"
-    cases, peers = ["smoke.kl", "smoke.scoring", "smoke"], [OURS, "dense float32", "liger triton"]
-    options = ["--benchmark-only", "--benchmark-json", str(output), "--benchmark-min-rounds", "3"]
-    done = run_pytest(*options, "--bench-case", *cases, "--bench-peers", *peers)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "liger triton: not offered: liger triton has divergence only" in done.stdout
-    result = json.loads(output.read_text())
-    # In the order in which they ran: a group at a time.
-    groups = {
-        name: [row["extra_info"] for row in rows] for name, rows in groupby(result["benchmarks"], lambda b: b["group"])
-    }
-    assert list(groups) == ["smoke.kl, forward KL", "smoke.scoring", "smoke, forward KL", "smoke, JSD beta=0.5"]
-    for name, rows in groups.items():
-        assert [row["peer"] for row in rows] == [FLOOR, OURS, "dense float32"]
-        assert f"benchmark '{name}': 3 tests" in done.stdout
-        errors = {"value_error"} if name == "smoke.scoring" else {"gradient_error"}
-        errors |= {"value_error"} if name.startswith("smoke.kl") else set()
-        for row in rows:
-            assert {field for field in row if field.endswith("_error")} == (set() if row["peer"] == FLOOR else errors)
-            assert all(row[field] <= row[f"{field}_limit"] for field in errors if row["peer"] != FLOOR)
-            assert (row["num_rows"], row["vocab_size"], row["dtype"], row["device"]) == (32, 500, "float32", "cpu")
-    assert all(row["stats"]["rounds"] == 3 for row in result["benchmarks"])
-    assert result["machine_info"]["unisd"]["versions"]["torch"]
-
-
-def test_pytest_fails_for_a_wrong_kernel_and_says_why_others_are_skipped(tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    (tmp_path / "broken_peers.py").write_text(PLUGIN)
-    peers = [OURS, "liger triton", "liger kl", "orda", "trl composed"]
+        monkeypatch.setitem(PEERS, name, replace(PEERS[name], make=make_step))
     # Without --benchmark-only, and with its tables and rounds off.
-    options = ["--benchmark-disable", "--bench-case", "smoke.kl", "--bench-peers", *peers]
-    done = run_pytest(*options, plugins=tmp_path)
-    assert done.returncode == 1
-    assert "AssertionError: unisd_kernels: gradient error 1.0e-03, at most 1." in done.stdout
-    assert "liger triton: not on this machine: needs a GPU" in done.stdout
-    assert "liger kl: not installed: No module named 'liger_kernel'" in done.stdout
-    assert "orda: out of memory\n" in done.stdout
-    assert "RuntimeError: broken" in done.stdout
-    assert "2 failed, 1 passed, 3 skipped" in done.stdout
+    options = ["--benchmark-disable", "--bench-case", "smoke.kl", "--bench-peers", *makes]
+    assert run_pytest(monkeypatch, *options) == pytest.ExitCode.TESTS_FAILED
+    said = capsys.readouterr().out
+    assert "AssertionError: unisd_kernels: gradient error 1.0e-03, at most 1." in said
+    assert "liger triton: not on this machine: needs a GPU" in said
+    assert "liger kl: not installed: No module named 'liger_kernel'" in said
+    assert "orda: out of memory\n" in said
+    assert "RuntimeError: broken" in said
+    assert "2 failed, 1 passed, 3 skipped" in said
 
 
-def test_pytest_refuses_an_unknown_case():
-    done = run_pytest("--bench-case", "smoke.nothing")
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "no case 'smoke.nothing'; there are kl, " in done.stderr
+def test_pytest_refuses_an_unknown_case(monkeypatch, capsys):
+    assert run_pytest(monkeypatch, "--bench-case", "smoke.nothing") == pytest.ExitCode.USAGE_ERROR
+    assert "no case 'smoke.nothing'; there are kl, " in capsys.readouterr().err
 
 
 def test_the_command_runs_in_another_directory(tmp_path):
@@ -164,9 +152,45 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys):
 
 
 def test_a_missing_module_of_the_repository_is_no_missing_package(monkeypatch):
-    import bench.__main__
-
-    monkeypatch.delitem(sys.modules, "bench.__main__")
-    monkeypatch.setitem(sys.modules, bench.cases.__name__, None)
+    monkeypatch.setitem(sys.modules, "bench.measuring.run", None)
     with pytest.raises(ModuleNotFoundError):
         main(["bench", "--case", "smoke.kl"])
+
+
+def test_commands_are_listed_and_importable(capsys):
+    """With a line for each in `--help`, which says more of each one."""
+    assert one_line.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for name, (module, line) in one_line.COMMANDS.items():
+        assert f"  {name} " in said
+        assert line in said
+        with pytest.raises(SystemExit) as end:
+            one_line.main([name, "--help"])
+        assert end.value.code == 0
+        assert f"usage: python -m bench {name} " in capsys.readouterr().out
+        assert module in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("scalin", "there is no command 'scalin'; did you mean scaling?"),
+        ("tensor_paralel", "did you mean tensor-parallel?"),
+        ("xyzzy", "there is no command 'xyzzy'; --help lists them"),
+    ],
+)
+def test_an_unknown_command_is_an_error_of_one_line(name, said, capsys):
+    with pytest.raises(CommandError, match=re.escape(said)):
+        one_line.main([name])
+    assert main(["bench", name]) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["run"], []])
+def test_without_a_command_word_cases_are_run(words, capsys):
+    """The spelling of before there were commands."""
+    options = ["--case", "smoke.scoring", "--device", "cpu", "--rounds", "1", "--peers", OURS]
+    assert one_line.main([*words, *options]) == 0
+    assert f"| none | {OURS} |" in capsys.readouterr().out

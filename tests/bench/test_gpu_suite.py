@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# The cases leave a file behind, as they do. HANG names a part whose first process is lost to a contender.
+# The cases leave a file behind, as they do. HANG names a part whose first process is lost to a peer.
 PYTHON = """#!/bin/sh
 echo "${TRITON_INTERPRET-unset} $*" >>"$CALLS"
 case "$*" in
     *"pytest"*"tests/triton"*) exec $KERNEL_TESTS ;;
     *"csrc/nvcc.py"*) exit ${NVCC_STATUS:-0} ;;
     *"import xdist"* | *"import pytest_timeout"*) exit $NO_XDIST ;;
-    *"bench.suite --suite ${HANG:-none} "*)
+    *"bench suite --suite ${HANG:-none} "*)
         echo "{}" >"$OUT/bench.json"
         [ -e "$OUT/../hung" ] && rm -f "$OUT/bench.json.in_flight" && exit 0
         touch "$OUT/../hung" "$OUT/bench.json.in_flight"
         exit 139 ;;
-    *"bench.suite"*) echo "{}" >"$OUT/bench.json" ;;
+    *"bench suite"*) echo "{}" >"$OUT/bench.json" ;;
 esac
 """
 
@@ -60,13 +60,13 @@ def step(call: str) -> str | None:
     for name, mark in (
         ("doctor", "doctor"),
         ("smoke tests", "gpu and smoke"),
-        ("ceilings", "bench.ceilings"),
-        ("tiles", "bench.tuning --device"),
+        ("ceilings", "bench ceilings"),
+        ("tiles", "bench tuning --device"),
         ("tests", "-m pytest"),
     ):
         if mark in call:
             return name
-    if "bench.suite" in call:
+    if "bench suite" in call:
         return call.split("--suite ")[1].split()[0]
     return None
 
@@ -105,7 +105,7 @@ def test_a_rehearsal_on_a_cpu_leaves_the_kernels_out(tmp_path, deadline):
     if deadline == "520":
         assert done.returncode == 0, done.stdout
         assert any("pytest -n " in call and "--timeout 60" in call for call in calls)
-        assert any("bench.tuning --dry-run" in call for call in calls)
+        assert any("bench tuning --dry-run" in call for call in calls)
     else:
         # Less than the reserve of the tables: no test is begun, which is no success.
         assert done.returncode == 1
@@ -116,7 +116,7 @@ def test_a_rehearsal_on_a_cpu_leaves_the_kernels_out(tmp_path, deadline):
 @pytest.mark.parametrize(("deadline", "measured"), [("80", True), ("28", False)])
 def test_tiles_are_measured_where_time_is_left(tmp_path, deadline, measured):
     done, calls = rehearse(tmp_path, "--deadline", deadline)
-    assert len([call for call in calls if "bench.tuning --device cuda" in call]) == measured
+    assert len([call for call in calls if "bench tuning --device cuda" in call]) == measured
     assert ("skipped: " in done.stdout) != measured
 
 
@@ -128,11 +128,11 @@ def test_a_failed_build_is_a_failure_and_the_rest_goes_on(tmp_path):
     assert any("--suite headline" in call for call in calls)
 
 
-def test_a_contender_that_takes_the_process_with_it_is_passed_by(tmp_path):
+def test_a_peer_that_takes_the_process_with_it_is_passed_by(tmp_path):
     done, calls = rehearse(tmp_path, HANG="peers")
     assert done.returncode == 0, done.stdout
     assert "attempt 1: " in done.stdout
-    assert [step(call) for call in calls if "bench.suite" in call] == [
+    assert [step(call) for call in calls if "bench suite" in call] == [
         *("headline", "peers", "peers", "heads", "rows", "compiled")
     ]
     assert not list((tmp_path / "out").glob("*.in_flight"))

@@ -1,4 +1,4 @@
-"""Contenders that have the mean of D only: its value, its gradients, and what they are refused for."""
+"""Peers that have the mean of D only: its value, its gradients, and what they are refused for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from bench.cases import CASES
-from bench.inputs import Inputs, make_inputs
+from bench.cases import CASES, Case
+from bench.inputs.sets import make_inputs
 from bench.peers import liger_kl, orda
-from bench.peers.step import NotHere, NotOffered, Outcome
+from bench.peers.step import Outcome, leaves
+from bench.records.failures import NotHere, NotOffered
 from unisd_kernels import LMHead, reference
+from unisd_kernels.config import LossInputs
 
 CPU = torch.device("cpu")
 # The interpreter multiplies what Liger's kernel masks afterwards: 0 * inf.
@@ -21,42 +23,45 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in mul
 CASE_NAMES = ("smoke.kl", "smoke.kl_trainable")
 
 
-def expected_of(inputs: Inputs, beta: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def expected_of(case: Case, inputs: LossInputs, beta: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """In float64: the mean of D, and its gradients of student and, where it is trained, head."""
-    weight = inputs.head.weight.detach().double().requires_grad_()
+    weight = inputs.student_head.weight.detach().double().requires_grad_()
     student = inputs.student_hidden.detach().double().requires_grad_()
     teacher_head = LMHead(weight.detach())
     divergence = reference.linear_divergence(
-        student, LMHead(weight), inputs.teacher_hidden.double(), teacher_head, beta, inputs.case.options["temperature"]
+        student, LMHead(weight), inputs.teacher_hidden.double(), teacher_head, beta, case.options["temperature"]
     )
     mean = divergence.mean()
-    leaves = (student,) if inputs.case.frozen_head else (student, weight)
-    return mean.detach(), list(torch.autograd.grad(mean, leaves))
+    wanted = (student,) if case.frozen_head else (student, weight)
+    return mean.detach(), list(torch.autograd.grad(mean, wanted))
 
 
-def run(module: ModuleType, inputs: Inputs, beta: float, monkeypatch) -> tuple[Outcome, list[torch.Tensor]]:
+def run(
+    module: ModuleType, case: Case, inputs: LossInputs, beta: float, monkeypatch
+) -> tuple[Outcome, list[torch.Tensor]]:
     """The outcome of one step, and all the gradients that its backward made."""
     made: list[torch.Tensor] = []
     grad = torch.autograd.grad
 
-    def watched(outputs, leaves, *rest):
-        assert [id(leaf) for leaf in leaves] == [id(leaf) for leaf in inputs.leaves]
-        made.extend(grad(outputs, leaves, *rest))
+    def watched(outputs, asked, *rest):
+        assert [id(leaf) for leaf in asked] == [id(leaf) for leaf in leaves(inputs)]
+        made.extend(grad(outputs, asked, *rest))
         return tuple(made)
 
     with monkeypatch.context() as patch:
-        step = module.build(inputs.case, beta, CPU)
+        step = module.build(case, beta, CPU)
         patch.setattr(torch.autograd, "grad", watched)
         outcome = step(inputs)
     return outcome, made
 
 
-def check(module: ModuleType, case: str, beta: float, monkeypatch) -> None:
+def check(module: ModuleType, name: str, beta: float, monkeypatch) -> None:
     """On two inputs of one case: nothing of the first may be left in the step."""
+    case = CASES[name]
     for seed in (0, 1):
-        inputs = make_inputs(CASES[case], CPU, seed)
-        mean, expected = expected_of(inputs, beta)
-        outcome, gradients = run(module, inputs, beta, monkeypatch)
+        inputs = make_inputs(case, CPU, seed)
+        mean, expected = expected_of(case, inputs, beta)
+        outcome, gradients = run(module, case, inputs, beta, monkeypatch)
         torch.testing.assert_close(outcome.value.double(), mean, rtol=1e-5, atol=0)
         torch.testing.assert_close(outcome.gradient, gradients[0], rtol=0, atol=0)
         assert len(gradients) == len(expected)
@@ -113,9 +118,10 @@ def test_orda_never_falls_back(monkeypatch):
     stand_in.KernelConfig, stand_in.TiedTeacher = orda_kernel.KernelConfig, orda_kernel.TiedTeacher
     stand_in.distillation_loss = distillation_loss
     monkeypatch.setitem(sys.modules, "orda_kernel", stand_in)
-    inputs = make_inputs(CASES["smoke.kl"], CPU)
+    case = CASES["smoke.kl"]
+    inputs = make_inputs(case, CPU)
     for device in ("cpu", "cuda"):
-        orda.build(inputs.case, 0.0, torch.device(device))(inputs)
+        orda.build(case, 0.0, torch.device(device))(inputs)
     on_cpu, on_gpu = asked
     assert (on_cpu.pop("backend"), on_gpu.pop("backend")) == ("torch", "triton")
     assert on_cpu == on_gpu

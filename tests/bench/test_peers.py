@@ -1,19 +1,18 @@
-"""Contenders compute the same thing, the reference sees where one does not, and what cannot run is a row."""
+"""Peers compute the same thing, the reference sees where one does not, and what cannot run is a row."""
 
 from __future__ import annotations
 
-import math
 import sys
 from types import ModuleType
 
 import pytest
 import torch
 
-from bench import accuracy
-from bench.accuracy import expected_outcome
 from bench.cases import CASES, Case
-from bench.inputs import make_inputs
-from bench.measure import measure
+from bench.inputs.sets import make_inputs
+from bench.measuring import accuracy
+from bench.measuring.accuracy import expected_outcome
+from bench.measuring.measure import measure
 from bench.peers import FLOOR, PEERS, NotOffered, Peer, compiled, gemm_floor
 from bench.peers.step import Outcome
 from unisd_kernels import reference
@@ -22,49 +21,51 @@ CPU = torch.device("cpu")
 SMOKE = ("smoke", "smoke.kl", "smoke.kl_trainable", "smoke.scoring")
 
 
-def run(name, inputs, beta=0.0):
-    return PEERS[name].build(inputs.case, beta, CPU)(inputs)
+def run(name, case, inputs, beta=0.0):
+    return PEERS[name].build(case, beta, CPU)(inputs)
 
 
-def errors_of(name, inputs, beta=0.0):
+def errors_of(name, case, inputs, beta=0.0):
     peer = PEERS[name]
-    return expected_outcome(inputs, beta).errors(run(name, inputs, beta), peer.mean_only)
+    return expected_outcome(case, inputs, beta).errors(run(name, case, inputs, beta), peer.mean_only)
 
 
 @pytest.mark.parametrize("case", SMOKE)
 @pytest.mark.parametrize("name", ["unisd_kernels", "dense float32", "trl composed", "unisd torch"])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_contenders_agree_with_float64(case, name, beta):
-    inputs = make_inputs(CASES[case], CPU)
-    errors = errors_of(name, inputs, beta)
+def test_peers_agree_with_float64(case, name, beta):
+    case = CASES[case]
+    errors = errors_of(name, case, make_inputs(case, CPU), beta)
     wanted = {"unisd_loss": {"gradient_error"}, "scoring": {"value_error"}}
-    assert set(errors) == wanted.get(inputs.case.operation, {"value_error", "gradient_error"})
+    assert set(errors) == wanted.get(case.operation, {"value_error", "gradient_error"})
     assert max(errors.values()) < 1e-5
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_losses_agree(beta):
     """The value of the UniSD* loss is one of all rows, which the float64 reference of one sequence cannot check."""
-    inputs = make_inputs(CASES["smoke"], CPU)
-    loss, gradient = run("unisd_kernels", inputs, beta)
+    case = CASES["smoke"]
+    inputs = make_inputs(case, CPU)
+    loss, gradient = run("unisd_kernels", case, inputs, beta)
     for name in ("dense float32", "trl composed", "unisd torch"):
-        other = run(name, inputs, beta)
+        other = run(name, case, inputs, beta)
         torch.testing.assert_close(other.value, loss, rtol=1e-4, atol=1e-6, msg=name)
         torch.testing.assert_close(other.gradient, gradient, rtol=1e-3, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("case", SMOKE)
 def test_an_error_shows_in_its_column(case):
-    inputs = make_inputs(CASES[case], CPU)
-    outcome = run("unisd_kernels", inputs, 0.0)
+    case = CASES[case]
+    inputs = make_inputs(case, CPU)
+    outcome = run("unisd_kernels", case, inputs, 0.0)
     wrong = Outcome(*(None if tensor is None else tensor * 1.01 for tensor in outcome))
-    errors = expected_outcome(inputs, 0.0).errors(wrong)
+    errors = expected_outcome(case, inputs, 0.0).errors(wrong)
     assert errors
     assert all(error == pytest.approx(0.01, rel=0.05) for error in errors.values())
 
 
-def test_a_trainable_head_gets_its_gradient_from_every_contender(monkeypatch):
-    """Without it a contender would be timed for one product less."""
+def test_a_trainable_head_gets_its_gradient_from_every_peer(monkeypatch):
+    """Without it a peer would be timed for one product less."""
     asked = []
     grad = torch.autograd.grad
 
@@ -72,13 +73,14 @@ def test_a_trainable_head_gets_its_gradient_from_every_contender(monkeypatch):
         asked.append(tuple(inputs))
         return grad(outputs, inputs, *rest)
 
-    inputs = make_inputs(CASES["smoke.kl_trainable"], CPU)
+    case = CASES["smoke.kl_trainable"]
+    inputs = make_inputs(case, CPU)
     for name in ("unisd_kernels", "dense float32", "trl composed"):
-        step = PEERS[name].build(inputs.case, 0.0, CPU)
+        step = PEERS[name].build(case, 0.0, CPU)
         monkeypatch.setattr(torch.autograd, "grad", watched)
         step(inputs)
         monkeypatch.setattr(torch.autograd, "grad", grad)
-        assert any(leaf is inputs.head.weight for leaf in asked.pop())
+        assert any(leaf is inputs.student_head.weight for leaf in asked.pop())
 
 
 @pytest.mark.parametrize("name", ["liger chunked"])
@@ -86,11 +88,12 @@ def test_a_trainable_head_gets_its_gradient_from_every_contender(monkeypatch):
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_liger_is_the_mean(name, case, beta):
     pytest.importorskip("liger_kernel")
-    inputs = make_inputs(CASES[case], CPU)
+    case = CASES[case]
+    inputs = make_inputs(case, CPU)
     with torch.compiler.set_stance("force_eager"):  # its formulas are asked for, not what a compiler makes of them
-        outcome = run(name, inputs, beta)
-        assert errors_of(name, inputs, beta)["gradient_error"] < 1e-5
-    mean = run("unisd_kernels", inputs, beta).value.mean()
+        outcome = run(name, case, inputs, beta)
+        assert errors_of(name, case, inputs, beta)["gradient_error"] < 1e-5
+    mean = run("unisd_kernels", case, inputs, beta).value.mean()
     torch.testing.assert_close(outcome.value, mean, rtol=1e-5, atol=0)
 
 
@@ -98,14 +101,15 @@ def test_liger_is_the_mean(name, case, beta):
 def test_dense_compiles_without_a_break(case, monkeypatch):
     """With the graphs captured but not lowered: `fullgraph` raises at a break."""
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
-    inputs = make_inputs(CASES[case], CPU)
-    assert max(errors_of("dense float32 compiled", inputs).values()) < 1e-5
+    case = CASES[case]
+    assert max(errors_of("dense float32 compiled", case, make_inputs(case, CPU)).values()) < 1e-5
 
 
 @pytest.mark.parametrize("case", SMOKE)
 def test_the_log_softmax_of_the_papers_code_is_in_bfloat16(case):
-    """Its error is that of eight bits; in float32 the contender would be another one."""
-    assert 1e-3 < max(errors_of("dense bfloat16", make_inputs(CASES[case], CPU)).values()) < 0.2
+    """Its error is that of eight bits; in float32 the peer would be another one."""
+    case = CASES[case]
+    assert 1e-3 < max(errors_of("dense bfloat16", case, make_inputs(case, CPU)).values()) < 0.2
 
 
 def test_cut_cross_entropy_is_asked_for_the_right_thing(monkeypatch):
@@ -119,7 +123,8 @@ def test_cut_cross_entropy_is_asked_for_the_right_thing(monkeypatch):
     module = ModuleType("cut_cross_entropy")
     module.linear_cross_entropy = linear_cross_entropy
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
-    assert errors_of("cut-cross-entropy", make_inputs(CASES["smoke.scoring"], CPU))["value_error"] < 1e-5
+    case = CASES["smoke.scoring"]
+    assert errors_of("cut-cross-entropy", case, make_inputs(case, CPU))["value_error"] < 1e-5
 
 
 def test_what_is_not_installed_is_a_row(monkeypatch):
@@ -164,7 +169,7 @@ def test_refusals_are_rows_with_their_reason(monkeypatch):
     assert rows[-1]["ratio_to_floor"] > 0
 
 
-def test_operations_a_contender_lacks_are_refused():
+def test_operations_a_peer_lacks_are_refused():
     with pytest.raises(NotOffered, match="liger triton has divergence only"):
         PEERS["liger triton"].build(CASES["smoke.scoring"], 0.0, CPU)
 
@@ -193,17 +198,19 @@ def test_the_floor_is_the_products_it_says(case, products, chunked, monkeypatch)
     assert len(flops) == products * (2 if chunked else 1)
 
 
-def test_upstream_weights_are_those_of_the_loss():
-    """`sum_n u_n D_n` is `unisd_loss` of the same token weights: a frozen and a trainable case differ in dW only."""
-    inputs = make_inputs(CASES["smoke.kl_trainable"], CPU)
-    case = Case("odd", 33, 8, 50, "divergence", 0, num_sequences=5)
-    uneven = make_inputs(case, CPU)
-    for given in (inputs, uneven):
-        divergence = torch.rand(given.case.num_rows)
-        by_loss = reference.loss.reduce_per_token(
-            divergence, given.cu_seqlens, "sequence", given.token_weights, "count"
-        )
-        assert math.isclose(float(by_loss), float((given.upstream * divergence).sum()), rel_tol=1e-5)
+@pytest.mark.parametrize("frozen_head", [True, False])
+def test_token_weights_are_those_of_the_loss(frozen_head):
+    """`sum_n u_n D_n` is `unisd_loss` of the same token weights, also with sequences of different lengths: a frozen and
+    a trainable case differ in dW only."""
+    case = Case(
+        "odd", 33, 8, 50, "divergence", 0, num_sequences=5, frozen_head=frozen_head, options={"temperature": 0.7}
+    )
+    inputs = make_inputs(case, CPU)
+    assert inputs.cu_seqlens.diff().unique().numel() > 1
+    assert max(errors_of("unisd_kernels", case, inputs).values()) < 1e-5
+    # A mean over sequences of means over tokens, but for the random numbers in [0.5, 1.5].
+    by_loss = reference.loss.reduce_per_token(torch.ones(33), inputs.cu_seqlens, "sequence")
+    assert 0.5 <= float(inputs.token_weights.sum() / by_loss) <= 1.5
 
 
 def test_a_sequence_too_long_for_float64_is_refused(monkeypatch):
@@ -213,7 +220,7 @@ def test_a_sequence_too_long_for_float64_is_refused(monkeypatch):
     with monkeypatch.context() as smaller:
         smaller.setattr(accuracy, "LARGEST_TENSOR", needed - 1)
         with pytest.raises(ValueError, match="too many for a float64 reference"):
-            expected_outcome(inputs, 0.0)
+            expected_outcome(case, inputs, 0.0)
     for name, accelerator in CASES.items():
         sequence = accelerator.num_rows // accelerator.num_sequences
         assert sequence * accelerator.vocab_size * 8 < accuracy.LARGEST_TENSOR, name

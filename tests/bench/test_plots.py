@@ -6,13 +6,15 @@ import json
 
 import pytest
 
-from bench import plots, scaling
 from bench.cases import CASES
 from bench.peers import FLOOR, OURS, PEERS
-from bench.results_file import case_fields
-from bench.tables import tflop_per_s
+from bench.records.results_file import case_fields
+from bench.report import plots
+from bench.report.tables import tflop_per_s
+from bench.studies import scaling
+from unisd.cli.errors import CommandError
 
-PEER_NAMES = scaling.CONTENDERS
+PEER_NAMES = scaling.COMPARED
 CEILINGS = {"device": "cpu", "copy_gb_per_s": 10.0, "product_tflop_per_s": 0.2, "product_order": 2048}
 
 
@@ -119,7 +121,7 @@ def test_without_ceilings_the_floor_is_the_roof():
     assert roof.get_ydata() == pytest.approx([0.1, 0.1])
 
 
-def test_a_contender_looks_the_same_in_every_plot():
+def test_a_peer_looks_the_same_in_every_plot():
     drawn = plots.figures([scaling_result(), ordinary_result()], CEILINGS)
     for peer in PEER_NAMES:
         looks = {
@@ -131,10 +133,10 @@ def test_a_contender_looks_the_same_in_every_plot():
         assert looks == {(plots.style(peer)["color"], plots.style(peer)["marker"])}
 
 
-def test_contenders_can_be_told_apart():
+def test_peers_can_be_told_apart():
     looks = [tuple(plots.style(peer).values()) for peer in PEERS]
     assert len(set(looks)) == len(PEERS)
-    assert len({plots.style(peer)["color"] for peer in scaling.CONTENDERS}) == len(scaling.CONTENDERS)
+    assert len({plots.style(peer)["color"] for peer in scaling.COMPARED}) == len(scaling.COMPARED)
     assert plots.style("of another version")["marker"] not in {marker for _, marker in looks}
 
 
@@ -157,12 +159,12 @@ def test_command_writes_the_same_bytes_twice(tmp_path, capsys):
     assert capsys.readouterr().out.count(".png") == 6
 
 
-def test_what_does_not_belong_together_is_refused(tmp_path, capsys):
+def test_what_does_not_belong_together_is_refused(tmp_path):
     with pytest.raises(ValueError, match="one scaling result"):
         plots.figures([scaling_result(), scaling_result()])
     with pytest.raises(ValueError, match="of one device"):
         plots.figures([ordinary_result()], {**CEILINGS, "device": "an accelerator"})
     path = tmp_path / "scaling.json"
     path.write_text(json.dumps(scaling_result()))
-    assert plots.main([str(path), str(path), "--output", str(tmp_path)]) == 2
-    assert "one scaling result" in capsys.readouterr().err
+    with pytest.raises(CommandError, match="one scaling result"):
+        plots.main([str(path), str(path), "--output", str(tmp_path)])

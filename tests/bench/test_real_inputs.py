@@ -11,13 +11,14 @@ import torch
 
 pytest.importorskip("transformers")
 
-from bench import real_inputs
-from bench.real_inputs import RealViews, describe, real_views
+from bench.inputs import smollm2
+from bench.inputs.smollm2 import describe, real_views
 from unisd.data.procedural import procedural_rows
 from unisd.evaluation.rows import encode_pairs
 from unisd.models import load_model
 from unisd.smollm2 import SMOLLM2, smollm2_is_cached
 from unisd_kernels import LMHead
+from unisd_kernels.config import LossInputs
 
 NUM_ROWS, NUM_AUXILIARY = 64, 2
 CPU = torch.device("cpu")
@@ -33,27 +34,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def views(folder: Path) -> RealViews:
-    return real_views(NUM_ROWS, NUM_AUXILIARY, CPU, cache_dir=folder)
-
-
-@pytest.fixture(scope="module")
 def model_and_tokenizer() -> tuple[Any, Any]:
     return load_model(SMOLLM2)
 
 
-def hidden_of(views: RealViews) -> list[torch.Tensor]:
+@pytest.fixture(scope="module")
+def views(folder: Path, model_and_tokenizer: tuple[Any, Any]) -> LossInputs:
+    with pytest.MonkeyPatch.context() as once:
+        once.setattr(smollm2, "load_model", lambda folder: model_and_tokenizer)
+        return real_views(NUM_ROWS, NUM_AUXILIARY, CPU, cache_dir=folder)
+
+
+def hidden_of(views: LossInputs) -> list[torch.Tensor]:
     return [views.student_hidden, views.teacher_hidden, views.negative_hidden, *views.auxiliary_hidden]
 
 
 @pytest.mark.model
 @needs_model
-def test_shapes(views: RealViews) -> None:
-    columns, width = views.weight.shape
+def test_shapes(views: LossInputs) -> None:
+    columns, width = views.student_head.weight.shape
     assert len(views.auxiliary_hidden) == NUM_AUXILIARY
     for hidden in hidden_of(views):
         assert hidden.shape == (NUM_ROWS, width)
-        assert hidden.dtype == views.weight.dtype == torch.float32
+        assert hidden.dtype == views.student_head.weight.dtype == torch.float32
         assert hidden.is_contiguous()
     assert views.target_ids.shape == (NUM_ROWS,)
     assert views.target_ids.dtype == torch.int64
@@ -66,7 +69,7 @@ def test_shapes(views: RealViews) -> None:
 
 @pytest.mark.model
 @needs_model
-def test_hidden_states_are_those_of_the_model(views: RealViews, model_and_tokenizer: tuple[Any, Any]) -> None:
+def test_hidden_states_are_those_of_the_model(views: LossInputs, model_and_tokenizer: tuple[Any, Any]) -> None:
     """The second sequence of each view by itself, through the causal model: unpadded, with its head."""
     model, tokenizer = model_and_tokenizer
     row = procedural_rows(2, num_auxiliary=NUM_AUXILIARY)[1]
@@ -81,13 +84,13 @@ def test_hidden_states_are_those_of_the_model(views: RealViews, model_and_tokeni
             output = model(ids, output_hidden_states=True)
         predicting = slice(len(pair.prompt_ids) - 1, -1)
         torch.testing.assert_close(hidden[start:end], output.hidden_states[-1][0, predicting], rtol=1e-4, atol=1e-3)
-        logits = hidden[start:end] @ views.weight.T
+        logits = hidden[start:end] @ views.student_head.weight.T
         torch.testing.assert_close(logits, output.logits[0, predicting], rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.model
 @needs_model
-def test_targets_are_the_replies_cut_to_length(views: RealViews, model_and_tokenizer: tuple[Any, Any]) -> None:
+def test_targets_are_the_replies_cut_to_length(views: LossInputs, model_and_tokenizer: tuple[Any, Any]) -> None:
     _, tokenizer = model_and_tokenizer
     num_sequences = views.cu_seqlens.numel() - 1
     rows = procedural_rows(num_sequences, num_auxiliary=0)
@@ -100,30 +103,31 @@ def test_targets_are_the_replies_cut_to_length(views: RealViews, model_and_token
 
 @pytest.mark.model
 @needs_model
-def test_weight_is_the_models_head(views: RealViews, model_and_tokenizer: tuple[Any, Any]) -> None:
+def test_weight_is_the_models_head(views: LossInputs, model_and_tokenizer: tuple[Any, Any]) -> None:
     head = LMHead.from_model(model_and_tokenizer[0])
-    assert torch.equal(views.weight, head.weight)
+    assert torch.equal(views.student_head.weight, head.weight)
     assert (head.bias, head.logit_scale, head.softcap) == (None, 1.0, None)
 
 
 @pytest.mark.model
 @needs_model
-def test_contexts_differ_and_the_demonstration_helps(views: RealViews) -> None:
+def test_contexts_differ_and_the_demonstration_helps(views: LossInputs) -> None:
     every = hidden_of(views)
     for place, one in enumerate(every):
         assert not any(torch.equal(one, other) for other in every[:place])
     of_targets = [
-        (hidden @ views.weight.T).log_softmax(-1).gather(1, views.target_ids[:, None]).mean() for hidden in every[:2]
+        (hidden @ views.student_head.weight.T).log_softmax(-1).gather(1, views.target_ids[:, None]).mean()
+        for hidden in every[:2]
     ]
     assert of_targets[1] > of_targets[0]
 
 
 @pytest.mark.model
 @needs_model
-def test_description(views: RealViews) -> None:
+def test_description(views: LossInputs) -> None:
     temperature = 0.7
     student, teacher = (
-        (hidden.double() @ views.weight.double().T / temperature).log_softmax(-1)
+        (hidden.double() @ views.student_head.weight.double().T / temperature).log_softmax(-1)
         for hidden in (views.student_hidden, views.teacher_hidden)
     )
     divergence = (teacher.exp() * (teacher - student)).sum(-1)
@@ -139,20 +143,20 @@ def test_description(views: RealViews) -> None:
 
 @pytest.mark.model
 @needs_model
-def test_second_call_reads_the_file(views: RealViews, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(real_inputs, "_compute", _fail)
+def test_second_call_reads_the_file(views: LossInputs, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "_compute", _fail)
     again = real_views(NUM_ROWS, NUM_AUXILIARY, CPU, cache_dir=folder)
     assert all(map(torch.equal, hidden_of(views), hidden_of(again)))
-    assert torch.equal(views.weight, again.weight)
+    assert torch.equal(views.student_head.weight, again.student_head.weight)
     assert torch.equal(views.target_ids, again.target_ids)
     assert torch.equal(views.cu_seqlens, again.cu_seqlens)
-    assert [path.name for path in folder.iterdir()] == [f"smollm2-n64-k2-seed0-v{real_inputs.VERSION}.pt"]
+    assert [path.name for path in folder.iterdir()] == [f"smollm2-n64-k2-seed0-v{smollm2.VERSION}.pt"]
 
 
 @pytest.fixture
 def without_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(real_inputs, "fetch_smollm2", lambda: tmp_path)
-    monkeypatch.setattr(real_inputs, "_head_weight", lambda folder: torch.zeros(3, 2))
+    monkeypatch.setattr(smollm2, "fetch_smollm2", lambda: tmp_path)
+    monkeypatch.setattr(smollm2, "_head_weight", lambda folder: torch.zeros(3, 2))
 
 
 @pytest.mark.usefixtures("without_model")
@@ -160,12 +164,12 @@ def without_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_each_setting_has_its_own_file(
     num_rows: int, num_auxiliary: int, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(real_inputs, "_compute", _empty)
+    monkeypatch.setattr(smollm2, "_compute", _empty)
     monkeypatch.setenv("UNISD_CACHE", str(tmp_path))
     real_views(1, 0, CPU)
     real_views(num_rows, num_auxiliary, CPU, seed)
     assert len(list((tmp_path / "bench-inputs").iterdir())) == 2
-    monkeypatch.setattr(real_inputs, "_compute", _fail)
+    monkeypatch.setattr(smollm2, "_compute", _fail)
     real_views(num_rows, num_auxiliary, CPU, seed)
 
 
@@ -177,10 +181,10 @@ def test_interrupted_write_leaves_no_file(stage: str, tmp_path: Path, monkeypatc
         if stage == "save":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(real_inputs, "_compute", _empty)
-    monkeypatch.setattr(real_inputs.torch, "save", save)
+    monkeypatch.setattr(smollm2, "_compute", _empty)
+    monkeypatch.setattr(smollm2.torch, "save", save)
     if stage == "replace":
-        monkeypatch.setattr(real_inputs.os, "replace", _fail)
+        monkeypatch.setattr(smollm2.os, "replace", _fail)
     folder = tmp_path / "made" / "here"
     with pytest.raises((KeyboardInterrupt, AssertionError)):
         real_views(1, 0, CPU, cache_dir=folder)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 
-from bench import scaling
 from bench.cases import find_case
 from bench.peers import FLOOR, OURS
-from bench.results_file import case_fields
-from bench.verdict import is_wrong
+from bench.records.results_file import case_fields
+from bench.records.verdict import is_wrong
+from bench.studies import scaling
+from unisd.cli.errors import CommandError
 
 CPU = torch.device("cpu")
 PRODUCT = 2e-3  # seconds of a bare product of the synthetic floor at any K
@@ -127,7 +129,7 @@ def test_a_name_alone_is_enough_only_for_float32():
 
 
 def test_the_cpu_plan_takes_minutes():
-    """The base shape takes about 11 s on two cores with all contenders and rounds."""
+    """The base shape takes about 11 s on two cores with all peers and rounds."""
     cases = {case.name: case for of_axis in scaling.CPU_PLAN.sweeps("unisd_star").values() for case in of_axis}
     work = sum(case.flops for case in cases.values()) / scaling.CPU_PLAN.case("unisd_star").flops
     assert work < 25
@@ -137,29 +139,30 @@ def test_command_writes_the_schema(monkeypatch, tmp_path, capsys):
     axes = {"N": (8, 16, 32), "K": (1, 2, 3)}
     tiny = scaling.Plan({"N": 16, "V": 300, "H": 16, "K": 2}, axes, torch.float32)
     monkeypatch.setattr(scaling, "CPU_PLAN", tiny)
-    monkeypatch.setattr(scaling, "CONTENDERS", (FLOOR, OURS))
+    monkeypatch.setattr(scaling, "COMPARED", (FLOOR, OURS))
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bench/__main__.py", "scaling", "--device", "cpu"])
     output = tmp_path / "scaling.json"
     assert scaling.main(["--device", "cpu", "--rounds", "2", "--output", str(output)]) == 0
     result = json.loads(output.read_text())
     assert set(result) == {"environment", "base", "rows", "sweeps", "fits"}
-    assert "python -m bench.scaling" in result["environment"]["command"]
+    assert result["environment"]["command"] == "python -m bench scaling --device cpu"
     assert [sweep["axis"] for sweep in result["sweeps"]] == ["N", "K"]
     # Five shapes: the base is measured once.
     assert len(result["rows"]) == 5 * 2
     assert {row["case"] for row in result["rows"]} == {name for sweep in result["sweeps"] for name in sweep["cases"]}
     assert not any("failure" in row or is_wrong(row) for row in result["rows"])
     assert all(len(row["samples_seconds"]) == 2 for row in result["rows"])
-    # Of each axis: the times of two contenders, the memory of one.
+    # Of each axis: the times of two peers, the memory of one.
     assert len(result["fits"]) == 2 * 3
     fields = {"axis", "peer", "quantity", "exponent", "standard_error", "points", "left_out"}
     assert all(fields <= set(fit) for fit in result["fits"])
     assert all(fit["points"] == 3 for fit in result["fits"] if fit["quantity"] == "time")
-    assert "| contender | products per view |" in capsys.readouterr().out
+    assert "| peer | products per view |" in capsys.readouterr().out
 
 
-def test_the_result_is_json_only(tmp_path, capsys):
-    assert scaling.main(["--output", str(tmp_path / "scaling.csv")]) == 2
-    assert ".json" in capsys.readouterr().err
+def test_the_result_is_json_only(tmp_path):
+    with pytest.raises(CommandError, match=r"\.json"):
+        scaling.main(["--output", str(tmp_path / "scaling.csv")])
 
 
 def test_a_lost_device_keeps_what_was_measured(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""The reliability tax: every contender does the same work, dense is the same mathematics, a failure is a row."""
+"""The reliability tax: every peer does the same work, dense is the same mathematics, a failure is a row."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import step_runs, steps
-from bench.step_runs import CONTENDERS, DENSE, OURS, VARIANTS, make_workbench
+from bench.studies import step_runs, steps
+from bench.studies.step_runs import DENSE, OURS, PEERS, VARIANTS, make_workbench
 from unisd_kernels import LMHead
 from unisd_kernels.config import LossConfig
 
@@ -61,9 +61,9 @@ def test_a_rollout_is_a_fixed_number_of_tokens(completions):
     assert len({tuple(completion) for completion in completions}) > 1
 
 
-def batch_and_gradients(bench, completions, variant, contender):
+def batch_and_gradients(bench, completions, variant, peer):
     """What the trainer fed to the loss (completion by prompt), the loss, and the gradients."""
-    trainer = bench.trainer(variant, contender, completions)
+    trainer = bench.trainer(variant, peer, completions)
     trainer.current_gradient_accumulation_steps = 1
     loss = trainer.training_step(trainer.model, bench.rows, None)
     batch = trainer._buffered_inputs[0]
@@ -74,8 +74,8 @@ def batch_and_gradients(bench, completions, variant, contender):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_contenders_train_the_same_tokens_with_the_same_loss(bench, completions, variant):
-    ours, dense = (batch_and_gradients(bench, completions, variant, contender) for contender in CONTENDERS)
+def test_peers_train_the_same_tokens_with_the_same_loss(bench, completions, variant):
+    ours, dense = (batch_and_gradients(bench, completions, variant, peer) for peer in PEERS)
     assert ours[0] == dense[0]
     assert sorted(ours[0].values()) == sorted(completions)
     torch.testing.assert_close(ours[1], dense[1], rtol=1e-5, atol=1e-6)
@@ -88,7 +88,7 @@ def test_contenders_train_the_same_tokens_with_the_same_loss(bench, completions,
 
 
 def test_dense_runs_none_of_our_kernels(bench, completions, monkeypatch):
-    trainers = {contender: bench.trainer("contrastive", contender, completions) for contender in CONTENDERS}
+    trainers = {peer: bench.trainer("contrastive", peer, completions) for peer in PEERS}
     monkeypatch.setenv("UNISD_IMPL", "nonesuch")
     with pytest.raises(ValueError, match="nonesuch"):
         trainers[OURS].optimizer_step(bench.rows)
@@ -119,12 +119,12 @@ def test_dense_makes_each_product_once(num_views, weight):
     assert products == (num_views + 4 if weight else 2)
 
 
-def test_every_preset_and_contender_has_its_rows(rows):
-    assert [(row["preset"], row["contender"], row["rollout"]) for row in rows] == [
-        (variant, contender, rollout) for variant in VARIANTS for contender in CONTENDERS for rollout in (False, True)
+def test_every_preset_and_peer_has_its_rows(rows):
+    assert [(row["preset"], row["peer"], row["rollout"]) for row in rows] == [
+        (variant, peer, rollout) for variant in VARIANTS for peer in PEERS for rollout in (False, True)
     ]
     for row in rows:
-        assert set(row) == {"case", "preset", "contender", "rollout", "tokens", "note", *FIGURES}
+        assert set(row) == {"case", "preset", "peer", "rollout", "tokens", "note", *FIGURES}
         assert row["tokens"] == 4 * NEW_TOKENS
         assert len(row["samples_seconds"]) == 1
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["median_seconds"])
@@ -149,7 +149,7 @@ def test_table(rows):
     assert "at most 1.5" in lines[-1]
 
 
-def test_a_contender_that_fails_is_a_row(monkeypatch):
+def test_a_peer_that_fails_is_a_row(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("no room | here")
 
@@ -164,8 +164,8 @@ def test_a_contender_that_fails_is_a_row(monkeypatch):
 def test_command(monkeypatch, capsys, tmp_path):
     output = tmp_path / "steps.json"
     arguments = ["--model", "tiny", "--presets", "sdft", "--rounds", "1", "--new-tokens", "3", "--batch-size", "2"]
-    monkeypatch.setattr(sys, "argv", ["bench.steps", *arguments, "--device", "cpu", "--output", str(output)])
-    steps.main()
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bench/__main__.py", "steps", *arguments])
+    assert steps.main([*arguments, "--device", "cpu", "--output", str(output)]) == 0
     written = json.loads(output.read_text())
     assert "--model tiny" in written["environment"]["command"]
     assert len(written["rows"]) == 4

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import multiprocessing
+import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -13,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import energy, suite, timing
-from bench import measure as measuring
-from bench.cases import ACCELERATOR_CASES, CASES, SHAPES
-from bench.deadline import Deadline
+from bench.cases import ACCELERATOR_CASES, CASES, HEADS
+from bench.measuring import energy, setting, suite, timing
+from bench.measuring import measure as measuring
+from bench.measuring.deadline import Deadline
 from bench.peers import FLOOR, OURS, PEERS, Peer
-from bench.tables import report
+from bench.records.failures import OUT_OF_TIME
+from bench.report.tables import report
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -51,11 +54,11 @@ def test_order_and_reach_of_the_gpu_plan():
     assert any("trl composed" in entry.peers for entry in entries[4:8])
     assert entries == [entry for part in suite.PARTS for entry in suite.plan(part)]
     assert set(names) == {case.name for case in ACCELERATOR_CASES}
-    for shape in SHAPES:
+    for shape in HEADS:
         rows = {case.num_rows for case in ACCELERATOR_CASES if case.name.startswith(f"{shape}.unisd_star")}
         assert rows == ({256, 2048, 8192, 32768} if shape == "llama3.1-8b" else {8192})
     first_other_rows = names.index("llama3.1-8b.kl.2048")
-    assert all(names.index(f"{shape}.kl.8192") < first_other_rows for shape in SHAPES)
+    assert all(names.index(f"{shape}.kl.8192") < first_other_rows for shape in HEADS)
     # torch.compile comes last, for two row counts of one head.
     last = [entry for entry in entries if "dense float32 compiled" in entry.peers]
     assert entries[-len(last) :] == last
@@ -68,7 +71,7 @@ def test_order_and_reach_of_the_gpu_plan():
 def test_accelerator_cases_say_what_they_are():
     for case in ACCELERATOR_CASES:
         shape, operation, rows = case.name.rsplit(".", 2)
-        assert (case.hidden_size, case.vocab_size) == SHAPES[shape]
+        assert (case.hidden_size, case.vocab_size) == HEADS[shape]
         assert case.num_rows == int(rows)
         assert case.dtype == torch.bfloat16
         products = {"kl": 3, "kl_trainable": 4, "unisd_star": 7, "scoring": 1}
@@ -103,19 +106,19 @@ def test_a_deadline_leaves_cases_out_and_says_so(tmp_path):
 
 
 def test_a_deadline_within_a_case(tmp_path):
-    """The floor and the next contender are begun, the others are not; the cases after it neither."""
+    """The floor and the next peer are begun, the others are not; the cases after it neither."""
     entries = [replace(entry, peers=(FLOOR, OURS, "dense float32", "unisd torch")) for entry in suite.plan("smoke")]
-    # Looks at the clock: the deadline itself, the entry, its line of progress, then one for each contender.
+    # Looks at the clock: the deadline itself, the entry, its line of progress, then one for each peer.
     status, result = run(entries, tmp_path, Deadline(4.5, Clock()))
     assert status == 0
     failures = {row["peer"]: row.get("failure") for row in result["rows"]}
     assert failures == {
         FLOOR: None,
         OURS: None,
-        "dense float32": measuring.OUT_OF_TIME,
-        "unisd torch": measuring.OUT_OF_TIME,
+        "dense float32": OUT_OF_TIME,
+        "unisd torch": OUT_OF_TIME,
     }
-    # A case that was begun has at least one sample of each contender that was.
+    # A case that was begun has at least one sample of each peer that was.
     assert [len(row["samples_seconds"]) for row in result["rows"][:2]] == [1, 1]
     left = {(entry["case"], tuple(entry["peers"])) for entry in result["left_out"]}
     assert ("smoke.kl", ("dense float32",)) in left
@@ -146,48 +149,47 @@ def test_a_lost_device_costs_one_entry(tmp_path, monkeypatch):
     assert "took the device with it" in result["rows"][1]["failure"]
 
 
-HANGS = """
-import faulthandler, sys, time
-from pathlib import Path
-from bench import measure, suite
-from bench.deadline import Deadline
-from bench.peers import FLOOR, OURS, PEERS, Peer
-import torch
+def hanging(output, errors):
+    """The main function of a process: peers that hang and crash, its standard error in a file."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.__stderr__.fileno())
+    torch.set_num_threads(1)
+    measuring.SHORTEST_ON_CPU = 0.01
 
-measure.SHORTEST_ON_CPU = 0.01
+    def hang(case, beta, device):
+        time.sleep(600)
 
-def hang(case, beta, device):
-    time.sleep(600)
+    def crash(case, beta, device):
+        faulthandler._sigsegv()
 
-def crash(case, beta, device):
-    faulthandler._sigsegv()
-
-PEERS["hang"], PEERS["crash"] = Peer("hang", hang), Peer("crash", crash)
-first, second = suite.plan("smoke")[:2]
-entries = [suite.Entry(case, (FLOOR, OURS, "crash", "hang", "unisd torch")) for case in (first.case, second.case)]
-sys.exit(suite.run(entries, torch.device("cpu"), Deadline(1000), Path(sys.argv[1]), 1, 1, True, 15.0))
-"""
+    PEERS["hang"], PEERS["crash"] = Peer("hang", hang), Peer("crash", crash)
+    cases = [entry.case for entry in suite.plan("smoke")[:2]]
+    entries = [suite.Entry(case, (FLOOR, OURS, "crash", "hang", "unisd torch")) for case in cases]
+    sys.stderr = sys.__stderr__
+    sys.exit(suite.run(entries, CPU, Deadline(1000), output, 1, 1, resume=True, watchdog_seconds=15.0))
 
 
-def test_a_contender_that_hangs_or_crashes_costs_itself(tmp_path):
+def test_a_peer_that_hangs_or_crashes_costs_itself(tmp_path):
     """Three processes: the first is lost to a crash, the second to a call that does not return."""
-    output = tmp_path / "bench.json"
+    output, errors = tmp_path / "bench.json", tmp_path / "errors.txt"
+    # Forked from one that has imported everything.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
 
     def process():
-        command = [sys.executable, "-c", HANGS, str(output)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+        child = context.Process(target=hanging, args=(output, errors))
+        child.start()
+        child.join(timeout=120)
+        return child.exitcode
 
-    crashed = process()
-    assert crashed.returncode == -signal.SIGSEGV
+    assert process() == -signal.SIGSEGV
     result = json.loads(output.read_text())
     # What came before the culprit is there already, and says that it was not timed.
     assert [row["peer"] for row in result["rows"]] == [FLOOR, OURS]
     assert all("not timed" in row["failure"] and "gradient_error" in row for row in result["rows"][1:])
-    hung = process()
-    assert hung.returncode == 1
-    assert "Timeout (0:00:15)" in hung.stderr
-    assert "in hang" in hung.stderr  # where it hung
-    assert process().returncode == 0
+    assert process() == 1
+    assert "Timeout (0:00:15)" in errors.read_text()
+    assert "in hang" in errors.read_text()  # where it hung
+    assert process() == 0
     result = json.loads(output.read_text())
     assert not suite.in_flight(output).exists()
     assert result["left_out"] == []
@@ -212,14 +214,14 @@ def test_a_failing_energy_counter_costs_the_joules_only(tmp_path, monkeypatch):
 
 def test_a_case_that_cannot_be_prepared_costs_itself(tmp_path, monkeypatch):
     first, second = (replace(entry, peers=(FLOOR, OURS)) for entry in suite.plan("smoke")[:2])
-    prepare = measuring.make_inputs
+    prepare = setting.make_inputs
 
     def refuse_the_first(case, device):
         if case.name == first.case.name:
             raise torch.OutOfMemoryError
         return prepare(case, device)
 
-    monkeypatch.setattr(measuring, "make_inputs", refuse_the_first)
+    monkeypatch.setattr(setting, "make_inputs", refuse_the_first)
     status, result = run([first, second], tmp_path)
     assert status == 1
     assert {row["case"] for row in result["rows"]} == {second.case.name}
@@ -235,12 +237,12 @@ def test_a_default_that_fails_fails_the_suite(tmp_path, monkeypatch):
     assert status == 1
 
 
-def test_a_slow_contender_shows_in_the_ratio():
+def test_a_slow_peer_shows_in_the_ratio():
     samples = {"a": [2.0, 4.0, 9.0], "floor": [1.0, 2.0, 3.0]}
     assert timing.spread(timing.ratios(samples, "a", "floor")).median == 2.0
 
 
-def test_contenders_with_fewer_rounds_are_compared_within_theirs():
+def test_peers_with_fewer_rounds_are_compared_within_theirs():
     calls = []
     steps = {name: lambda name=name: calls.append(name) for name in ("floor", "peer")}
     samples = timing.interleaved_seconds(steps, 5, CPU, fewer_rounds={"peer": 2})

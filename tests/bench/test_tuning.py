@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +12,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import tuning, tuning_candidates
-from bench.deadline import NO_DEADLINE, Deadline
-from bench.measure import OUT_OF_TIME
-from bench.tuning_shapes import SHAPES, Shape, library_products, operation
+from bench.measuring.deadline import NO_DEADLINE, Deadline
+from bench.records.failures import OUT_OF_TIME
+from bench.roofline import tuning, tuning_candidates
+from bench.roofline.tuning_shapes import SHAPES, Shape, library_products, operation
+from unisd.cli.errors import CommandError
 from unisd_kernels.backends import engine
 from unisd_kernels.backends.triton import backend as tiles
 from unisd_kernels.backends.triton import configs as package
@@ -91,7 +90,7 @@ def test_listed_shapes_are_of_the_kind_they_say(shape, monkeypatch):
         monkeypatch.setattr(module, "choose", stop)
     # What is not a tensor of the meta device's: the marks' kernel and the random numbers.
     monkeypatch.setattr(
-        "bench.tuning_shapes._operands",
+        "bench.roofline.tuning_shapes._operands",
         lambda shape, device: tuple(
             torch.empty(rows, shape.width, dtype=shape.dtype, device=META)
             for rows in (shape.rows, shape.rows, shape.columns)
@@ -182,10 +181,8 @@ def test_one_candidate_is_measured_and_nothing_is_left_behind(monkeypatch, tmp_p
 
 @pytest.mark.parametrize("device", ["cpu", *(() if torch.cuda.is_available() else ("cuda",))])
 def test_it_refuses_where_there_is_no_gpu(device, tmp_path):
-    command = [sys.executable, "-m", "bench.tuning", "--device", device, "--output", str(tmp_path / "tuning.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--dry-run lists what would be measured" in done.stderr
+    with pytest.raises(CommandError, match="--dry-run lists what would be measured"):
+        tuning.main(["--device", device, "--output", str(tmp_path / "tuning.json")])
     assert not list(tmp_path.iterdir())
 
 

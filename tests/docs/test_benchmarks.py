@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from bench import plots, report
+from bench.report import pages, plots
 
-ROOT = report.ROOT
+ROOT = pages.ROOT
 
 
 def test_pages_are_those_of_the_result_files():
-    for path, text in report.pages().items():
-        assert (ROOT / path).read_text() == text, f"{path}: run python -m bench.report"
+    for path, text in pages.pages().items():
+        assert (ROOT / path).read_text() == text, f"{path}: run python -m bench report"
 
 
 def test_a_figure_that_differs_is_noticed(tmp_path, monkeypatch, capsys):
     """By one digit of one ratio, in the page and in README.md."""
     results = tmp_path / "results"
-    shutil.copytree(report.RESULTS, results)
+    shutil.copytree(pages.RESULTS, results)
     result = json.loads((results / "cpu.json").read_text())
     (row,) = (
         row
@@ -31,9 +31,8 @@ def test_a_figure_that_differs_is_noticed(tmp_path, monkeypatch, capsys):
     )
     row["ratio_to_floor"] += 0.01
     (results / "cpu.json").write_text(json.dumps(result))
-    monkeypatch.setattr(report, "RESULTS", results)
-    monkeypatch.setattr("sys.argv", ["bench.report", "--check"])
-    assert report.main() == 1
+    monkeypatch.setattr(pages, "RESULTS", results)
+    assert pages.main(["--check"]) == 1
     said = capsys.readouterr().out
     assert "docs/benchmarks.md is not what the results say" in said
     assert "README.md is not what the results say" in said
@@ -42,25 +41,23 @@ def test_a_figure_that_differs_is_noticed(tmp_path, monkeypatch, capsys):
 def test_the_page_is_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("before\n<!-- figures: demo -->\nold\n<!-- end of figures -->\nafter\n")
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr("sys.argv", ["bench.report"])
-    assert report.main() == 0
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    assert pages.main([]) == 0
     assert "## Scaling" in (tmp_path / "docs" / "benchmarks.md").read_text()
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n<!-- figures: demo -->\n\n| seed |")
     assert readme.endswith("<!-- end of figures -->\nafter\n")
     assert "old" not in readme
-    monkeypatch.setattr("sys.argv", ["bench.report", "--check"])
-    assert report.main() == 0
+    assert pages.main(["--check"]) == 0
     assert capsys.readouterr().out.count("written") == 2
 
 
 @pytest.mark.parametrize("name", ["scaling_time.png", "scaling_memory.png", "roofline.png"])
 def test_plots_are_those_of_the_result_files(name, tmp_path):
-    results = [report.load(each) for each in ("cpu_scaling", "cpu")]
-    drawn = plots.figures(results, report.load("cpu_ceilings"))[name]
+    results = [pages.load(each) for each in ("cpu_scaling", "cpu")]
+    drawn = plots.figures(results, pages.load("cpu_ceilings"))[name]
     plots.save(drawn, tmp_path / name)
-    now, kept = (image.imread(folder / name) for folder in (tmp_path, ROOT / report.FIGURES))
+    now, kept = (image.imread(folder / name) for folder in (tmp_path, ROOT / pages.FIGURES))
     assert now.shape == kept.shape
     # Not to the bit: another version of the library or a font may smooth an edge otherwise.
-    assert np.abs(now - kept).mean() < 2e-3, "run python -m bench.plots (make figures)"
+    assert np.abs(now - kept).mean() < 2e-3, "run python -m bench plots (make figures)"

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.numerics import exact_divergence, noisy, scale_for
+from bench.studies.numerics import exact_divergence, noisy, scale_for
 from unisd_kernels import LMHead, linear_divergence, reference
 
 

@@ -1,0 +1,1 @@
+"""Time, memory, energy and accuracy of one case or many."""

@@ -1,0 +1,1 @@
+"""Results for readers: tables, plots, comparisons, and the pages made of them."""
