@@ -24,7 +24,7 @@ _WORKSPACE = 64 << 30
 
 @dataclass(frozen=True)
 class Shape:
-    """A product of [rows, width] and [columns, width]; of two views for a pair.
+    """A product of [rows, width] and [columns, width]; of two views for a divergence.
 
     Attributes:
         kind: of `unisd_kernels.backends.triton.configs`.
@@ -40,7 +40,7 @@ class Shape:
 
     @property
     def views(self) -> int:
-        return 2 if self.kind.startswith("pair") else 1
+        return 2 if self.kind.startswith("fused-divergence") else 1
 
     @property
     def flops(self) -> float:
@@ -62,7 +62,7 @@ def _shapes() -> tuple[Shape, ...]:
         rows = [block(head, "kl")]
         if head == MAIN_HEADS[0]:
             rows.append(block(head, "kl_trainable"))
-        shapes += [Shape("pair", head, count, *HEADS[head]) for count in rows]
+        shapes += [Shape("fused-divergence", head, count, *HEADS[head]) for count in rows]
         shapes.append(Shape("score", head, Assumptions().scoring_rows, *HEADS[head]))
     return (*shapes, *(Shape("score-few", head, FEW_ROWS, *HEADS[head]) for head in MAIN_HEADS))
 
@@ -97,11 +97,10 @@ def operation(shape: Shape, device: torch.device) -> Callable[[], object]:
 
         return score
     teacher = Projection.of(teacher_hidden, head, 1.0)
-    walk = TritonBackend("fused").pair_walk(student, teacher, 0.0, _WORKSPACE, NeedsGrad(hidden=True))
+    walk = TritonBackend("fused").divergence(student, teacher, 0.0, _WORKSPACE, NeedsGrad(hidden=True))
 
     def pair() -> None:
-        walk.begin(rows)
-        walk.statistics(rows, rows, targets, False)
+        walk.forward(walk.logits(rows), rows, rows, targets, False)
 
     return pair
 

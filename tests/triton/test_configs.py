@@ -20,6 +20,7 @@ def hopper(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("UNISD_CACHE", str(tmp_path))
     monkeypatch.setattr(configs, "_winners", {})
+    monkeypatch.setattr(configs, "measured", {})
     runs: list[GemmConfig] = []
 
     def milliseconds(run, option):
