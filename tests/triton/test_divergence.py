@@ -82,7 +82,7 @@ def test_loss_and_gradients(impl, dtype, beta, shape):
 
 @pytest.mark.parametrize(
     ("impl", "extras"),
-    examples(product(DESIGNS, EXTRAS), [*product(DESIGNS[:1], EXTRAS), *product(DESIGNS[1:], EXTRAS[2:4])]),
+    examples(product(DESIGNS, EXTRAS), [*product(DESIGNS[:1], EXTRAS[::2]), *product(DESIGNS[1:], EXTRAS[2:4])]),
 )
 def test_heads(impl, extras):
     problem = on_device(make_problem(dtype=NARROW, lengths=(9, 0, 12), hidden_size=24, vocab_size=67, **extras))
@@ -162,7 +162,7 @@ def test_small_divergences_keep_their_digits(impl, beta, size):
     assert ((ours - exact).abs() <= 2e-5 * exact).all()
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("beta", [0.0, pytest.param(1.0, marks=pytest.mark.exhaustive)])
 def test_near_rows_in_16_bits(beta):
     """A few neighbouring 16-bit numbers apart: the difference is exact, so the divergence nearly is."""
     student, _, weight = near(1e-4, NARROW)
@@ -192,8 +192,10 @@ def test_rows_are_deltas_by_what_the_rounding_of_the_difference_costs():
     assert torch.equal(rows.hidden[1], teacher[1])
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0])
-@pytest.mark.parametrize("impl", DESIGNS)
+@pytest.mark.parametrize(
+    ("impl", "beta"),
+    examples(product(DESIGNS, [0.0, 1.0]), [("triton_fused", 0.0), ("triton_fused", 1.0), ("triton_chunked", 1.0)]),
+)
 def test_disagreement_beyond_the_range_of_exp(impl, beta):
     """Student and teacher put all their mass on different tokens, hundreds of nats apart."""
     columns, width = 70, 70
