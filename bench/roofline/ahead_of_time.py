@@ -21,8 +21,10 @@ from triton.compiler import ASTSource
 from bench.parser import command_parser
 from bench.roofline.assembler import TOOLS, assemble
 from unisd.cli.errors import CommandError
-from unisd_kernels.backends.triton import fused_divergence, gradients, rows, score, statistics
+from unisd_kernels.backends.triton import chunked_divergence, fused_divergence, gradients, rows, score, statistics
 from unisd_kernels.backends.triton.configs import TABLE, GemmConfig
+from unisd_kernels.backends.triton.gemm import Side
+from unisd_kernels.backends.triton.launch import LogitTile
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # What a product kernel must contain to run on the tensor cores at full rate.
@@ -34,16 +36,19 @@ _REGISTERS_PER_PROCESSOR = 65536
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with everything that is fixed at compile time."""
+    """A kernel with everything that is fixed at compile time.
+
+    Attributes:
+        arguments: by name, a type or a constant; of a NamedTuple one of these for each field.
+        odd: endings of the names of arguments, and fields, that are no multiples of 16.
+    """
 
     name: str
     kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
+    arguments: dict[str, Any]
     warps: int = 4
     stages: int = 3
     config: GemmConfig | None = None
-    # Endings of arguments that are no multiples of 16.
     odd: tuple[str, ...] = ()
 
 
@@ -66,17 +71,27 @@ class Report:
 
 def compile_variant(variant: Variant, architecture: str) -> Report:
     """Raises what Triton or ptxas raises."""
-    names = variant.kernel.arg_names
-    signature = {name: "constexpr" if name in variant.constants else variant.types[name] for name in names}
+    constants: dict[tuple[int, ...], Any] = {}
     # As at run time: addresses, sizes and strides that are multiples of 16 let accesses be whole vectors.
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if _is_aligned(name, signature[name]) and not (variant.odd and name.endswith(variant.odd))
+    aligned = {}
+
+    def described(name: str, value: Any, path: tuple[int, ...]) -> Any:
+        """The type of an argument, or of a tuple's fields, as Triton's signatures have it."""
+        if isinstance(value, tuple):
+            return type(value)(*(described(field, value[i], (*path, i)) for i, field in enumerate(value._fields)))  # type: ignore[attr-defined]
+        if name.isupper() or not isinstance(value, str):
+            constants[path] = value
+            return "constexpr"
+        if _is_aligned(name, value) and not (variant.odd and name.endswith(variant.odd)):
+            aligned[path] = [["tt.divisibility", 16]]
+        return value
+
+    signature = {
+        name: described(name, variant.arguments[name], (i,)) for i, name in enumerate(variant.kernel.arg_names)
     }
     capability = int(architecture.removeprefix("sm_"))
     compiled = triton.compile(
-        ASTSource(variant.kernel, signature=signature, constexprs=variant.constants, attrs=aligned),
+        ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": variant.warps, "num_stages": variant.stages},
     )
@@ -128,230 +143,219 @@ def variants(architecture: str, everything: bool = False) -> Iterator[Variant]:
     for config in configs("score"):
         yield _score("score", config)
     for config in configs("score-heavy"):
-        yield _score("score, entropy and soft cap", config, WANT_ENTROPY=True, HAS_SOFTCAP=True, HAS_BIAS=True)
+        yield _score("score, entropy and soft cap", config, entropy=True, softcap=True, bias=True)
     for config in configs("score-few"):
         yield _score("score, few rows", config)
-        yield _score("score, few rows, entropy and soft cap", config, WANT_ENTROPY=True, HAS_SOFTCAP=True)
-    biased: dict[str, Any] = {"WANT_ENTROPY": True, "STUDENT_BIAS": True, "TEACHER_BIAS": True}
+        yield _score("score, few rows, entropy and soft cap", config, entropy=True, softcap=True)
+    biased: dict[str, Any] = {"entropy": True, "bias": True}
     # A soft cap leaves no difference of rows that gives one of logits.
-    capped = {**biased, "STUDENT_SOFTCAP": True, "TEACHER_SOFTCAP": True, "MARKED": False}
-    for config in configs("pair"):
-        yield _pair("pair", config)
-        yield _pair("pair, entropy", config, WANT_ENTROPY=True)
-        yield _pair("pair, entropy, statistics only", config, WANT_ENTROPY=True, STORE=False)
-    for config in configs("pair-heavy"):
-        yield _pair("pair, entropy and bias", config, **biased)
-        yield _pair("pair, entropy, bias and soft cap", config, **capped)
-    separate: dict[str, Any] = {"SHARED_WEIGHT": False, "MARKED": False}
-    for config in configs("pair-separate"):
-        yield _pair("pair, two heads, entropy", config, WANT_ENTROPY=True, **separate)
-        yield _pair("pair, two heads, entropy, bias and soft cap", config, **{**capped, **separate})
+    capped = {**biased, "softcap": True, "delta": False}
+    for config in configs("fused-divergence"):
+        yield _fused("fused divergence", config)
+        yield _fused("fused divergence, entropy", config, entropy=True)
+        yield _fused("fused divergence, entropy, statistics only", config, entropy=True, store=False)
+    for config in configs("fused-divergence-heavy"):
+        yield _fused("fused divergence, entropy and bias", config, **biased)
+        yield _fused("fused divergence, entropy, bias and soft cap", config, **capped)
+    separate: dict[str, Any] = {"SHARED_WEIGHT": False, "delta": False}
+    for config in configs("fused-divergence-separate"):
+        yield _fused("fused divergence, two heads, entropy", config, entropy=True, **separate)
+        yield _fused("fused divergence, two heads, entropy, bias and soft cap", config, **{**capped, **separate})
     # Rows that start off alignment, and a width that does not end with a step.
-    odd = ("_stride", "width", "num_columns", "hidden", "weight")
+    odd = ("stride", "width", "num_columns", "hidden", "weight")
     uneven: dict[str, Any] = {"EVEN_WIDTH": False, "odd": odd}
     plain = table["score-plain"][0]
     yield _score("score, plain loads", plain, **uneven)
-    yield _score("score, plain loads, entropy and soft cap", plain, **uneven, WANT_ENTROPY=True, HAS_SOFTCAP=True)
-    yield _pair("pair, plain loads, entropy and bias", table["pair-plain"][0], **biased, **uneven)
-    yield _pair("pair, plain loads, entropy, bias and soft cap", table["pair-plain"][0], **capped, **uneven)
-    plain = table["pair-separate-plain"][0]
-    yield _pair("pair, two heads, plain loads, entropy", plain, WANT_ENTROPY=True, **separate, **uneven)
+    yield _score("score, plain loads, entropy and soft cap", plain, **uneven, entropy=True, softcap=True)
+    plain = table["fused-divergence-plain"][0]
+    yield _fused("fused divergence, plain loads, entropy and bias", plain, **biased, **uneven)
+    yield _fused("fused divergence, plain loads, entropy, bias and soft cap", plain, **capped, **uneven)
+    plain = table["fused-divergence-separate-plain"][0]
+    yield _fused("fused divergence, two heads, plain loads, entropy", plain, entropy=True, **separate, **uneven)
     # Aligned rows of a width that does not end with a step, an odd vocabulary.
-    some: dict[str, Any] = {"EVEN_WIDTH": False, "WANT_ENTROPY": True, "odd": ("num_columns",)}
+    some: dict[str, Any] = {"EVEN_WIDTH": False, "entropy": True, "odd": ("num_columns",)}
     yield _score("score, odd vocabulary, uneven width, entropy", table["score-heavy"][0], **some)
-    yield _pair("pair, odd vocabulary, uneven width, entropy", table["pair"][0], **some)
-    # Triton makes constants of arguments that are 1 (but of functions.COUNTS): rows of one number.
-    one: dict[str, Any] = {"WANT_ENTROPY": True, **uneven}
-    of_score: dict[str, Any] = dict.fromkeys(("width", "hidden_stride", "weight_stride"), 1)
-    yield _score("score, plain loads, width 1", table["score-plain"][0], **of_score, **one)
-    of_pair: dict[str, Any] = {f"{view}_{name}": 1 for view in ("student", "teacher") for name in of_score}
-    yield _pair("pair, plain loads, width 1", table["pair-plain"][0], **of_pair, **one)
+    config = table["fused-divergence"][0]
+    yield _fused("fused divergence, odd vocabulary, uneven width, entropy", config, **some)
+    # Triton makes constants of arguments that are 1 (but of math.COUNTS): rows of one number.
+    one: dict[str, Any] = {"entropy": True, "width": 1, **uneven}
+    yield _score("score, plain loads, width 1", table["score-plain"][0], **one)
+    yield _fused("fused divergence, plain loads, width 1", table["fused-divergence-plain"][0], **one)
     for precision in ("tf32", "ieee"):
         options: dict[str, Any] = {"element": "fp32", "PRECISION": precision}
-        yield _score(f"score, float32, {precision}", table["score-float32"][0], **options)
-        odd_score: dict[str, Any] = {**uneven, "WANT_ENTROPY": True, "HAS_SOFTCAP": True}
-        yield _score(f"score, float32, {precision}, plain loads", table["score-float32"][0], **options, **odd_score)
-        yield _pair(f"pair, float32, {precision}", table["pair-float32"][0], **options)
-        yield _pair(f"pair, float32, {precision}, plain loads", table["pair-float32"][0], **options, **capped, **uneven)
+        config = table["score-float32"][0]
+        yield _score(f"score, float32, {precision}", config, **options)
+        odd_score: dict[str, Any] = {**uneven, "entropy": True, "softcap": True}
+        yield _score(f"score, float32, {precision}, plain loads", config, **options, **odd_score)
+        config = table["fused-divergence-float32"][0]
+        yield _fused(f"fused divergence, float32, {precision}", config, **options)
+        yield _fused(f"fused divergence, float32, {precision}, plain loads", config, **options, **capped, **uneven)
         both: dict[str, Any] = {**separate, **options, **uneven}
-        yield _pair(f"pair, two heads, float32, {precision}, plain loads", table["pair-separate-float32"][0], **both)
-    yield from _elementwise(table["pair"][0])
+        config = table["fused-divergence-separate-float32"][0]
+        yield _fused(f"fused divergence, two heads, float32, {precision}, plain loads", config, **both)
+    yield from _elementwise(table["fused-divergence"][0])
 
 
-def _types(kernel: Any, **known: str) -> dict[str, str]:
-    """Signature types by the names of the arguments."""
-    types = {}
+def _arguments(kernel: Any, **known: Any) -> dict[str, Any]:
+    """Arguments by their names: those that are known, and the usual types of the others."""
+    arguments = {}
     for name in kernel.arg_names:
         if name in known:
-            types[name] = known[name]
-        elif name.endswith(("_tanh", "_scale")) or name in ("beta", "complement", "rounding"):
-            types[name] = "fp32"
+            arguments[name] = known.pop(name)
+        elif name in ("beta", "complement", "rounding"):
+            arguments[name] = "fp32"
         elif name == "target_ids":
-            types[name] = "*i64"
-        elif name == "is_difference":
-            types[name] = "*i8"
-        elif name.startswith("num_") or name.endswith(("_stride", "width", "_span")) or name == "stride":
-            types[name] = "i32"
+            arguments[name] = "*i64"
+        elif name == "row_is_delta":
+            arguments[name] = "*i8"
+        elif name.startswith("num_") or name.endswith(("_stride", "_split")):
+            arguments[name] = "i32"
         else:
-            types[name] = "*fp32"
-    return types
+            arguments[name] = "*fp32"
+    assert not known, known
+    return arguments
 
 
-def _operand(element: str, rows_of_tile: int, config: GemmConfig, descriptors: bool) -> str:
-    return f"tensordesc<{element}[{rows_of_tile},{config.width}]>" if descriptors else f"*{element}"
+def _product(config: GemmConfig, **constants: Any) -> dict[str, Any]:
+    """The constants of a product kernel, as `launch.gemm_operands` has them."""
+    fixed = {
+        "DESCRIPTORS": config.descriptors,
+        "EVEN_WIDTH": True,
+        "PRECISION": "ieee",
+        "WARP_SPECIALIZE": config.warp_specialize,
+        "BLOCK_ROWS": config.rows,
+        "BLOCK_COLUMNS": config.columns,
+        "BLOCK_WIDTH": config.width,
+    }
+    return {**fixed, **constants}
+
+
+def _operand(element: str, rows_of_tile: int, config: GemmConfig) -> str:
+    return f"tensordesc<{element}[{rows_of_tile},{config.width}]>" if config.descriptors else f"*{element}"
+
+
+def _side(element: str, bias: bool, softcap: bool, width: Any) -> Any:
+    """Types of a `gemm.Side`, whose width and strides may be a constant."""
+    types: list[Any] = [f"*{element}" if bias else None, width, width, width, "fp32", "fp32" if softcap else None]
+    return Side(*types)
+
+
+def _tile(logits: str, softcap: bool = True) -> Any:
+    """Types of a `launch.LogitTile`."""
+    types: list[Any] = [logits, "i32", "fp32" if softcap else None]
+    return LogitTile(*types)
 
 
 def _score(
-    name: str, config: GemmConfig, element: str = "bf16", odd: tuple[str, ...] = (), **constants: Any
+    name: str,
+    config: GemmConfig,
+    element: str = "bf16",
+    odd: tuple[str, ...] = (),
+    entropy: bool = False,
+    bias: bool = False,
+    softcap: bool = False,
+    width: Any = "i32",
+    **constants: Any,
 ) -> Variant:
-    fixed = {
-        "HAS_BIAS": False,
-        "HAS_SOFTCAP": False,
-        "WANT_ENTROPY": False,
-        "DESCRIPTORS": config.descriptors,
-        "EVEN_WIDTH": True,
-        "PRECISION": "ieee",
-        "WARP_SPECIALIZE": config.warp_specialize,
-        "BLOCK_ROWS": config.rows,
-        "BLOCK_COLUMNS": config.columns,
-        "BLOCK_WIDTH": config.width,
-        "GROUP": config.group,
-        **constants,
-    }
-    descriptors = fixed["DESCRIPTORS"]
-    types = _types(
+    arguments = _arguments(
         score.score_kernel,
-        hidden=_operand(element, config.rows, config, descriptors),
-        weight=_operand(element, config.columns, config, descriptors),
-        bias=f"*{element}",
+        hidden=_operand(element, config.rows, config),
+        weight=_operand(element, config.columns, config),
+        side=_side(element, bias, softcap, width),
+        split_entropy="*fp32" if entropy else None,
+        GROUP=config.group,
+        **_product(config, **constants),
     )
-    return Variant(name, score.score_kernel, types, fixed, config.warps, config.stages, config, odd)
+    return Variant(name, score.score_kernel, arguments, config.warps, config.stages, config, odd)
 
 
-def _pair(name: str, config: GemmConfig, element: str = "bf16", odd: tuple[str, ...] = (), **constants: Any) -> Variant:
-    fixed = {
-        "SHARED_WEIGHT": True,
-        "MARKED": True,
-        "STUDENT_BIAS": False,
-        "TEACHER_BIAS": False,
-        "STUDENT_SOFTCAP": False,
-        "TEACHER_SOFTCAP": False,
-        "WANT_ENTROPY": False,
-        "STORE": True,
-        "FORWARD": True,
-        "DESCRIPTORS": config.descriptors,
-        "EVEN_WIDTH": True,
-        "PRECISION": "ieee",
-        "FLATTEN": config.flatten,
-        "WARP_SPECIALIZE": config.warp_specialize,
-        "BLOCK_ROWS": config.rows,
-        "BLOCK_COLUMNS": config.columns,
-        "BLOCK_WIDTH": config.width,
-        "PARTS": config.parts,
-        **constants,
-    }
-    descriptors = fixed["DESCRIPTORS"]
-    stored = "*fp32" if element == "fp32" else "*fp16"
-    hidden = _operand(element, config.rows, config, descriptors)
-    weight = _operand(element, config.columns, config, descriptors)
-    types = _types(
-        fused_divergence.fused_divergence_kernel,
-        student_hidden=hidden,
-        teacher_hidden=hidden,
-        student_weight=weight,
-        teacher_weight=weight,
-        student_bias=f"*{element}",
-        teacher_bias=f"*{element}",
-        shifted_student=stored,
-        shifted_teacher=stored,
+def _fused(
+    name: str,
+    config: GemmConfig,
+    element: str = "bf16",
+    odd: tuple[str, ...] = (),
+    entropy: bool = False,
+    bias: bool = False,
+    softcap: bool = False,
+    delta: bool = True,
+    store: bool = True,
+    width: Any = "i32",
+    **constants: Any,
+) -> Variant:
+    side = _side(element, bias, softcap, width)
+    stored = _tile("*fp32" if element == "fp32" else "*fp16", softcap) if store else None
+    kernel = fused_divergence.fused_divergence_kernel
+    arguments = _arguments(
+        kernel,
+        student_hidden=_operand(element, config.rows, config),
+        teacher_hidden=_operand(element, config.rows, config),
+        student_weight=_operand(element, config.columns, config),
+        teacher_weight=_operand(element, config.columns, config),
+        student=side,
+        teacher=side,
+        row_is_delta="*i8" if delta else None,
+        student_out=stored,
+        teacher_out=stored,
+        **{
+            "SHARED_WEIGHT": True,
+            "WANT_ENTROPY": entropy,
+            "STORE": store,
+            "FORWARD": True,
+            "FLATTEN": config.flatten,
+            "PARTS": config.parts,
+            **_product(config, **constants),
+        },
     )
-    return Variant(
-        name, fused_divergence.fused_divergence_kernel, types, fixed, config.warps, config.stages, config, odd
-    )
+    return Variant(name, kernel, arguments, config.warps, config.stages, config, odd)
 
 
 def _elementwise(config: GemmConfig) -> Iterator[Variant]:
     columns = config.columns // config.parts
-    base = {"STUDENT_SOFTCAP": True, "TEACHER_SOFTCAP": True}
+    logits, shifted = _tile("*fp32"), _tile("*fp16")
+    pair = {"student": logits, "teacher": logits}
+    block = {"BLOCK_ROWS": 4, "BLOCK_COLUMNS": 512}
     kernel = gradients.divergence_gradient_kernel
-    weights = {"HAS_WEIGHT": True, "HAS_LOGPROB_WEIGHT": True}
-    yield Variant(
-        "gradient from shifted logits",
+    arguments = _arguments(
         kernel,
-        _types(kernel, student="*fp16", teacher="*fp16", gradient="*bf16"),
-        {
-            "FORWARD": True,
-            "REVERSE": False,
-            "SHIFTED": True,
-            **base,
-            **weights,
-            "BLOCK_ROWS": 2048 // columns,
-            "BLOCK_COLUMNS": columns,
-        },
+        student=shifted,
+        teacher=shifted,
+        gradient="*bf16",
+        FORWARD=True,
+        REVERSE=False,
+        SHIFTED=True,
+        BLOCK_ROWS=2048 // columns,
+        BLOCK_COLUMNS=columns,
     )
-    yield Variant(
-        "gradient from float32 logits",
+    yield Variant("gradient from shifted logits", kernel, arguments)
+    arguments = _arguments(kernel, **pair, gradient="*bf16", FORWARD=False, REVERSE=False, SHIFTED=False, **block)
+    yield Variant("gradient from float32 logits", kernel, arguments)
+    kernel = chunked_divergence.block_statistics_kernel
+    arguments = _arguments(
         kernel,
-        _types(kernel, gradient="*bf16"),
-        {
-            "FORWARD": False,
-            "REVERSE": False,
-            "SHIFTED": False,
-            **base,
-            **weights,
-            "BLOCK_ROWS": 4,
-            "BLOCK_COLUMNS": 512,
-        },
+        **pair,
+        WANT_ENTROPY=True,
+        BLOCK_ROWS=chunked_divergence.STATISTICS_ROWS,
+        BLOCK_COLUMNS=chunked_divergence.STATISTICS_COLUMNS,
     )
-    kernel = statistics.block_statistics_kernel
-    yield Variant(
-        "statistics of float32 logits",
-        kernel,
-        _types(kernel),
-        {**base, "WANT_ENTROPY": True, "BLOCK_ROWS": 2, "BLOCK_COLUMNS": 1024},
-        warps=8,
-    )
+    yield Variant("statistics of float32 logits", kernel, arguments, warps=8)
     kernel = statistics.combine_kernel
-    yield Variant(
-        "statistics of rows",
-        kernel,
-        _types(kernel),
-        {"MARKED": True, "HAS_TARGETS": True, "WANT_ENTROPY": True, "REVERSE": False, "BLOCKS": 1024},
-    )
-    kernel = statistics.mixture_kernel
-    yield Variant("mixture", kernel, _types(kernel), {**base, "BLOCK_COLUMNS": 2048}, warps=8)
+    arguments = _arguments(kernel, HAS_TARGETS=True, WANT_ENTROPY=True, REVERSE=False, BLOCKS=1024)
+    yield Variant("statistics of rows", kernel, arguments)
+    kernel = chunked_divergence.mixture_kernel
+    yield Variant("mixture", kernel, _arguments(kernel, **pair, BLOCK_COLUMNS=2048), warps=8)
     kernel = gradients.softmax_statistics_kernel
-    yield Variant("softmax", kernel, _types(kernel), {"HAS_SOFTCAP": True, "BLOCK_COLUMNS": 2048}, warps=8)
-    kernel = gradients.logprob_gradient_kernel
-    yield Variant(
-        "gradient of scores",
-        kernel,
-        _types(kernel, gradient="*bf16"),
-        {
-            "HAS_SOFTCAP": True,
-            "HAS_LOGPROB_WEIGHT": True,
-            "HAS_LOGSUMEXP_WEIGHT": True,
-            "HAS_ENTROPY_WEIGHT": True,
-            "BLOCK_ROWS": 4,
-            "BLOCK_COLUMNS": 512,
-        },
-    )
+    yield Variant("softmax", kernel, _arguments(kernel, tile=logits, BLOCK_COLUMNS=2048), warps=8)
+    kernel = gradients.score_gradient_kernel
+    yield Variant("gradient of scores", kernel, _arguments(kernel, tile=logits, gradient="*bf16", **block))
     kernel = rows.scale_rows_kernel
-    yield Variant("scaled rows", kernel, _types(kernel, scale="*fp32", out="*bf16"), {"BLOCK_COLUMNS": 1024})
+    yield Variant("scaled rows", kernel, _arguments(kernel, out="*bf16", BLOCK_COLUMNS=1024))
     kernel = rows.target_logits_kernel
-    yield Variant(
-        "target logits",
-        kernel,
-        _types(kernel, hidden="*bf16", weight="*bf16", bias="*bf16"),
-        {"MARKED": True, "HAS_BIAS": True, "HAS_SOFTCAP": True, "BLOCK_WIDTH": 1024},
-    )
+    side = _side("bf16", bias=True, softcap=True, width="i32")
+    arguments = _arguments(kernel, hidden="*bf16", weight="*bf16", side=side, BLOCK_WIDTH=1024)
+    yield Variant("target logits", kernel, arguments)
     kernel = rows.difference_rows_kernel
-    yield Variant(
-        "differences of rows",
-        kernel,
-        _types(kernel, student="*bf16", teacher="*bf16", out="*bf16"),
-        {"BLOCK_COLUMNS": 1024},
-    )
+    arguments = _arguments(kernel, student="*bf16", teacher="*bf16", out="*bf16", BLOCK_COLUMNS=1024)
+    yield Variant("differences of rows", kernel, arguments)
 
 
 def table(reports: list[Report]) -> str:

@@ -8,7 +8,7 @@ product are its operands and its result. A product of 2 N H V FLOPs is the unit 
     python -m bench expected --tflops 700 --bandwidth 2900e9
     python -m bench expected --measured ceilings.json --results bench.json     what a session on a GPU measured
 
-The designs, of which the first two are built (`backends/triton/divergence.py`); both score with the fused kernel:
+The designs, of which the first two are built (`backends/triton`); both score with the fused kernel:
 
 fused       Student's and teacher's product are one kernel with the statistics behind it, which reads the weight once
             for a block of rows, stores 16-bit shifted logits (2 + 2 bytes a pair) and the partial statistics of every
@@ -39,7 +39,7 @@ from bench.parser import command_parser
 from bench.records import results_file
 from unisd_kernels.backends import engine
 from unisd_kernels.backends.buffers import row_stride, split_rows
-from unisd_kernels.backends.triton import divergence as walks
+from unisd_kernels.backends.triton.chunked_divergence import STATISTICS_COLUMNS
 from unisd_kernels.backends.triton.configs import TABLE
 from unisd_kernels.backends.triton.launch import ROW_PADDING
 from unisd_kernels.backends.triton.statistics import NUM_PARTIALS
@@ -149,7 +149,7 @@ class Model:
         return default if self.given.workspace is None else self.given.workspace
 
     def rows(self, design: str) -> Rows:
-        """Rows of chunk and block, as the walks of `backends/triton/divergence.py` split them."""
+        """Rows of chunk and block, as the two designs of backends/triton split them."""
         columns = self.case.vocab_size
         stride = row_stride(columns, ROW_PADDING)
 
@@ -158,7 +158,7 @@ class Model:
 
         block_row_bytes = {
             "fused": OPERAND * stride + partials(_pair_columns()),
-            "chunked": 2 * FLOAT32 * stride + partials(walks._STATISTICS_COLUMNS),
+            "chunked": 2 * FLOAT32 * stride + partials(STATISTICS_COLUMNS),
             "recomputed": partials(_pair_columns()),
         }[design]
         chunk, block = split_rows(self.case.num_rows, self.workspace, OPERAND * stride, block_row_bytes)
@@ -176,7 +176,7 @@ class Model:
 
     def partial_bytes(self, design: str) -> float:
         """Bytes of partial statistics that are written for a pair of logits."""
-        block_columns = walks._STATISTICS_COLUMNS if design == "chunked" else _pair_columns()
+        block_columns = STATISTICS_COLUMNS if design == "chunked" else _pair_columns()
         # As `bench/peers/unisd.py` asks for it.
         want_entropy = self.case.operation == "unisd_loss"
         kept = NUM_PARTIALS if want_entropy else NUM_PARTIALS - ENTROPY_PARTIALS
@@ -263,12 +263,12 @@ class Model:
 
 def _pair_columns() -> int:
     """Columns of a block of partial statistics in the fused product."""
-    config = TABLE[ARCHITECTURE]["pair"][0]
+    config = TABLE[ARCHITECTURE]["fused-divergence"][0]
     return config.columns // config.parts
 
 
 def _spans(total: int, step: int) -> list[int]:
-    """As the driver walks."""
+    """Sizes of the chunks that the engine walks."""
     return [span.stop - span.start for span in engine.spans(total, step)]
 
 

@@ -23,7 +23,7 @@ _WORKSPACE = 64 << 30
 
 @dataclass(frozen=True)
 class Shape:
-    """A product of [rows, width] and [columns, width]; of two views for a pair.
+    """A product of [rows, width] and [columns, width]; of two views for a divergence.
 
     Attributes:
         kind: of `unisd_kernels.backends.triton.configs`.
@@ -39,7 +39,7 @@ class Shape:
 
     @property
     def views(self) -> int:
-        return 2 if self.kind.startswith("pair") else 1
+        return 2 if self.kind.startswith("fused-divergence") else 1
 
     @property
     def flops(self) -> float:
@@ -61,7 +61,7 @@ def _shapes() -> tuple[Shape, ...]:
         rows = [block(head, "kl")]
         if head == MAIN_HEADS[0]:
             rows.append(block(head, "kl_trainable"))
-        shapes += [Shape("pair", head, count, *HEADS[head]) for count in rows]
+        shapes += [Shape("fused-divergence", head, count, *HEADS[head]) for count in rows]
         shapes.append(Shape("score", head, Assumptions().scoring_rows, *HEADS[head]))
     return (*shapes, *(Shape("score-few", head, FEW_ROWS, *HEADS[head]) for head in MAIN_HEADS))
 

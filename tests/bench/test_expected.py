@@ -27,7 +27,8 @@ from unisd_kernels.backends import engine
 from unisd_kernels.backends.base import NeedsGrad
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.triton import configs
-from unisd_kernels.backends.triton.divergence import ChunkedDivergence, FusedDivergence
+from unisd_kernels.backends.triton.chunked_divergence import ChunkedDivergence
+from unisd_kernels.backends.triton.fused_divergence import FusedDivergence
 from unisd_kernels.heads import LMHead
 
 ROOT = Path(__file__).parents[2]

@@ -18,9 +18,8 @@ from bench.roofline import tuning, tuning_candidates
 from bench.roofline.tuning_shapes import SHAPES, Shape, library_products, operation
 from unisd.cli.errors import CommandError
 from unisd_kernels.backends import engine
-from unisd_kernels.backends.triton import backend as tiles
+from unisd_kernels.backends.triton import backend, fused_divergence, score
 from unisd_kernels.backends.triton import configs as package
-from unisd_kernels.backends.triton import divergence as triton_walks
 from unisd_kernels.backends.triton.launch import interpreting
 
 ROOT = Path(__file__).parents[2]
@@ -40,16 +39,16 @@ def run(tmp_path, timer, shapes, deadline=NO_DEADLINE, library=lambda shape, dev
 @pytest.fixture
 def two_candidates(monkeypatch):
     """For the interpreter's table, which has one of each kind."""
-    first, *_ = package.TABLE["interpreter"]["pair"]
+    first, *_ = package.TABLE["interpreter"]["fused-divergence"]
     second = replace(first, rows=32)
-    monkeypatch.setitem(package.TABLE["interpreter"], "pair", (first, second))
+    monkeypatch.setitem(package.TABLE["interpreter"], "fused-divergence", (first, second))
     return first, second
 
 
 def test_shapes_are_those_of_the_walks():
-    assert {shape.kind for shape in SHAPES} == {"pair", "score", "score-few"}
+    assert {shape.kind for shape in SHAPES} == {"fused-divergence", "score", "score-few"}
     assert all(shape.rows == engine.SCORE_ROWS for shape in SHAPES if shape.kind == "score")
-    assert [(shape.name, shape.rows) for shape in SHAPES if shape.kind == "pair"][:2] == [
+    assert [(shape.name, shape.rows) for shape in SHAPES if shape.kind == "fused-divergence"][:2] == [
         ("llama3.1-8b", 512),
         ("llama3.1-8b", 1024),
     ]
@@ -57,7 +56,7 @@ def test_shapes_are_those_of_the_walks():
 
 
 @pytest.mark.skipif(not interpreting(), reason="tiny shapes are for the interpreter")
-@pytest.mark.parametrize("kind", ["pair", "score-few"])
+@pytest.mark.parametrize("kind", ["fused-divergence", "score-few"])
 def test_an_operation_asks_for_its_kind_and_shape(kind, monkeypatch):
     asked = []
     choose = package.choose
@@ -66,7 +65,7 @@ def test_an_operation_asks_for_its_kind_and_shape(kind, monkeypatch):
         asked.append((kind, tuple(shape)))
         return choose(kind, device, shape, launch)
 
-    for module in (tiles, triton_walks):
+    for module in (score, fused_divergence):
         monkeypatch.setattr(module, "choose", spy)
     shape = small(kind)
     operation(shape, CPU)()
@@ -86,9 +85,9 @@ def test_listed_shapes_are_of_the_kind_they_say(shape, monkeypatch):
         asked.append((kind, tuple(sizes)))
         raise Stop
 
-    for module in (tiles, triton_walks):
+    for module in (score, fused_divergence):
         monkeypatch.setattr(module, "choose", stop)
-    # What is not a tensor of the meta device's: the marks' kernel and the random numbers.
+    # What is not a tensor of the meta device's: the kernel of the rows' differences and the random numbers.
     monkeypatch.setattr(
         "bench.roofline.tuning_shapes._operands",
         lambda shape, device: tuple(
@@ -96,8 +95,8 @@ def test_listed_shapes_are_of_the_kind_they_say(shape, monkeypatch):
             for rows in (shape.rows, shape.rows, shape.columns)
         ),
     )
-    monkeypatch.setattr(triton_walks.FusedDivergence, "_teacher_rows", lambda self, rows: (self._teacher, None))
-    monkeypatch.setattr(tiles, "interpreting", lambda: False)  # nothing is launched here, whatever the dtype
+    monkeypatch.setattr(fused_divergence, "teacher_rows", lambda student, teacher: (teacher, None))
+    monkeypatch.setattr(backend, "interpreting", lambda: False)  # nothing is launched here, whatever the dtype
     with pytest.raises(Stop):
         operation(shape, META)()
     assert asked == [(shape.kind, (shape.rows, shape.columns, shape.width))]
@@ -112,7 +111,7 @@ def test_a_failing_candidate_is_a_row_and_the_others_are_timed(tmp_path, two_can
             raise RuntimeError("out of resource: shared memory")
         return 2.0
 
-    shape = small("pair")
+    shape = small("fused-divergence")
     status, result = run(tmp_path, timer, [shape])
     assert status == 0
     rows = result["shapes"][0]["candidates"]
@@ -133,13 +132,13 @@ def test_a_failing_default_fails_the_run(tmp_path, two_candidates, monkeypatch):
             raise RuntimeError("no")
         return 1.0
 
-    status, result = run(tmp_path, timer, [small("pair")])
+    status, result = run(tmp_path, timer, [small("fused-divergence")])
     assert status == 1
     assert [row["won"] for row in result["shapes"][0]["candidates"]] == [False, True]
 
 
 def test_a_deadline_and_an_operation_that_cannot_be_made(tmp_path, monkeypatch, capsys):
-    shape = small("pair")
+    shape = small("fused-divergence")
     status, result = run(tmp_path, lambda *arguments: 1.0, [shape], Deadline(-1))
     assert status == 0
     assert [(row["failure"], row["won"]) for row in result["shapes"][0]["candidates"]] == [(OUT_OF_TIME, False)]
@@ -158,19 +157,19 @@ def test_one_candidate_is_measured_and_nothing_is_left_behind(monkeypatch, tmp_p
     """Where the device has candidates: sm_80's are those of an unknown one."""
     monkeypatch.setenv("UNISD_CACHE", str(tmp_path))
     monkeypatch.delenv("UNISD_TRITON_AUTOTUNE", raising=False)
-    durations = {config: float(i + 1) for i, config in enumerate(package.candidates("pair", META))}
+    durations = {config: float(i + 1) for i, config in enumerate(package.candidates("fused-divergence", META))}
     monkeypatch.setattr(package, "_median_milliseconds", lambda launch, option: launch(option) or durations[option])
     launched: list[package.GemmConfig] = []
 
     def operate():
-        package.choose("pair", META, (8, 40, 16), launched.append)
+        package.choose("fused-divergence", META, (8, 40, 16), launched.append)
 
     table = dict(package._AMPERE)
     for config, duration in (*durations.items(), *durations.items()):
-        assert tuning_candidates.milliseconds("pair", config, META, operate) == duration
+        assert tuning_candidates.milliseconds("fused-divergence", config, META, operate) == duration
         assert set(launched) == {config}
         launched.clear()
-    with pytest.raises(RuntimeError, match="asked for pair, not for score"):
+    with pytest.raises(RuntimeError, match="asked for fused-divergence, not for score"):
         tuning_candidates.milliseconds("score", package.candidates("score", META)[1], META, operate)
     assert table == package._AMPERE
     assert package.measured == package._winners == {}

@@ -196,7 +196,7 @@ def test_tuning_picks_a_candidate_and_keeps_it(tmp_path, monkeypatch):
     expected = linear_logprobs(student, head, target_ids, impl="torch").logprobs
     ours = linear_logprobs(student, head, target_ids, impl="triton").logprobs
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    (file,) = tmp_path.glob("configs-*.json")
+    (file,) = tmp_path.glob("tuning-*.json")
     kept = configs._load(student.device)
     assert file.stat().st_size > 0
     key = "score/256/32000/512"

@@ -162,7 +162,7 @@ def candidates() -> None:
 
     with (
         mock.patch.object(configs, "autotuning", return_value=True),
-        mock.patch("unisd_kernels.backends.triton.divergence.autotuning", return_value=True),
+        mock.patch("unisd_kernels.backends.triton.fused_divergence.autotuning", return_value=True),
         mock.patch.object(configs, "_median_milliseconds", all_of_them),
         mock.patch.object(configs, "_load", return_value={}),
         mock.patch.object(configs, "_store"),
@@ -197,7 +197,10 @@ def main(capability: str, *names: str) -> None:
     for name, built in compiled():
         used = assemble(built.asm["ptx"], int(capability))
         signature = {key: value for key, value in built.src.signature.items() if value != "constexpr"}
-        constants = {built.src.fn.arg_names[place]: repr(value) for (place,), value in built.src.constants.items()}
+        constants = {
+            ".".join((built.src.fn.arg_names[place], *map(str, fields))): repr(value)
+            for (place, *fields), value in built.src.constants.items()
+        }
         reports.append(
             {
                 "kernel": name,

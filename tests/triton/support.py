@@ -3,6 +3,10 @@ because the interpreter's product of such operands is wrong."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
 import torch
 
 from tests.support import Problem
@@ -17,3 +21,8 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "c
 def on_device(problem: Problem) -> Problem:
     """The same problem as fresh leaves on `DEVICE`."""
     return problem.map(lambda tensor: tensor.to(DEVICE))
+
+
+def examples(sweep: Iterable[tuple[Any, ...]], kept: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Cases of a test, those that are not kept marked exhaustive. The interpreter takes seconds for a case."""
+    return [case if case in kept else pytest.param(*case, marks=pytest.mark.exhaustive) for case in sweep]

@@ -11,9 +11,11 @@ import subprocess
 import sys
 
 import pytest
+import triton
 
-from bench.roofline.ahead_of_time import ARCHITECTURES, SHARED_MEMORY
+from bench.roofline.ahead_of_time import ARCHITECTURES, SHARED_MEMORY, main
 from bench.roofline.assembler import Resources, assemble, resources
+from unisd.cli.errors import CommandError
 
 
 def reports_of(architecture: str, *options: str) -> list[dict]:
@@ -27,7 +29,7 @@ def reports_of(architecture: str, *options: str) -> list[dict]:
         assert report["advisories"] == [], report
         assert report["shared"] <= SHARED_MEMORY[architecture], report
         assert report["programs_per_processor"] >= 1, report
-    products = [report for report in reports if report["variant"].startswith(("score", "pair"))]
+    products = [report for report in reports if report["variant"].startswith(("score", "fused"))]
     for report in products:
         # Of float32 numbers in full precision there is no matrix instruction.
         assert (report["matrix_instructions"] > 0) == ("ieee" not in report["variant"]), report
@@ -41,7 +43,7 @@ def reports_of(architecture: str, *options: str) -> list[dict]:
     [each if each == "sm_90" else pytest.param(each, marks=pytest.mark.exhaustive) for each in ARCHITECTURES],
 )
 def test_the_products_of_the_headline(architecture):
-    assert len(reports_of(architecture, "--variants", "score", "pair")) == 2
+    assert len(reports_of(architecture, "--variants", "score", "fused divergence")) == 2
 
 
 @pytest.mark.exhaustive
@@ -50,16 +52,10 @@ def test_every_variant(architecture):
     assert len(reports_of(architecture)) >= 25
 
 
-def test_the_interpreter_is_refused():
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "ahead-of-time"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 2
-    assert "unset it" in done.stderr
+def test_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    with pytest.raises(CommandError, match="unset it"):
+        main([])
 
 
 def test_what_the_assembler_prints_is_read():

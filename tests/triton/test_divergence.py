@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
 from tests.support import assert_accurate, make_problem, native_dtype_logits
-from tests.triton.support import DEVICE, DTYPES, GPU_FLOOR, NARROW, on_device
+from tests.triton.support import DEVICE, DTYPES, GPU_FLOOR, NARROW, examples, on_device
 from unisd_kernels import LMHead, linear_divergence, unisd_loss
 from unisd_kernels.backends.base import NeedsGrad
 from unisd_kernels.backends.projection import Projection
@@ -14,7 +16,7 @@ from unisd_kernels.backends.transform import LogitTransform
 from unisd_kernels.backends.triton import configs, launch
 from unisd_kernels.backends.triton.backend import TritonBackend
 from unisd_kernels.backends.triton.configs import GemmConfig
-from unisd_kernels.backends.triton.divergence import FusedDivergence
+from unisd_kernels.backends.triton.rows import teacher_rows
 
 DESIGNS = ["triton_fused", "triton_chunked"]
 SHAPES = [
@@ -51,31 +53,49 @@ def check(problem, dtype, impl, **options):
         assert_accurate(f"gradient {position}", *tensors, GPU_FLOOR)
 
 
-@pytest.mark.parametrize("impl", DESIGNS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
+# Design, beta, dtype: every kernel with every dtype, the chunked KLs with one each. The JSD is chunked in both designs.
+KEPT = [
+    *product(["triton_fused"], [0.0, 1.0], DTYPES),
+    *product(["triton_chunked"], [0.3], DTYPES),
+    ("triton_chunked", 0.0, DTYPES[0]),
+    ("triton_chunked", 1.0, DTYPES[-1]),
+]
+
+
 @pytest.mark.parametrize(
-    "shape", [each if each == 1 else pytest.param(each, marks=pytest.mark.exhaustive) for each in range(len(SHAPES))]
+    ("impl", "beta", "dtype", "shape"),
+    examples(
+        (
+            case
+            for case in product(DESIGNS, [0.0, 1.0, 0.3], DTYPES, range(len(SHAPES)))
+            if case[:2] != ("triton_fused", 0.3)
+        ),
+        [(*case, 1) for case in KEPT],
+    ),
 )
 def test_loss_and_gradients(impl, dtype, beta, shape):
-    if impl == "triton_fused" and 0.0 < beta < 1.0:
-        pytest.skip("the JSD is chunked in both")
     extras = EXTRAS[(shape + DTYPES.index(dtype) + int(2 * beta)) % len(EXTRAS)]
     problem = on_device(make_problem(dtype=dtype, **SHAPES[shape], **extras))
     # A workspace for a few rows only: several chunks and blocks, the last ones partial.
     check(problem, dtype, impl, beta=beta, workspace_bytes=20 << 10)
 
 
-@pytest.mark.parametrize("impl", DESIGNS)
-@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize(
+    ("impl", "extras"),
+    examples(product(DESIGNS, EXTRAS), [*product(DESIGNS[:1], EXTRAS[::2]), *product(DESIGNS[1:], EXTRAS[2:4])]),
+)
 def test_heads(impl, extras):
     problem = on_device(make_problem(dtype=NARROW, lengths=(9, 0, 12), hidden_size=24, vocab_size=67, **extras))
     check(problem, NARROW, impl, return_entropy=True)
 
 
-@pytest.mark.parametrize("impl", DESIGNS)
-@pytest.mark.parametrize("beta", [0.0, 1.0])
-@pytest.mark.parametrize("clip", [{"clip_cap": 0.5}, {"clip_quantile": 0.6}])
+CLIPS = [{"clip_cap": 0.5}, {"clip_quantile": 0.6}]
+
+
+@pytest.mark.parametrize(
+    ("impl", "beta", "clip"),
+    examples(product(DESIGNS, [0.0, 1.0], CLIPS), [("triton_fused", 0.0, CLIPS[1]), ("triton_chunked", 1.0, CLIPS[0])]),
+)
 def test_clipping(impl, beta, clip):
     check(on_device(make_problem(lengths=(9, 0, 12))), torch.float32, impl, beta=beta, **clip)
 
@@ -97,7 +117,7 @@ def test_no_views_no_rows_no_gradient():
 
 
 @pytest.mark.parametrize("impl", DESIGNS)
-@pytest.mark.parametrize("frozen_head", [True, False])
+@pytest.mark.parametrize("frozen_head", [pytest.param(True, marks=pytest.mark.exhaustive), False])
 def test_upstream_weights(impl, frozen_head):
     problem = on_device(
         make_problem(lengths=(21,), hidden_size=24, vocab_size=67, frozen_head=frozen_head, dtype=NARROW)
@@ -126,10 +146,12 @@ def near(size: float, dtype: torch.dtype, rows: int = 24, width: int = 64, colum
     return student.to(DEVICE), (student + step).to(dtype).double().to(DEVICE), weight.to(DEVICE)
 
 
-@pytest.mark.parametrize("impl", DESIGNS)
-@pytest.mark.parametrize("beta", [0.0, 1.0, 0.5])
 @pytest.mark.parametrize(
-    "size", [pytest.param(1e-2, marks=pytest.mark.exhaustive), 1e-4, pytest.param(1e-6, marks=pytest.mark.exhaustive)]
+    ("impl", "beta", "size"),
+    examples(
+        product(DESIGNS, [0.0, 1.0, 0.5], [1e-2, 1e-4, 1e-6]),
+        [*product(DESIGNS, [0.0, 1.0], [1e-4]), ("triton_chunked", 0.5, 1e-4)],
+    ),
 )
 def test_small_divergences_keep_their_digits(impl, beta, size):
     """One head for both. In float32, where the rows can be that near each other."""
@@ -140,7 +162,7 @@ def test_small_divergences_keep_their_digits(impl, beta, size):
     assert ((ours - exact).abs() <= 2e-5 * exact).all()
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("beta", [0.0, pytest.param(1.0, marks=pytest.mark.exhaustive)])
 def test_near_rows_in_16_bits(beta):
     """A few neighbouring 16-bit numbers apart: the difference is exact, so the divergence nearly is."""
     student, _, weight = near(1e-4, NARROW)
@@ -155,28 +177,25 @@ def test_near_rows_in_16_bits(beta):
         assert ((ours - exact).abs() <= 1e-4 * exact).all()
 
 
-def test_rows_are_marked_by_what_the_rounding_of_the_difference_costs():
+def test_rows_are_deltas_by_what_the_rounding_of_the_difference_costs():
     student = torch.ones(3, 40, dtype=NARROW, device=DEVICE)
     teacher = student.clone()
     teacher[0, 0] = 1.5  # exact
     teacher[1] = torch.linspace(-100, 100, 40).to(DEVICE, NARROW)  # rounded, and large
     head = torch.zeros(8, 40, dtype=NARROW, device=DEVICE)
     transform = LogitTransform(1.0, None, 1.0)
-    walk = FusedDivergence(
-        Projection(student, head, None, transform),
-        Projection(teacher, head, None, transform),
-        0.0,
-        1 << 20,
-        NeedsGrad(),
+    rows, row_is_delta = teacher_rows(
+        Projection(student, head, None, transform), Projection(teacher, head, None, transform)
     )
-    rows, marks = walk._teacher_rows(slice(0, 3))
-    assert marks.tolist() == [1, 0, 1]
+    assert row_is_delta.tolist() == [1, 0, 1]
     assert rows.hidden[0].tolist() == [0.5] + [0.0] * 39
     assert torch.equal(rows.hidden[1], teacher[1])
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0])
-@pytest.mark.parametrize("impl", DESIGNS)
+@pytest.mark.parametrize(
+    ("impl", "beta"),
+    examples(product(DESIGNS, [0.0, 1.0]), [("triton_fused", 0.0), ("triton_fused", 1.0), ("triton_chunked", 1.0)]),
+)
 def test_disagreement_beyond_the_range_of_exp(impl, beta):
     """Student and teacher put all their mass on different tokens, hundreds of nats apart."""
     columns, width = 70, 70
@@ -202,7 +221,16 @@ def test_disagreement_beyond_the_range_of_exp(impl, beta):
 
 def test_descriptors_and_parts_give_the_same(monkeypatch):
     problem = on_device(
-        make_problem(lengths=(20,), hidden_size=32, vocab_size=100, shared_head=True, frozen_head=True, dtype=NARROW)
+        make_problem(
+            lengths=(20,),
+            hidden_size=32,
+            vocab_size=100,
+            num_auxiliary=0,
+            negative=False,
+            shared_head=True,
+            frozen_head=True,
+            dtype=NARROW,
+        )
     ).to(NARROW)
     name = launch.architecture(DEVICE)
     results = []
@@ -212,7 +240,7 @@ def test_descriptors_and_parts_give_the_same(monkeypatch):
         GemmConfig(16, 64, 16, 4, 1, parts=2, descriptors=True, flatten=True),
         GemmConfig(16, 64, 16, 4, 1, parts=4),
     ):
-        kinds = dict.fromkeys(("pair", "pair-plain"), (config,))
+        kinds = dict.fromkeys(("fused-divergence", "fused-divergence-plain"), (config,))
         monkeypatch.setitem(configs.TABLE, name, {**configs.TABLE.get(name, configs._AMPERE), **kinds})
         result, gradients = run(problem, "triton_fused")
         results.append((result.divergence, gradients[0].float()))

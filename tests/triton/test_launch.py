@@ -60,7 +60,7 @@ whole = torch.empty(64, 128, dtype=torch.bfloat16)
         (torch.empty(64, 1, dtype=torch.bfloat16), False, False),
     ],
 )
-def test_what_the_copy_engine_and_whole_vectors_take(matrix, descriptor, vectors):
+def test_what_tma_and_whole_vectors_take(matrix, descriptor, vectors):
     assert supports_tma(matrix) is descriptor
     assert has_whole_vectors(matrix) is vectors
 

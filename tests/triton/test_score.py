@@ -1,15 +1,18 @@
-"""The scoring kernel: every form of loading, shapes that fit no block, spans that end anywhere."""
+"""The scoring kernel: every form of loading, shapes that fit no block, splits that end anywhere."""
 
 from __future__ import annotations
+
+from itertools import product
 
 import pytest
 import torch
 
 from tests.support import assert_accurate, make_problem, native_dtype_logits
-from tests.triton.support import DEVICE, DTYPES, GPU_FLOOR, NARROW, on_device
+from tests.triton.support import DEVICE, DTYPES, GPU_FLOOR, NARROW, examples, on_device
 from unisd_kernels import LMHead, linear_logprobs
 from unisd_kernels.backends.triton import configs, launch
 from unisd_kernels.backends.triton.configs import GemmConfig
+from unisd_kernels.backends.triton.score import vocab_splits
 
 FIELDS = ("logprobs", "logsumexp", "entropy")
 
@@ -42,20 +45,19 @@ def check(problem, dtype, **options):
                 assert_accurate(name, *(getattr(each, name) for each in (result, expected, native)), GPU_FLOOR)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+SHAPES = [((1,), 1, 2), ((16, 1), 16, 64), ((5, 30), 33, 131), ((70,), 40, 259)]
+EXTRAS = [{}, {"bias": True, "softcap": 5.0, "logit_scale": -0.5}, {"padded_vocab": 3, "logit_std": 20.0}]
+
+
 @pytest.mark.parametrize(
-    ("lengths", "hidden_size", "vocab_size"),
-    [
-        ((1,), 1, 2),
-        pytest.param((16, 1), 16, 64, marks=pytest.mark.exhaustive),
-        ((5, 30), 33, 131),
-        pytest.param((70,), 40, 259, marks=pytest.mark.exhaustive),
-    ],
+    ("dtype", "shape", "extras"),
+    examples(
+        product(DTYPES, SHAPES, EXTRAS),
+        [*product(DTYPES, SHAPES[2:3], EXTRAS[1:]), (NARROW, SHAPES[2], EXTRAS[0]), (NARROW, SHAPES[0], EXTRAS[0])],
+    ),
 )
-@pytest.mark.parametrize(
-    "extras", [{}, {"bias": True, "softcap": 5.0, "logit_scale": -0.5}, {"padded_vocab": 3, "logit_std": 20.0}]
-)
-def test_values(dtype, lengths, hidden_size, vocab_size, extras):
+def test_values(dtype, shape, extras):
+    lengths, hidden_size, vocab_size = shape
     problem = make_problem(lengths=lengths, hidden_size=hidden_size, vocab_size=vocab_size, dtype=dtype, **extras)
     check(on_device(problem), dtype, temperature=0.7)
 
@@ -67,12 +69,12 @@ def use(monkeypatch, kind, config):
 
 
 @pytest.mark.parametrize(
-    "spans", [pytest.param(1, marks=pytest.mark.exhaustive), 3, pytest.param(50, marks=pytest.mark.exhaustive)]
+    "splits", [pytest.param(1, marks=pytest.mark.exhaustive), 3, pytest.param(50, marks=pytest.mark.exhaustive)]
 )
 @pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
-def test_spans_and_groups(monkeypatch, spans, group):
+def test_splits_and_groups(monkeypatch, splits, group):
     """Any cut of the vocabulary, any order of the programs."""
-    monkeypatch.setattr("unisd_kernels.backends.triton.backend.vocab_splits", lambda *_: spans)
+    monkeypatch.setattr("unisd_kernels.backends.triton.score.vocab_splits", lambda *_: splits)
     for kind in ("score", "score-few", "score-heavy"):
         use(monkeypatch, kind, GemmConfig(16, 32, 16, 4, 1, group=group))
     check(on_device(make_problem(lengths=(70,), hidden_size=24, vocab_size=500, dtype=NARROW)), NARROW)
@@ -130,9 +132,9 @@ def test_not_a_number_stays_one():
 def test_the_device_is_filled():
     """64 rows give as many programs as 32768, and whole rounds of them."""
     for row_blocks, column_blocks in ((1, 501), (2, 501), (64, 501), (256, 501), (5, 7), (1, 1)):
-        spans = launch.vocab_splits(row_blocks, column_blocks, 132)
-        assert 1 <= spans <= column_blocks
-        rounds = -(-row_blocks * spans // 132)
+        splits = vocab_splits(row_blocks, column_blocks, 132)
+        assert 1 <= splits <= column_blocks
+        rounds = -(-row_blocks * splits // 132)
         work = row_blocks * column_blocks
         if work >= 1000:
-            assert rounds * -(-column_blocks // spans) * 132 < 1.06 * work, (row_blocks, column_blocks, spans)
+            assert rounds * -(-column_blocks // splits) * 132 < 1.06 * work, (row_blocks, column_blocks, splits)

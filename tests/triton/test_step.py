@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import make_problem
-from tests.triton.support import DEVICE, NARROW, on_device
+from tests.triton.support import DEVICE, NARROW, examples, on_device
 from unisd_kernels import unisd_loss
 from unisd_kernels.backends.base import NeedsGrad
 from unisd_kernels.backends.engine import Engine
-from unisd_kernels.backends.triton import score
+from unisd_kernels.backends.triton import chunked_divergence, fused_divergence, gradients, rows, score, statistics
 from unisd_kernels.backends.triton.backend import TritonBackend
 from unisd_kernels.config import LossConfig
 from unisd_kernels.ops.loss_autograd import loss_and_gradients
@@ -56,20 +58,23 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch):
     """Every kernel of the backend, watched, by name."""
-    from unisd_kernels.backends.triton import fused_divergence, gradients, rows, statistics
-
     watched = {}
-    for module in (score, fused_divergence, gradients, rows, statistics):
+    for module in (score, fused_divergence, chunked_divergence, gradients, rows, statistics):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             watched[name] = Launches(getattr(module, name))
             monkeypatch.setattr(module, name, watched[name])
     return watched
 
 
-@pytest.mark.parametrize("design", ["fused", "chunked"])
-@pytest.mark.parametrize("beta", [0.0, 0.5])
+CLIPS = [{}, {"clip_cap": 0.5}, {"clip_quantile": 0.7}]
+
+
 @pytest.mark.parametrize(
-    "clip", [{}, pytest.param({"clip_cap": 0.5}, marks=pytest.mark.exhaustive), {"clip_quantile": 0.7}]
+    ("design", "beta", "clip"),
+    examples(
+        product(["fused", "chunked"], [0.0, 0.5], CLIPS),
+        [("fused", 0.0, CLIPS[2]), ("chunked", 0.5, CLIPS[2]), ("chunked", 0.0, CLIPS[0])],
+    ),
 )
 def test_nothing_is_read_back(launches, monkeypatch, design, beta, clip):
     # Values are read and checked on a CPU; elsewhere this is an assertion on the device.
@@ -125,7 +130,7 @@ def test_a_tiny_workspace_is_refused():
         unisd_loss(**problem.arguments(), impl="triton", workspace_bytes=100)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("beta", [0.0, pytest.param(0.5, marks=pytest.mark.exhaustive)])
 def test_compiled_without_a_graph_break(beta):
     """Under torch.compile the loss is one operator, whose kernels run as in eager mode."""
     problem = on_device(

@@ -30,7 +30,7 @@ class GemmConfig:
         rows, columns, width: of a tile, and the step along the inner dimension.
         warps, stages: of a program; of its software pipeline.
         group: row blocks that walk the vocabulary together (scoring).
-        parts: blocks of statistics a tile (pair).
+        parts: blocks of statistics a tile (fused divergence).
         occupancy: programs that share a multiprocessor; with two, the products of one run beside the statistics of the
             other.
         descriptors: load through tensor descriptors (TMA) where the tensors allow it.
@@ -51,25 +51,27 @@ class GemmConfig:
     warp_specialize: bool = False
 
 
-# By architecture and kind; the first is the default, the others are candidates for a measurement. Kinds: "score",
-# "score-heavy" with an entropy or a soft cap (more is alive in registers), "score-few" for at most 64 rows; "pair",
-# "pair-heavy" with a bias or a soft cap, "pair-separate" for two heads (two products one after the other); with
-# "-plain" where rows start off alignment, so that they are loaded number by number, which costs registers, or
-# "-float32" for such operands.
+# By architecture and kind; the first is the default, the others are candidates for a measurement. Kinds:
+#
+#   score              "-heavy" with an entropy or a soft cap (more is alive in registers), "-few" for at most 64 rows
+#   fused-divergence   "-heavy" with a bias or a soft cap, "-separate" for two heads (two products one after the other)
+#
+# and of each "-plain" where rows start off alignment, so that they are loaded number by number, which costs registers,
+# and "-float32" for such operands.
 _PLAIN = GemmConfig(64, 64, 32, 8, 3)
 _AMPERE: dict[str, tuple[GemmConfig, ...]] = {
     "score": (GemmConfig(128, 128, 64, 8, 3), GemmConfig(64, 128, 64, 8, 4)),
     "score-heavy": (GemmConfig(128, 128, 64, 8, 3), GemmConfig(64, 128, 64, 8, 4)),
     "score-few": (GemmConfig(64, 64, 64, 4, 4), GemmConfig(32, 128, 64, 4, 3)),
     "score-float32": (GemmConfig(64, 64, 32, 4, 3),),
-    "pair": (GemmConfig(64, 128, 64, 8, 3, parts=2), GemmConfig(128, 64, 32, 8, 4)),
-    "pair-heavy": (GemmConfig(64, 128, 64, 8, 3, parts=2), GemmConfig(128, 64, 32, 8, 4)),
-    "pair-separate": (GemmConfig(64, 128, 64, 8, 3, parts=2),),
+    "fused-divergence": (GemmConfig(64, 128, 64, 8, 3, parts=2), GemmConfig(128, 64, 32, 8, 4)),
+    "fused-divergence-heavy": (GemmConfig(64, 128, 64, 8, 3, parts=2), GemmConfig(128, 64, 32, 8, 4)),
+    "fused-divergence-separate": (GemmConfig(64, 128, 64, 8, 3, parts=2),),
     "score-plain": (_PLAIN,),
-    "pair-plain": (_PLAIN,),
-    "pair-separate-plain": (_PLAIN,),
-    "pair-float32": (GemmConfig(64, 64, 32, 8, 2),),
-    "pair-separate-float32": (GemmConfig(64, 64, 32, 8, 2),),
+    "fused-divergence-plain": (_PLAIN,),
+    "fused-divergence-separate-plain": (_PLAIN,),
+    "fused-divergence-float32": (GemmConfig(64, 64, 32, 8, 2),),
+    "fused-divergence-separate-float32": (GemmConfig(64, 64, 32, 8, 2),),
 }
 _HOPPER: dict[str, tuple[GemmConfig, ...]] = {
     "score": (
@@ -88,18 +90,18 @@ _HOPPER: dict[str, tuple[GemmConfig, ...]] = {
     ),
     "score-float32": _AMPERE["score-float32"],
     # Not flattened, and in one part: otherwise the assembler waits for every matrix product, or registers spill.
-    "pair": (
+    "fused-divergence": (
         GemmConfig(128, 128, 64, 8, 3, descriptors=True),
         GemmConfig(128, 64, 64, 8, 4, descriptors=True),
         GemmConfig(64, 64, 64, 4, 4, descriptors=True, occupancy=2),
     ),
-    "pair-heavy": (GemmConfig(128, 64, 64, 8, 4, descriptors=True),),
-    "pair-separate": (GemmConfig(128, 64, 64, 8, 4, descriptors=True),),
+    "fused-divergence-heavy": (GemmConfig(128, 64, 64, 8, 4, descriptors=True),),
+    "fused-divergence-separate": (GemmConfig(128, 64, 64, 8, 4, descriptors=True),),
     "score-plain": (_PLAIN,),
-    "pair-plain": (_PLAIN,),
-    "pair-separate-plain": (_PLAIN,),
-    "pair-float32": _AMPERE["pair-float32"],
-    "pair-separate-float32": _AMPERE["pair-separate-float32"],
+    "fused-divergence-plain": (_PLAIN,),
+    "fused-divergence-separate-plain": (_PLAIN,),
+    "fused-divergence-float32": _AMPERE["fused-divergence-float32"],
+    "fused-divergence-separate-float32": _AMPERE["fused-divergence-separate-float32"],
 }
 _BLACKWELL: dict[str, tuple[GemmConfig, ...]] = {
     "score": (
@@ -109,18 +111,18 @@ _BLACKWELL: dict[str, tuple[GemmConfig, ...]] = {
     "score-heavy": (GemmConfig(128, 128, 64, 8, 4, descriptors=True),),
     "score-few": (GemmConfig(64, 128, 128, 4, 4, descriptors=True),),
     "score-float32": _AMPERE["score-float32"],
-    "pair": (GemmConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
-    "pair-heavy": (GemmConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
-    "pair-separate": (GemmConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
+    "fused-divergence": (GemmConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
+    "fused-divergence-heavy": (GemmConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
+    "fused-divergence-separate": (GemmConfig(128, 128, 64, 8, 3, parts=4, descriptors=True),),
     "score-plain": (_PLAIN,),
-    "pair-plain": (_PLAIN,),
-    "pair-separate-plain": (_PLAIN,),
-    "pair-float32": _AMPERE["pair-float32"],
-    "pair-separate-float32": (GemmConfig(64, 64, 16, 8, 2),),
+    "fused-divergence-plain": (_PLAIN,),
+    "fused-divergence-separate-plain": (_PLAIN,),
+    "fused-divergence-float32": _AMPERE["fused-divergence-float32"],
+    "fused-divergence-separate-float32": (GemmConfig(64, 64, 16, 8, 2),),
 }
 # The interpreter's time is per operation and not per element; odd shapes need more than one tile all the same.
 _INTERPRETER: dict[str, tuple[GemmConfig, ...]] = {
-    kind: (GemmConfig(16, 32, 16, 4, 1, group=2, parts=2 if "pair" in kind else 1),) for kind in _AMPERE
+    kind: (GemmConfig(16, 32, 16, 4, 1, group=2, parts=2 if "fused" in kind else 1),) for kind in _AMPERE
 }
 TABLE: dict[str, dict[str, tuple[GemmConfig, ...]]] = {
     "sm_80": _AMPERE,
@@ -132,7 +134,7 @@ _ALIASES = {"sm_103": "sm_100"}
 
 
 def candidates(kind: str, device: torch.device) -> tuple[GemmConfig, ...]:
-    """Of the table; a GPU that is not in it gets those of sm_80, which ask for the least shared memory."""
+    """Tiles of the table; a GPU that is not in it gets those of sm_80, which ask for the least shared memory."""
     name = architecture(device)
     return TABLE.get(_ALIASES.get(name, name), _AMPERE)[kind]
 
@@ -199,7 +201,7 @@ def _load(device: torch.device) -> dict[str, GemmConfig]:
 
 
 def _store(device: torch.device, winners: dict[str, GemmConfig]) -> None:
-    """Replaced as a whole, so that another process never reads half a file."""
+    """Write the file as a whole, so that another process never reads half of one."""
     path = _file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:

@@ -1,4 +1,5 @@
-"""Student and teacher through the vocabulary at once: one product kernel with the statistics of a divergence behind it.
+"""Fused divergence: student and teacher through the vocabulary at once, in one product kernel with the statistics
+behind it. docs/gpu.md compares this design with the chunked one.
 
 A program makes the same tile of both logits, takes the block's statistics (statistics.py) while they are in registers,
 and stores what the gradient needs: z_s and delta = z_t - z_s (or z_t, where a forward KL is far off), each less its
@@ -13,17 +14,37 @@ float16 (for bfloat16 operands too) rounds x to e |x|, e = 2^-11. With mu the me
               p_t |x| = p_s e^x |x|); if E_t[x] > 1 the block is far and stores z_t - max z_t instead.
 
 Weighted by p_s, as in a reverse KL, z_t would be rounded where it is far from its maximum: by e times hundreds. A JSD
-needs both and is not made here (backends/triton/backend.py).
+needs both and is not made here.
+
+What it saves: the two views read the weight once, and 2 + 2 bytes a pair of logits are stored in place of 4 + 4 written
+and read again for the statistics. What it costs: an epilogue of 56 instructions a pair (sm_90), which no product hides
+while one program at a time is on a multiprocessor.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from unisd_kernels.backends.triton.gemm import gemm_tile, load_tile
+from unisd_kernels.backends.base import DivergenceRows, NeedsGrad
+from unisd_kernels.backends.buffers import row_buffer, row_major, row_stride
+from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.triton.configs import GemmConfig, autotuning, candidates, choose, with_loads
+from unisd_kernels.backends.triton.gemm import Side, gemm_tile, load_tile
+from unisd_kernels.backends.triton.gradients import Saved, write_divergence_gradient
+from unisd_kernels.backends.triton.launch import ROW_PADDING, LogitTile, gemm_operands, num_sms, on_device
 from unisd_kernels.backends.triton.math import COUNTS, apply_softcap
-from unisd_kernels.backends.triton.statistics import MASKED, store_partials
+from unisd_kernels.backends.triton.rows import teacher_rows
+from unisd_kernels.backends.triton.statistics import (
+    MASKED,
+    Partials,
+    chunk_and_block_rows,
+    combine,
+    divergence_rows,
+    partials_bytes,
+    store_partials,
+)
 
 # float16's largest number, less a margin; what is beyond it has no probability.
 _LARGEST = tl.constexpr(60000.0)
@@ -47,52 +68,43 @@ def column_part(tile, PART: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def finish_block(
-    z,
-    other,
+    z,  # [BLOCK_ROWS, BLOCK_COLUMNS] products of the student
+    other,  # [BLOCK_ROWS, BLOCK_COLUMNS] products of the teacher
+    student,  # gemm.Side
+    teacher,  # gemm.Side
     block,
     first_column,
-    given,
+    is_delta,  # [BLOCK_ROWS]: does the teacher's row hold h_t - h_s?
     rows,
     row_mask,
-    student_bias,
-    teacher_bias,
-    shifted_student,
-    shifted_teacher,
+    student_out,  # launch.LogitTile, or None without a gradient
+    teacher_out,
     partials,
     num_rows,
     num_columns,
-    shifted_student_stride,
-    shifted_teacher_stride,
     num_blocks,
-    student_scale,
-    teacher_scale,
-    student_tanh,
-    teacher_tanh,
-    MARKED: tl.constexpr,
-    STUDENT_BIAS: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr,
-    STUDENT_SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
+    TEACHER_IS_DELTA: tl.constexpr,  # may `is_delta` be true?
     WANT_ENTROPY: tl.constexpr,
     STORE: tl.constexpr,
     FORWARD: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    """From the products of one block of columns to its partial statistics and, if asked for, its shifted logits."""
     columns = first_column + tl.arange(0, BLOCK_COLUMNS)
     column_mask = columns < num_columns
-    if STUDENT_BIAS:
-        z += tl.load(student_bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    if TEACHER_BIAS:
-        bias = tl.load(teacher_bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-        if MARKED:
+    if student.bias is not None:
+        z += tl.load(student.bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    if teacher.bias is not None:
+        bias = tl.load(teacher.bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        if TEACHER_IS_DELTA:
             # A difference of hidden states gives a difference of logits, in which the bias is gone.
-            bias = tl.where(given[:, None], 0.0, bias)
+            bias = tl.where(is_delta[:, None], 0.0, bias)
         other += bias
-    z = apply_softcap(z * student_scale, student_tanh, STUDENT_SOFTCAP)
-    other = apply_softcap(other * teacher_scale, teacher_tanh, TEACHER_SOFTCAP)
+    z = apply_softcap(z * student.scale, student.tanh_scale)
+    other = apply_softcap(other * teacher.scale, teacher.tanh_scale)
     delta = other - z
-    if MARKED:
-        delta = tl.where(given[:, None], other, delta)
+    if TEACHER_IS_DELTA:
+        delta = tl.where(is_delta[:, None], other, delta)
     z = tl.where(column_mask[None, :], z, MASKED)
     highest, shift, teacher_highest, far = store_partials(
         partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY
@@ -100,14 +112,17 @@ def finish_block(
     if STORE:
         # Rows are padded, so that a whole vector is written also where the vocabulary ends within one.
         wide = rows.to(tl.int64)[:, None]
-        mask = row_mask[:, None] & (columns < shifted_student_stride)[None, :]
+        mask = row_mask[:, None] & (columns < student_out.stride)[None, :]
+        # z_s less the block's maximum and delta less the block's mean, and not less the row's: those are known when
+        # all blocks are. A block away from the row's maximum has less probability, and needs no more digits.
+        # A logit further below its block's maximum than float16 reaches has no probability: any number will do.
         low = tl.maximum(z - highest[:, None], -_LARGEST)
         tl.store(
-            shifted_student + wide * shifted_student_stride + columns[None, :],
-            low.to(shifted_student.dtype.element_ty),
+            student_out.logits + wide * student_out.stride + columns[None, :],
+            low.to(student_out.logits.dtype.element_ty),
             mask=mask,
         )
-        mask = row_mask[:, None] & (columns < shifted_teacher_stride)[None, :]
+        mask = row_mask[:, None] & (columns < teacher_out.stride)[None, :]
         away = delta - shift[:, None]
         if FORWARD:
             # Far from the student the teacher's own logit is the better one to round: where p_t is, it is near its
@@ -115,48 +130,32 @@ def finish_block(
             away = tl.where(far[:, None], z + delta - teacher_highest[:, None], away)
         away = tl.minimum(tl.maximum(away, -_LARGEST), _LARGEST)
         tl.store(
-            shifted_teacher + wide * shifted_teacher_stride + columns[None, :],
-            away.to(shifted_teacher.dtype.element_ty),
+            teacher_out.logits + wide * teacher_out.stride + columns[None, :],
+            away.to(teacher_out.logits.dtype.element_ty),
             mask=mask,
         )
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def fused_divergence_kernel(
-    student_hidden,
-    teacher_hidden,
-    student_weight,
+    student_hidden,  # [num_rows, H]
+    teacher_hidden,  # [num_rows, H of the teacher]
+    student_weight,  # [num_columns, H]
     teacher_weight,
-    student_bias,
-    teacher_bias,
-    is_difference,  # [rows] int8, if MARKED: does the row of teacher_hidden hold h_t - h_s?
-    shifted_student,
-    shifted_teacher,
-    partials,
+    row_is_delta,  # [rows] int8: does the row of teacher_hidden hold h_t - h_s? None: no row does
+    student_out,  # launch.LogitTile for the gradient, or None without one
+    teacher_out,
+    partials,  # statistics.Partials.values
+    # Behind the pointers: before them the assembler spills 40 bytes of sm_100's tile of two capped heads.
+    student,  # gemm.Side
+    teacher,  # gemm.Side
     num_rows,
     num_columns,
-    student_width,
-    teacher_width,
-    student_hidden_stride,
-    teacher_hidden_stride,
-    student_weight_stride,
-    teacher_weight_stride,
-    shifted_student_stride,
-    shifted_teacher_stride,
     num_blocks,
     num_programs,
-    student_scale,
-    teacher_scale,
-    student_tanh,
-    teacher_tanh,
     SHARED_WEIGHT: tl.constexpr,
-    MARKED: tl.constexpr,
-    STUDENT_BIAS: tl.constexpr,
-    TEACHER_BIAS: tl.constexpr,
-    STUDENT_SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
-    STORE: tl.constexpr,
+    STORE: tl.constexpr,  # write student_out and teacher_out? (Triton 3.6 cannot ask whether a tuple is None)
     FORWARD: tl.constexpr,  # KL(p_t || p_s), or KL(p_s || p_t)? Decides what is stored
     DESCRIPTORS: tl.constexpr,
     EVEN_WIDTH: tl.constexpr,
@@ -168,8 +167,11 @@ def fused_divergence_kernel(
     BLOCK_WIDTH: tl.constexpr,
     PARTS: tl.constexpr,  # 1, 2 or 4 blocks of statistics a tile; the more, the fewer registers are live at a time
 ):
+    TEACHER_IS_DELTA: tl.constexpr = row_is_delta is not None
     row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     num_tiles = row_blocks * tl.cdiv(num_columns, BLOCK_COLUMNS)
+    # As many programs as the device runs at a time, each with every num_programs-th tile: the loads of a tile can run
+    # ahead into the end of the last one (FLATTEN), where warps wait for exponentials and not for memory.
     for tile in tl.range(tl.program_id(0), num_tiles, num_programs, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
         # Tiles of the same columns run together: the weight comes from memory once, the hidden states stay cached.
         first_row = (tile % row_blocks) * BLOCK_ROWS
@@ -177,15 +179,15 @@ def fused_divergence_kernel(
         z = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
         other = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
         if SHARED_WEIGHT:
-            for step in range(tl.cdiv(student_width, BLOCK_WIDTH)):
+            for step in range(tl.cdiv(student.width, BLOCK_WIDTH)):
                 k = step * BLOCK_WIDTH
                 h = load_tile(
                     student_hidden,
                     first_row,
                     num_rows,
                     k,
-                    student_width,
-                    student_hidden_stride,
+                    student.width,
+                    student.hidden_stride,
                     DESCRIPTORS,
                     EVEN_WIDTH,
                     BLOCK_ROWS,
@@ -196,8 +198,8 @@ def fused_divergence_kernel(
                     first_row,
                     num_rows,
                     k,
-                    student_width,
-                    teacher_hidden_stride,
+                    student.width,
+                    teacher.hidden_stride,
                     DESCRIPTORS,
                     EVEN_WIDTH,
                     BLOCK_ROWS,
@@ -208,8 +210,8 @@ def fused_divergence_kernel(
                     first_column,
                     num_columns,
                     k,
-                    student_width,
-                    student_weight_stride,
+                    student.width,
+                    student.weight_stride,
                     DESCRIPTORS,
                     EVEN_WIDTH,
                     BLOCK_COLUMNS,
@@ -221,13 +223,11 @@ def fused_divergence_kernel(
             z = gemm_tile(
                 student_hidden,
                 student_weight,
+                student,
                 first_row,
                 num_rows,
                 first_column,
                 num_columns,
-                student_width,
-                student_hidden_stride,
-                student_weight_stride,
                 DESCRIPTORS,
                 EVEN_WIDTH,
                 PRECISION,
@@ -238,13 +238,11 @@ def fused_divergence_kernel(
             other = gemm_tile(
                 teacher_hidden,
                 teacher_weight,
+                teacher,
                 first_row,
                 num_rows,
                 first_column,
                 num_columns,
-                teacher_width,
-                teacher_hidden_stride,
-                teacher_weight_stride,
                 DESCRIPTORS,
                 EVEN_WIDTH,
                 PRECISION,
@@ -254,9 +252,9 @@ def fused_divergence_kernel(
             )
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         row_mask = rows < num_rows
-        given = row_mask
-        if MARKED:
-            given = tl.load(is_difference + rows, mask=row_mask, other=0) != 0
+        is_delta = row_mask
+        if TEACHER_IS_DELTA:
+            is_delta = tl.load(row_is_delta + rows, mask=row_mask, other=0) != 0
         WIDTH: tl.constexpr = BLOCK_COLUMNS // PARTS
         for part in tl.static_range(PARTS):
             z_part = column_part(z, part, PARTS)
@@ -266,32 +264,159 @@ def fused_divergence_kernel(
             finish_block(
                 z_part,
                 other_part,
+                student,
+                teacher,
                 block,
                 first_column + part * WIDTH,
-                given,
+                is_delta,
                 rows,
                 row_mask & (block < num_blocks),
-                student_bias,
-                teacher_bias,
-                shifted_student,
-                shifted_teacher,
+                student_out,
+                teacher_out,
                 partials,
                 num_rows,
                 num_columns,
-                shifted_student_stride,
-                shifted_teacher_stride,
                 num_blocks,
-                student_scale,
-                teacher_scale,
-                student_tanh,
-                teacher_tanh,
-                MARKED,
-                STUDENT_BIAS,
-                TEACHER_BIAS,
-                STUDENT_SOFTCAP,
-                TEACHER_SOFTCAP,
+                TEACHER_IS_DELTA,
                 WANT_ENTROPY,
                 STORE,
                 FORWARD,
                 WIDTH,
             )
+
+
+class FusedDivergence:
+    """A KL by one product kernel for both views; what the gradient needs in 16 bits (32 for float32 operands).
+
+    See `unisd_kernels.backends.base.Divergence`. The student's shifted logits lie where the gradient of their rows
+    will, which overwrites them; the teacher's in a buffer for one block.
+    """
+
+    chunk_rows: int
+    block_rows: int | None
+
+    def __init__(
+        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
+    ) -> None:
+        self._shared = student.weight_is(teacher)
+        self._student, self._teacher = student, teacher = _row_major_pair(student, teacher)
+        self._beta, self._needs_grad = beta, needs_grad.any
+        self._kind = _kind(student, teacher, self._shared)
+        dtype, device, columns = student.hidden.dtype, student.hidden.device, student.num_columns
+        options = candidates(self._kind, device) if autotuning() else candidates(self._kind, device)[:1]
+        narrowest = min(config.columns // config.parts for config in options)
+        row_bytes = row_stride(columns, ROW_PADDING) * dtype.itemsize if needs_grad.any else 0
+        self.chunk_rows, self.block_rows = _, block = chunk_and_block_rows(
+            student, workspace_bytes, row_bytes, row_bytes + partials_bytes(columns, narrowest)
+        )
+        if needs_grad.any:
+            self._gradient = row_buffer(self.chunk_rows, columns, ROW_PADDING, dtype, device)
+            # Of a bfloat16 student too: the shifted numbers are small where they count, and float16 has eight times the
+            # digits.
+            stored = torch.float32 if dtype == torch.float32 else torch.float16
+            self._shifted = row_buffer(block, columns, ROW_PADDING, stored, device)
+
+    def logits(self, rows: slice) -> None:
+        """None: logits are made block by block."""
+
+    def forward(
+        self, chunk: None, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
+    ) -> tuple[DivergenceRows, Saved | None]:
+        student = self._student.of_rows(self._student.hidden[rows])
+        hidden, count = student.hidden, rows.stop - rows.start
+        tiles: tuple[LogitTile | None, LogitTile | None] = None, None
+        if self._needs_grad:
+            gradient = self._gradient[local]
+            tiles = (
+                LogitTile.of(gradient.view(self._shifted.dtype), student.transform),
+                LogitTile.of(self._shifted[:count], self._teacher.transform),
+            )
+        with on_device(hidden):
+            teacher, row_is_delta = teacher_rows(student, self._teacher.of_rows(self._teacher.hidden[rows]))
+
+            def launch(config: GemmConfig) -> Partials:
+                return self._launch(config, student, teacher, row_is_delta, tiles, want_entropy)
+
+            shape = (count, student.num_columns, hidden.shape[1])
+            partials = launch(choose(self._kind, hidden.device, shape, launch))
+            statistics = combine(partials, student, teacher, row_is_delta, target_ids, want_entropy, self._beta)
+        result = divergence_rows(statistics, target_ids is not None, want_entropy)
+        student_tile, teacher_tile = tiles
+        if student_tile is None or teacher_tile is None:
+            return result, None
+        return result, Saved(student_tile, teacher_tile, row_is_delta, partials, statistics, gradient)
+
+    def _launch(
+        self,
+        config: GemmConfig,
+        student: Projection,
+        teacher: Projection,
+        row_is_delta: torch.Tensor | None,
+        tiles: tuple[LogitTile | None, LogitTile | None],
+        want_entropy: bool,
+    ) -> Partials:
+        num_rows, num_columns, device = student.hidden.shape[0], student.num_columns, student.hidden.device
+        partials = Partials.empty(num_rows, num_columns, config.columns // config.parts, want_entropy, device)
+        operands, constants = gemm_operands(config, (student.hidden, teacher.hidden), (student.weight, teacher.weight))
+        num_tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
+        programs = min(num_tiles, config.occupancy * num_sms(device))
+        fused_divergence_kernel[(programs,)](
+            *operands,
+            row_is_delta,
+            *tiles,
+            partials.values,
+            Side.of(student),
+            Side.of(teacher),
+            num_rows,
+            num_columns,
+            partials.num_blocks,
+            programs,
+            SHARED_WEIGHT=self._shared,
+            WANT_ENTROPY=want_entropy,
+            STORE=self._needs_grad,
+            FORWARD=self._beta == 0.0,
+            FLATTEN=config.flatten,
+            PARTS=config.parts,
+            **constants,
+        )
+        return partials
+
+    def backward(
+        self,
+        saved: Saved,
+        target_ids: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        logprob_weight: torch.Tensor | None,
+    ) -> None:
+        write_divergence_gradient(saved, self._beta, target_ids, weight, logprob_weight, shifted=True)
+
+    def gradient(self, count: int) -> torch.Tensor:
+        return self._gradient[:count]
+
+
+def _kind(student: Projection, teacher: Projection, shared: bool) -> str:
+    """The kind of tile (`configs.py`)."""
+    kind = "fused-divergence" if shared else "fused-divergence-separate"
+    if torch.float32 in (student.hidden.dtype, teacher.hidden.dtype):
+        return f"{kind}-float32"
+    # Rows that start off alignment are not aligned as blocks of rows either, nor the other way round.
+    of_operands = with_loads(kind, student.hidden, teacher.hidden, student.weight, teacher.weight)
+    heavy = any(side.bias is not None or side.transform.softcap is not None for side in (student, teacher))
+    return "fused-divergence-heavy" if of_operands == "fused-divergence" and heavy else of_operands
+
+
+def _row_major_pair(student: Projection, teacher: Projection) -> tuple[Projection, Projection]:
+    """Both with contiguous rows, and still sharing what they share."""
+    copies: dict[tuple[int, torch.Size, tuple[int, ...]], torch.Tensor] = {}
+
+    def once(matrix: torch.Tensor) -> torch.Tensor:
+        key = (matrix.data_ptr(), matrix.shape, matrix.stride())
+        if key not in copies:
+            copies[key] = row_major(matrix) if matrix.dim() == 2 else matrix.contiguous()
+        return copies[key]
+
+    def of(projection: Projection) -> Projection:
+        bias = None if projection.bias is None else once(projection.bias)
+        return Projection(once(projection.hidden), once(projection.weight), bias, projection.transform)
+
+    return of(student), of(teacher)

@@ -1,4 +1,5 @@
-"""Gradients with respect to the logits, once the statistics of the rows are known. One read and one write.
+"""Gradients with respect to the logits, once the statistics of the rows are known: kernels of one read and one write,
+and their launches.
 
 All are gradients with respect to `a x / tau`: the factor of a soft cap's tanh is in them, the constant `a / tau` is
 left to the small results. Formulas: docs/design.md.
@@ -6,10 +7,24 @@ left to the small results. Formulas: docs/design.md.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
-from unisd_kernels.backends.triton.math import COUNTS, apply_softcap, cap_gradient, exp, expm1, log1p, tile_block
+from unisd_kernels.backends.base import ScoreGrads, Scores, SoftmaxRows
+from unisd_kernels.backends.buffers import contiguous
+from unisd_kernels.backends.transform import LogitTransform
+from unisd_kernels.backends.triton.launch import (
+    LONG_COLUMNS,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    LogitTile,
+    on_device,
+    tile_grid,
+)
+from unisd_kernels.backends.triton.math import COUNTS, apply_softcap, exp, expm1, log1p, softcap_gradient, tile_block
 from unisd_kernels.backends.triton.statistics import (
     LOGSUMEXP_DIFFERENCE,
     MEAN_DIFFERENCE,
@@ -21,53 +36,55 @@ from unisd_kernels.backends.triton.statistics import (
     STUDENT_MAX,
     TEACHER_MAX,
     TEACHER_SUM,
+    Partials,
     is_far,
-    load_pair,
+    load_logits,
 )
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def divergence_gradient_kernel(
-    student,
-    teacher,
+    student,  # launch.LogitTile, [num_rows, num_columns]
+    teacher,  # launch.LogitTile, [num_rows, num_columns]
     gradient,  # may be the student's tile: every element is read before it is written, by the same program
-    is_difference,
-    partials,
-    statistics,
-    target_ids,
-    weight,
-    logprob_weight,
+    row_is_delta,  # [rows] int8, or None: none is
+    partials,  # statistics.Partials.values
+    statistics,  # [NUM_STATISTICS, rows]
+    target_ids,  # [rows]
+    weight,  # [rows], or None for one
+    logprob_weight,  # [rows], or None for zero
     num_rows,
     num_columns,
-    student_stride,
-    teacher_stride,
     gradient_stride,
     num_blocks,
-    student_tanh,
-    teacher_tanh,
     beta,
     complement,  # 1 - beta, rounded once
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
     SHIFTED: tl.constexpr,
-    STUDENT_SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_LOGPROB_WEIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Of `sum_n weight_n D_n + logprob_weight_n logp_n(y_n)`.
+    """The gradient of `sum_n weight_n D_n + logprob_weight_n logp_n(y_n)`.
+
+    With `d = log p_t - log p_s = delta - c` and `m = (1 - beta) p_s + beta p_t`, by dz_s of one logit:
+
+        KL(p_t || p_s)     p_s - p_t = -p_s (e^d - 1)
+        KL(p_s || p_t)     p_s (-d - D) = p_s (r - delta),    since D = c - r
+        JSD                (1 - beta) p_s (log(p_s / m) - KL(p_s || m))
+
+    each a probability times a number that is small where student and teacher are near, never a difference of two
+    numbers that are not. A token's log-probability adds `1[y] - p_s` times its weight.
 
     `SHIFTED`: the tiles hold z_s and z_t - z_s or z_t less the references of their block of `BLOCK_COLUMNS` columns
-    (pair.py). Otherwise they hold `product_scale (h W^T + b)` in float32.
+    (fused_divergence.py). Otherwise they hold `product_scale (h W^T + b)` in float32.
     """
     block, row_block = tile_block(num_columns, BLOCK_COLUMNS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     row_mask = rows < num_rows
     # Shifted tiles have padded rows, which are read and written to the end of a vector.
-    end = student_stride if SHIFTED else num_columns
+    end = student.stride if SHIFTED else num_columns
     mask = row_mask[:, None] & (columns < end)[None, :]
     wide = rows.to(tl.int64)[:, None]
     logsumexp = tl.load(statistics + STUDENT_LOGSUMEXP * num_rows + rows, mask=row_mask, other=0.0)
@@ -76,8 +93,8 @@ def divergence_gradient_kernel(
         reference = partials + (rows * num_blocks + block) * RECORD
         highest = tl.load(reference + STUDENT_MAX, mask=row_mask, other=0.0)
         shift = tl.load(reference + SHIFT, mask=row_mask, other=0.0)
-        z = tl.load(student + wide * student_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        d = tl.load(teacher + wide * teacher_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(student.logits + wide * student.stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(teacher.logits + wide * teacher.stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         logprob = z + (highest - logsumexp)[:, None]
         if FORWARD:
             moment = tl.load(reference + MOMENT, mask=row_mask, other=0.0)
@@ -93,27 +110,18 @@ def divergence_gradient_kernel(
             delta, origin = d, shift
         z += highest[:, None]
     else:
-        given = tl.load(is_difference + rows, mask=row_mask, other=0) != 0
-        z, delta = load_pair(
-            student,
-            teacher,
-            wide * student_stride + columns[None, :],
-            wide * teacher_stride + columns[None, :],
-            mask,
-            given[:, None],
-            student_tanh,
-            teacher_tanh,
-            STUDENT_SOFTCAP,
-            TEACHER_SOFTCAP,
-        )
+        is_delta = row_is_delta
+        if row_is_delta is not None:
+            is_delta = (tl.load(row_is_delta + rows, mask=row_mask, other=0) != 0)[:, None]
+        z, delta = load_logits(student, teacher, wide, columns[None, :], mask, is_delta)
         origin = tl.zeros_like(difference)
         d = delta - difference[:, None]
         logprob = z - logsumexp[:, None]
         teacher_logprob = logprob + d
     p = exp(logprob)
     if FORWARD:
-        # d = log p_t - log p_s.
-        # p_s - p_t. Near each other as p_s times a small number; far out e^d may overflow where p_s is zero.
+        # p_s - p_t. Near each other as p_s times a small number; far out e^d may overflow where p_s is zero. Beyond
+        # |d| = 0.5 the difference of the two is at least 0.39 of the larger one: less than two bits cancel.
         result = tl.where(tl.abs(d) < 0.5, -p * expm1(d), p - exp(teacher_logprob))
     else:
         if REVERSE:
@@ -124,7 +132,8 @@ def divergence_gradient_kernel(
         else:
             student_kl = tl.load(statistics + STUDENT_KL * num_rows + rows, mask=row_mask, other=0.0)
             # u = log(m / p_s) = log1p(beta expm1(d)); where that cancels or overflows, the logarithm of m over the
-            # larger of the two. e^80 is still a number.
+            # larger of the two. e^80 is still a number. Between -0.5 and 1 the logarithm multiplies the rounding of
+            # growth by 1.44 at most.
             growth = beta * expm1(tl.minimum(d, 80.0))
             smaller = exp(-tl.abs(d))
             share = tl.where(d > 0.0, beta + complement * smaller, complement + beta * smaller)
@@ -132,39 +141,84 @@ def divergence_gradient_kernel(
             usual = (growth >= -0.5) & (growth <= 1.0)
             u = tl.where(usual, log1p(tl.where(usual, growth, 0.0)), of_larger)
             result = -complement * p * (u + student_kl[:, None])
-    if HAS_WEIGHT:
+    if weight is not None:
         result *= tl.load(weight + rows, mask=row_mask, other=0.0)[:, None]
-    if HAS_LOGPROB_WEIGHT:
+    if logprob_weight is not None:
         of_logprob = tl.load(logprob_weight + rows, mask=row_mask, other=0.0)[:, None]
         targets = tl.load(target_ids + rows, mask=row_mask, other=-1).to(tl.int32)
         result += of_logprob * (tl.where(columns[None, :] == targets[:, None], 1.0, 0.0) - p)
-    if STUDENT_SOFTCAP:
-        result *= cap_gradient(z, student_tanh, STUDENT_SOFTCAP)
+    if student.tanh_scale is not None:
+        result *= softcap_gradient(z, student.tanh_scale)
     tl.store(gradient + wide * gradient_stride + columns[None, :], result.to(gradient.dtype.element_ty), mask=mask)
+
+
+class Saved(NamedTuple):
+    """Inputs of the gradient of a block of rows, once its statistics are taken; and its place."""
+
+    student: LogitTile  # [rows, V]
+    teacher: LogitTile  # [rows, V]
+    row_is_delta: torch.Tensor | None  # [rows] int8: does the teacher's row hold z_t - z_s? None: none does
+    partials: Partials
+    statistics: torch.Tensor  # [NUM_STATISTICS, rows]
+    gradient: torch.Tensor  # [rows, V], where it is to be written
+
+
+def write_divergence_gradient(
+    saved: Saved,
+    beta: float,
+    target_ids: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    logprob_weight: torch.Tensor | None,
+    shifted: bool,
+) -> None:
+    """Write the gradient of `sum_n weight_n D_n + logprob_weight_n logp_n(y_n)` with respect to the student's
+    `a x / tau` into `saved.gradient`; ids and weights are [rows]. `shifted`: what the tiles hold, see the kernel."""
+    columns = saved.partials.block_columns if shifted else TILE_COLUMNS
+    rows = max(1, TILE_ROWS * TILE_COLUMNS // columns) if shifted else TILE_ROWS
+    gradient = saved.gradient
+    with on_device(gradient):
+        divergence_gradient_kernel[tile_grid(gradient, rows, columns)](
+            saved.student,
+            saved.teacher,
+            gradient,
+            saved.row_is_delta,
+            saved.partials.values,
+            saved.statistics,
+            contiguous(target_ids),
+            contiguous(weight),
+            contiguous(logprob_weight),
+            *gradient.shape,
+            gradient.stride(0),
+            saved.partials.num_blocks,
+            beta,
+            1.0 - beta,
+            FORWARD=beta == 0.0,
+            REVERSE=beta == 1.0,
+            SHIFTED=shifted,
+            BLOCK_ROWS=rows,
+            BLOCK_COLUMNS=columns,
+        )
 
 
 @triton.jit
 def softmax_statistics_kernel(
-    tile,
-    target_ids,
-    logsumexp,
-    target_logits,
+    tile,  # launch.LogitTile, [rows, num_columns] float32
+    target_ids,  # [rows]
+    logsumexp,  # [rows]
+    target_logits,  # [rows]
     num_columns,
-    stride,
-    tanh_scale,
-    HAS_SOFTCAP: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Log-sum-exp and target logit of a complete float32 row. One program a row, one read."""
     row = tl.program_id(0)
     target = tl.load(target_ids + row)
-    source = tile + row.to(tl.int64) * stride
+    source = tile.logits + row.to(tl.int64) * tile.stride
     highest = tl.full([BLOCK_COLUMNS], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_COLUMNS], tl.float32)
     for start in range(0, num_columns, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         mask = columns < num_columns
-        z = apply_softcap(tl.load(source + columns, mask=mask, other=0.0), tanh_scale, HAS_SOFTCAP)
+        z = apply_softcap(tl.load(source + columns, mask=mask, other=0.0), tile.tanh_scale)
         z = tl.where(mask, z, -float("inf"))
         higher = tl.maximum(highest, z)
         # A lane that has seen nothing yet holds -inf, and -inf - -inf is no number.
@@ -174,32 +228,41 @@ def softmax_statistics_kernel(
         highest = higher
     top = tl.max(highest, 0)
     tl.store(logsumexp + row, top + tl.log(tl.sum(total * exp(highest - top), 0)))
-    tl.store(target_logits + row, apply_softcap(tl.load(source + target), tanh_scale, HAS_SOFTCAP))
+    tl.store(target_logits + row, apply_softcap(tl.load(source + target), tile.tanh_scale))
+
+
+def softmax_statistics(tile: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor) -> SoftmaxRows:
+    """Statistics of the complete rows of a float32 tile, [rows, V]; `target_ids` is [rows]."""
+    result = SoftmaxRows(tile.new_empty(tile.shape[0]), tile.new_empty(tile.shape[0]))
+    with on_device(tile):
+        softmax_statistics_kernel[(tile.shape[0],)](
+            LogitTile.of(tile, transform),
+            target_ids.contiguous(),
+            *result,
+            tile.shape[1],
+            BLOCK_COLUMNS=min(LONG_COLUMNS, triton.next_power_of_2(tile.shape[1])),
+            num_warps=8,
+        )
+    return result
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def logprob_gradient_kernel(
-    tile,
-    gradient,  # may be the tile
-    logsumexp,
-    target_ids,
-    logprob_weight,
-    logsumexp_weight,
-    entropy,
-    entropy_weight,
+def score_gradient_kernel(
+    tile,  # launch.LogitTile, [num_rows, num_columns] float32
+    gradient,  # [num_rows, num_columns]; may be the tile
+    logsumexp,  # [rows]
+    target_ids,  # [rows]
+    logprob_weight,  # [rows], or None for zero
+    logsumexp_weight,  # [rows], or None for zero
+    entropy,  # [rows], for `entropy_weight`
+    entropy_weight,  # [rows], or None for zero
     num_rows,
     num_columns,
-    tile_stride,
     gradient_stride,
-    tanh_scale,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_LOGPROB_WEIGHT: tl.constexpr,
-    HAS_LOGSUMEXP_WEIGHT: tl.constexpr,
-    HAS_ENTROPY_WEIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Of `sum_n` weight times log-probability, log-sum-exp and entropy.
+    """The gradient of `sum_n` weight times log-probability, log-sum-exp and entropy.
 
     d logp_y / dz = 1[y] - p,   d logsumexp / dz = p,   d entropy / dz = -p (log p + entropy)
     """
@@ -209,24 +272,50 @@ def logprob_gradient_kernel(
     row_mask = rows < num_rows
     mask = row_mask[:, None] & (columns < num_columns)[None, :]
     wide = rows.to(tl.int64)[:, None]
-    x = tl.load(tile + wide * tile_stride + columns[None, :], mask=mask, other=0.0)
-    z = apply_softcap(x, tanh_scale, HAS_SOFTCAP)
+    x = tl.load(tile.logits + wide * tile.stride + columns[None, :], mask=mask, other=0.0)
+    z = apply_softcap(x, tile.tanh_scale)
     logprob = z - tl.load(logsumexp + rows, mask=row_mask, other=0.0)[:, None]
     p = exp(logprob)
     of_p = tl.zeros([BLOCK_ROWS], tl.float32)
-    if HAS_LOGSUMEXP_WEIGHT:
+    if logsumexp_weight is not None:
         of_p += tl.load(logsumexp_weight + rows, mask=row_mask, other=0.0)
-    if HAS_LOGPROB_WEIGHT:
+    if logprob_weight is not None:
         of_logprob = tl.load(logprob_weight + rows, mask=row_mask, other=0.0)
         of_p -= of_logprob
     result = p * of_p[:, None]
-    if HAS_ENTROPY_WEIGHT:
+    if entropy_weight is not None:
         of_entropy = tl.load(entropy_weight + rows, mask=row_mask, other=0.0)
         row_entropy = tl.load(entropy + rows, mask=row_mask, other=0.0)
         result -= of_entropy[:, None] * p * (logprob + row_entropy[:, None])
-    if HAS_LOGPROB_WEIGHT:
+    if logprob_weight is not None:
         targets = tl.load(target_ids + rows, mask=row_mask, other=-1).to(tl.int32)
         result += tl.where(columns[None, :] == targets[:, None], of_logprob[:, None], 0.0)
-    if HAS_SOFTCAP:
-        result *= cap_gradient(z, tanh_scale, HAS_SOFTCAP)
+    if tile.tanh_scale is not None:
+        result *= softcap_gradient(z, tile.tanh_scale)
     tl.store(gradient + wide * gradient_stride + columns[None, :], result.to(gradient.dtype.element_ty), mask=mask)
+
+
+def write_score_gradient(
+    logits: torch.Tensor,
+    gradient: torch.Tensor,
+    transform: LogitTransform,
+    target_ids: torch.Tensor,
+    scores: Scores,
+    grads: ScoreGrads,
+) -> None:
+    """See `unisd_kernels.backends.base.Backend.score_backward`."""
+    with on_device(logits):
+        score_gradient_kernel[tile_grid(logits, TILE_ROWS, TILE_COLUMNS)](
+            LogitTile.of(logits, transform),
+            gradient,
+            scores.logsumexp.contiguous(),
+            target_ids.contiguous(),
+            contiguous(grads.logprobs),
+            contiguous(grads.logsumexp),
+            contiguous(scores.entropy),
+            contiguous(grads.entropy),
+            *logits.shape,
+            gradient.stride(0),
+            BLOCK_ROWS=TILE_ROWS,
+            BLOCK_COLUMNS=TILE_COLUMNS,
+        )

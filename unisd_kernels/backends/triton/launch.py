@@ -1,15 +1,21 @@
-"""What a launch needs to know about tensors and devices."""
+"""Facts about tensors and devices that a launch needs, and tuples of arguments for it."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from unisd_kernels.backends.transform import LogitTransform
+
+if TYPE_CHECKING:
+    from unisd_kernels.backends.triton.configs import GemmConfig
 
 # Rows of the buffers are padded to whole vectors of this many elements.
 ROW_PADDING = 64
@@ -19,12 +25,12 @@ LONG_COLUMNS = 2048
 
 
 def interpreting() -> bool:
-    """Do kernels run on the CPU, under the interpreter?"""
+    """Whether kernels run on the CPU, under the interpreter."""
     return bool(knobs.runtime.interpret)
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Context that makes the tensor's device the current one, on which Triton launches."""
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     if tensor.device.type == "xpu" and tensor.device.index != torch.xpu.current_device():
@@ -47,7 +53,7 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
-    """How many programs of a large tile run at a time."""
+    """Number of programs of a large tile that run at a time."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     if device.type == "xpu":
@@ -56,8 +62,8 @@ def num_sms(device: torch.device) -> int:
 
 
 def supports_tma(matrix: torch.Tensor) -> bool:
-    """Can TMA address this matrix? It wants contiguous rows that start at multiples of 16 bytes, one after
-    the other: not on the same place, as where one row was expanded to several, and not closer than they are long."""
+    """Whether TMA can address this matrix. It wants contiguous rows that start at multiples of 16 bytes, one after the
+    other: not on the same place, as where one row was expanded to several, and not closer than they are long."""
     size = matrix.element_size()
     return (
         min(matrix.shape) > 0
@@ -69,7 +75,7 @@ def supports_tma(matrix: torch.Tensor) -> bool:
 
 
 def has_whole_vectors(matrix: torch.Tensor) -> bool:
-    """Does Triton load the rows of this matrix by whole vectors? It knows of numbers whether 16 divides them."""
+    """Whether Triton loads the rows of this matrix by whole vectors: it knows of numbers whether 16 divides them."""
     return matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
@@ -78,7 +84,7 @@ def descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor
 
 
 def product_precision(matrix: torch.Tensor) -> str:
-    """Of a float32 product: what PyTorch is set to. 16-bit operands are exact in the product either way."""
+    """Precision of a float32 product, which PyTorch is set to; 16-bit operands are exact in the product either way."""
     if matrix.dtype != torch.float32 or matrix.device.type != "cuda":
         return "ieee"
     # Follows torch.set_float32_matmul_precision too, whose own getter raises once this setting was used, as by
@@ -86,32 +92,48 @@ def product_precision(matrix: torch.Tensor) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-@functools.cache
-def vocab_splits(row_blocks: int, column_blocks: int, processors: int) -> int:
-    """Into how many spans to cut the vocabulary so that the rows' blocks times spans fill the device.
+def gemm_operands(
+    config: GemmConfig, rows: tuple[torch.Tensor, ...], columns: tuple[torch.Tensor, ...]
+) -> tuple[list[torch.Tensor | TensorDescriptor], dict[str, Any]]:
+    """The matrices of a product as its kernel takes them, and the constants that follow from them and from its tile.
 
-    Minimizes the number of rounds times the blocks in a span; each round also pays about one block for starting.
+    Args:
+        rows: hidden states, [N, H] each.
+        columns: weights, [V, H] each.
+
+    Tensor descriptors of all matrices, if the configuration wants them and all of the matrices can have one; else the
+    matrices.
     """
-    best, least = 1, float("inf")
-    for spans in range(1, min(column_blocks, 4 * processors) + 1):
-        rounds = -(-row_blocks * spans // processors)
-        cost = rounds * (-(-column_blocks // spans) + 1)
-        if cost < least:
-            best, least = spans, cost
-    return best
-
-
-def matrices_or_descriptors(
-    wanted: bool, width: int, *matrices: tuple[torch.Tensor, int]
-) -> tuple[list[torch.Tensor | TensorDescriptor], bool]:
-    """Descriptors of all matrices, for tiles of the given rows and `width` columns, if they are wanted and all of the
-    matrices can have one; else the matrices. Says which."""
-    if wanted and all(supports_tma(matrix) for matrix, _ in matrices):
-        return [descriptor(matrix, (rows, width)) for matrix, rows in matrices], True
-    return [matrix for matrix, _ in matrices], False
+    matrices = [(matrix, config.rows) for matrix in rows] + [(matrix, config.columns) for matrix in columns]
+    described = config.descriptors and all(supports_tma(matrix) for matrix, _ in matrices)
+    constants = {
+        "DESCRIPTORS": described,
+        "EVEN_WIDTH": all(matrix.shape[1] % config.width == 0 for matrix in rows),
+        "PRECISION": product_precision(rows[0]),
+        "WARP_SPECIALIZE": config.warp_specialize and described,
+        "BLOCK_ROWS": config.rows,
+        "BLOCK_COLUMNS": config.columns,
+        "BLOCK_WIDTH": config.width,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+    operands = [descriptor(matrix, (size, config.width)) if described else matrix for matrix, size in matrices]
+    return operands, constants
 
 
 def tile_grid(tile: torch.Tensor, rows: int, columns: int) -> tuple[int]:
     """Programs over a tile of logits, those of the same rows one after the other. Along one axis: the second one has
     65535 programs at most, which are few for rows."""
     return (triton.cdiv(tile.shape[1], columns) * triton.cdiv(tile.shape[0], rows),)
+
+
+class LogitTile(NamedTuple):
+    """Logits of a block of rows in memory, as the kernels take them."""
+
+    logits: torch.Tensor  # [rows, V]; not "values", which Triton's tuples have of their own
+    stride: int
+    tanh_scale: float | None  # of a soft cap that is not yet applied, or whose gradient is to be taken
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, transform: LogitTransform) -> LogitTile:
+        return cls(logits, logits.stride(0), transform.tanh_scale)

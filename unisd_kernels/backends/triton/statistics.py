@@ -7,13 +7,20 @@ A block of columns gives, per row, numbers that merge without losing the digits 
     b = sum e_s (e^x - 1 - x),   a = sum e_s (x e^x - (e^x - 1)),   moment = sum e_t x
     h_s = sum e_s (z_s - m_s),   h_t = sum e_t (z_t - m_t)                           (entropies)
 
-a and b are sums of terms of second order in x that are not negative. Of the row, with r the mean of delta under p_s,
+delta and not z_t: where both views have one head it is a product of its own, `(h_t - h_s) W^T`, with all its digits. a
+and b are sums of terms of second order in x that are not negative. Of the row, with r the mean of delta under p_s,
 `y = mu - r` of each block, and sums over the blocks weighted by e^(m_s - max m_s) and divided by that of s:
 
     Q = E_s[e^(delta - r) - 1 - (delta - r)]                 = sum e^y b + s (e^y - 1 - y)
     P = E_s[(delta - r) e^(delta - r) - (e^(delta - r) - 1)] = sum e^y (a + y b) + s (y e^y - (e^y - 1))
     c - r = log1p(Q),   c = logsumexp(z_t) - logsumexp(z_s)
     KL(p_t || p_s) = E_t[delta - r] - (c - r) = P / (1 + Q) - (log1p(Q) - Q / (1 + Q)),    KL(p_s || p_t) = c - r
+
+The last line has `E_t[delta - r] = (P + Q) / (1 + Q)`, since E_s[delta - r] = 0. Summed as it stands, E_t[delta - r]
+has terms of first order in delta and of both signs; P and Q, each about half the variance of a small delta, have not,
+and what is taken off P is only about Q^2 / 2. So no digits cancel, and the two log-sum-exps, each off by 2^-24 of some
+tens, never meet: a D of 1e-6 keeps its digits to 2e-5 (tests/triton/test_divergence.py), where log-sum-exps of 10 leave
+it none.
 
 Where the teacher has its mass on tokens whose e_s is nothing in float32, P and Q miss it; the row then takes the same
 quantities from the log-sum-exps and the teacher's own moment, E_t[delta - r]. So does a row of large Q, where the two
@@ -22,9 +29,15 @@ halves of the last line would cancel. Source: docs/design.md.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
+from unisd_kernels.backends.base import DivergenceRows
+from unisd_kernels.backends.buffers import most_rows, split_rows
+from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.triton.math import (
     COUNTS,
     apply_softcap,
@@ -33,9 +46,8 @@ from unisd_kernels.backends.triton.math import (
     expm1_remainder,
     log1p,
     log1p_remainder,
-    nan_unless_finite,
-    tile_block,
 )
+from unisd_kernels.backends.triton.rows import target_logits
 
 # The partial statistics are records [rows, blocks, RECORD] of 32 bytes, one sector of the memory, so that to write or
 # read one number of a record costs no more than all of them; behind them, if wanted, [rows, blocks, SPREADS] for the
@@ -53,13 +65,15 @@ STUDENT_SPREAD = tl.constexpr(0)
 TEACHER_SPREAD = tl.constexpr(1)
 SPREADS = tl.constexpr(2)
 NUM_PARTIALS = RECORD.value + SPREADS.value
+# The kernels index partial statistics with 32 bits: this many rows times NUM_PARTIALS times 8192 blocks of columns.
+_MOST_BLOCK_ROWS = 16384
 # The logit of a column that is not there. Finite, so that 0 times it is 0.
 MASKED = tl.constexpr(-1e30)
 
 # Rows of the statistics [STATISTICS, rows].
 DIVERGENCE = tl.constexpr(0)
 STUDENT_LOGPROB = tl.constexpr(1)  # first the target's logit, then its log-probability
-TEACHER_LOGPROB = tl.constexpr(2)  # first the target's logit, of a marked row the difference of the logits
+TEACHER_LOGPROB = tl.constexpr(2)  # first the target's logit, or the difference of the logits
 STUDENT_ENTROPY = tl.constexpr(3)
 TEACHER_ENTROPY = tl.constexpr(4)
 STUDENT_LOGSUMEXP = tl.constexpr(5)
@@ -71,9 +85,9 @@ NUM_STATISTICS = 8
 
 @triton.jit
 def store_partials(
-    partials,
-    z,
-    delta,
+    partials,  # Partials.values
+    z,  # [rows, columns]
+    delta,  # [rows, columns]
     row_mask,
     rows,
     num_rows,
@@ -89,6 +103,8 @@ def store_partials(
     place = rows * num_blocks + block
     out = partials + place * RECORD
     spreads = partials + num_rows * num_blocks * RECORD + place * SPREADS
+    # Three passes over the tile's registers: the maximum, the mean of delta, the sums about that mean. About zero, or
+    # about another block's mean, they would be of first order in delta, and cancel later.
     highest = tl.max(z, 1)
     exponentials = exp(z - highest[:, None])
     total = tl.sum(exponentials, 1)
@@ -123,87 +139,47 @@ def store_partials(
 
 @triton.jit
 def is_far(moment, teacher_total):
-    """Is the teacher far from the student in a block: does delta exceed its mean by more than one nat where p_t is?"""
+    """Whether the teacher is far from the student in a block: delta is more than a nat above its mean where p_t is."""
     return moment > teacher_total
 
 
 @triton.jit
-def load_pair(
-    student,
-    teacher,
-    student_offsets,
-    teacher_offsets,
+def load_logits(
+    student,  # launch.LogitTile, [rows, V] float32
+    teacher,  # launch.LogitTile, [rows, V] float32
+    rows,  # int64, which broadcast with `columns`
+    columns,
     mask,
-    is_difference,
-    student_tanh,
-    teacher_tanh,
-    STUDENT_SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
+    is_delta,  # which of the rows of `teacher` hold z_t - z_s; None: none does
 ):
-    """z_s and z_t - z_s of some columns, from two float32 tiles. `is_difference`: the second already holds it."""
-    z = apply_softcap(tl.load(student + student_offsets, mask=mask, other=0.0), student_tanh, STUDENT_SOFTCAP)
-    other = apply_softcap(tl.load(teacher + teacher_offsets, mask=mask, other=0.0), teacher_tanh, TEACHER_SOFTCAP)
-    return z, tl.where(is_difference, other, other - z)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def block_statistics_kernel(
-    student,
-    teacher,
-    is_difference,  # [rows] int8
-    partials,
-    num_rows,
-    num_columns,
-    student_stride,
-    teacher_stride,
-    num_blocks,
-    student_tanh,
-    teacher_tanh,
-    STUDENT_SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    WANT_ENTROPY: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """Partial statistics of float32 tiles that library products made. One read of each."""
-    block, row_block = tile_block(num_columns, BLOCK_COLUMNS)
-    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_mask = rows < num_rows
-    column_mask = columns < num_columns
-    mask = row_mask[:, None] & column_mask[None, :]
-    given = tl.load(is_difference + rows, mask=row_mask, other=0) != 0
-    wide = rows.to(tl.int64)[:, None]
-    z, delta = load_pair(
-        student,
-        teacher,
-        wide * student_stride + columns[None, :],
-        wide * teacher_stride + columns[None, :],
-        mask,
-        given[:, None],
-        student_tanh,
-        teacher_tanh,
-        STUDENT_SOFTCAP,
-        TEACHER_SOFTCAP,
-    )
-    z = tl.where(column_mask[None, :], z, MASKED)
-    store_partials(partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY)
+    """z_s and delta = z_t - z_s of some rows and columns."""
+    z = tl.load(student.logits + (rows * student.stride + columns), mask=mask, other=0.0)
+    z = apply_softcap(z, student.tanh_scale)
+    other = tl.load(teacher.logits + (rows * teacher.stride + columns), mask=mask, other=0.0)
+    other = apply_softcap(other, teacher.tanh_scale)
+    delta = other - z
+    if is_delta is not None:
+        delta = tl.where(is_delta, other, delta)
+    return z, delta
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
-    partials,
-    is_difference,
-    statistics,
+    partials,  # Partials.values
+    row_is_delta,  # [rows] int8, or None: none is
+    statistics,  # [NUM_STATISTICS, rows]
     num_rows,
     num_blocks,
-    MARKED: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     REVERSE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Statistics of one row from those of its blocks, `BLOCKS` of them at a time. One program a row."""
+    """Statistics of one row from those of its blocks, `BLOCKS` of them at a time. One program a row.
+
+    Three passes over the records, for the maxima, the means and the sums about the mean: 1002 blocks of 128 columns are
+    32 KB, which the second and third pass find in the cache.
+    """
     row = tl.program_id(0)
     source = partials + row * num_blocks * RECORD
     spread_source = partials + (num_rows * RECORD + row * SPREADS) * num_blocks
@@ -272,10 +248,11 @@ def combine_kernel(
     # The two agree but for the rounding of the log-sum-exps, unless something was out of float32's reach.
     noise = 1e-6 * (1.0 + tl.abs(logsumexp) + tl.abs(teacher_logsumexp) + tl.abs(mean_shift))
     in_reach = tl.abs(log1p(q) - direct) <= noise
-    # log1p(q) - q / (1 + q) without its first order. The two terms' rounding is u q (1 + q / 2) at most for small q and
-    # u q for large q, where the result is only log(q) - 1: with q = e^40 nothing of it is left. That of
-    # E_t[delta - r] - log1p(q) is u (D + 2 log1p(q)), whatever q. They meet between 1 and 2; at q = 2 the first is
-    # 3.1 u and 7 u of the curvature's .43. There P and log1p(q) have no digits to save any more.
+    # log1p(q) - q / (1 + q) without its first order: with R = q - log1p(q) it is q^2 / (1 + q) - R.
+    # The two terms' rounding is u q (1 + q / 2) at most for small q and u q for large q, where the result is only
+    # log(q) - 1: with q = e^40 nothing of it is left. That of E_t[delta - r] - log1p(q) is u (D + 2 log1p(q)), whatever
+    # q. They meet between 1 and 2; at q = 2 the first is 3.1 u and 7 u of the curvature's .43. There P and log1p(q)
+    # have no digits to save any more.
     curvature = q * q / (1.0 + q) - log1p_remainder(q)
     precise = tl.sum(second, 0) / total / (1.0 + q) - curvature
     moment = tl.sum(moments, 0) / teacher_total  # E_t[delta - r]
@@ -301,8 +278,8 @@ def combine_kernel(
         target = z - logsumexp
         other = tl.load(statistics + TEACHER_LOGPROB * num_rows + row)
         target_delta = other - z
-        if MARKED:
-            target_delta = tl.where(tl.load(is_difference + row) != 0, other, target_delta)
+        if row_is_delta is not None:
+            target_delta = tl.where(tl.load(row_is_delta + row) != 0, other, target_delta)
         tl.store(statistics + STUDENT_LOGPROB * num_rows + row, target)
         tl.store(statistics + TEACHER_LOGPROB * num_rows + row, target + (target_delta - difference))
     if WANT_ENTROPY:
@@ -312,84 +289,80 @@ def combine_kernel(
         tl.store(statistics + TEACHER_ENTROPY * num_rows + row, teacher_entropy)
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def mixture_kernel(
-    student,
-    teacher,
-    is_difference,
-    statistics,
-    num_rows,
-    num_columns,
-    student_stride,
-    teacher_stride,
-    student_tanh,
-    teacher_tanh,
-    beta,
-    complement,  # 1 - beta, rounded once
-    STUDENT_SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """The generalized Jensen-Shannon divergence of one row, whose log-sum-exps are known. One program a row.
+class Partials(NamedTuple):
+    """Statistics of blocks of columns, float32."""
 
-    With `d = log p_t - log p_s`, the larger probability g, `q = -|d|`, `E = e^q - 1` and `w` the weight of the smaller
-    probability in m: `log(m / g) = log1p(w E)`. To both KLs are added terms that sum to zero over the vocabulary,
-    m - p_s and m - p_t, so that every term is of second order in d and not negative:
+    values: torch.Tensor  # [rows * num_blocks * NUM_PARTIALS], records and then the sums for entropies, if wanted
+    num_blocks: int
+    block_columns: int
 
-        g log(g / m) - g + m = g X,   X = w E - log1p(w E)
-        e log(e / m) - e + m = g Y,   Y = (1 - w) E^2 + e^q (X - (E - q))       for the smaller one, e = g e^q
-                                        = e^q (t - log1p(t)),   t = m / e - 1 = (1 - w) (e^-q - 1)
+    @classmethod
+    def empty(
+        cls, rows: int, num_columns: int, block_columns: int, want_entropy: bool, device: torch.device
+    ) -> Partials:
+        num_blocks = triton.cdiv(num_columns, block_columns)
+        numbers = NUM_PARTIALS if want_entropy else RECORD.value
+        values = torch.empty(rows * num_blocks * numbers, dtype=torch.float32, device=device)
+        return cls(values, num_blocks, block_columns)
 
-    Near w = 1 the first form of Y cancels unless t is large, and 1 + w E is (1 - w) + w e^q.
+
+def partials_bytes(num_columns: int, block_columns: int) -> int:
+    """Bytes of the partial statistics of a row, with those for an entropy."""
+    return torch.float32.itemsize * NUM_PARTIALS * triton.cdiv(num_columns, block_columns)
+
+
+def chunk_and_block_rows(
+    student: Projection, workspace_bytes: int, chunk_row_bytes: int, block_row_bytes: int
+) -> tuple[int, int]:
+    """`buffers.split_rows` of a divergence, whose blocks the kernels can index.
+
+    Raises:
+        ValueError: the workspace does not hold one row.
     """
-    row = tl.program_id(0)
-    given = tl.load(is_difference + row) != 0
-    logsumexp = tl.load(statistics + STUDENT_LOGSUMEXP * num_rows + row)
-    difference = tl.load(statistics + LOGSUMEXP_DIFFERENCE * num_rows + row)
-    student_terms = tl.zeros([BLOCK_COLUMNS], tl.float32)
-    teacher_terms = tl.zeros([BLOCK_COLUMNS], tl.float32)
-    wide = row.to(tl.int64)
-    for start in range(0, num_columns, BLOCK_COLUMNS):
-        columns = start + tl.arange(0, BLOCK_COLUMNS)
-        mask = columns < num_columns
-        z, delta = load_pair(
-            student,
-            teacher,
-            wide * student_stride + columns,
-            wide * teacher_stride + columns,
-            mask,
-            given,
-            student_tanh,
-            teacher_tanh,
-            STUDENT_SOFTCAP,
-            TEACHER_SOFTCAP,
-        )
-        d = delta - difference
-        student_logprob = tl.where(mask, z - logsumexp, -float("inf"))
-        larger = exp(tl.maximum(student_logprob, student_logprob + d))
-        teacher_larger = d > 0.0
-        weight = tl.where(teacher_larger, complement, beta)
-        other_weight = tl.where(teacher_larger, beta, complement)
-        q = tl.maximum(-tl.abs(d), -1e4)  # a finite number stands for infinity, and 0 times it is 0
-        remainder = expm1_remainder(q)  # E - q
-        e = expm1(q)
-        ratio = exp(q)
-        growth = weight * e
-        of_larger = tl.where(
-            growth < -0.4,
-            growth - tl.log(tl.maximum(other_weight + weight * ratio, 1e-37)),
-            log1p_remainder(tl.maximum(growth, -0.4)),
-        )
-        t = tl.minimum(other_weight * -e, ratio)  # times e^q; beyond 1 the other form
-        near = ratio * log1p_remainder(t / tl.maximum(ratio, 1e-37))
-        of_smaller = other_weight * e * e + ratio * (of_larger - remainder)
-        of_smaller = tl.where(t < ratio, near, of_smaller)
-        student_terms += larger * tl.where(teacher_larger, of_smaller, of_larger)
-        teacher_terms += larger * tl.where(teacher_larger, of_larger, of_smaller)
-    # The bounds above make numbers of a NaN.
-    spoilt = nan_unless_finite(logsumexp) + nan_unless_finite(difference)
-    student_kl = tl.sum(student_terms, 0) + spoilt
-    teacher_kl = tl.sum(teacher_terms, 0)
-    divergence = beta * teacher_kl + complement * student_kl
-    tl.store(statistics + DIVERGENCE * num_rows + row, tl.where(divergence < 0.0, 0.0, divergence))
-    tl.store(statistics + STUDENT_KL * num_rows + row, student_kl)
+    most_rows(workspace_bytes, chunk_row_bytes + block_row_bytes, student.num_columns)
+    chunk, block = split_rows(student.hidden.shape[0], workspace_bytes, chunk_row_bytes, block_row_bytes)
+    return chunk, min(block, _MOST_BLOCK_ROWS)
+
+
+def combine(
+    partials: Partials,
+    student: Projection,
+    teacher: Projection,
+    row_is_delta: torch.Tensor | None,
+    target_ids: torch.Tensor | None,
+    want_entropy: bool,
+    beta: float,
+) -> torch.Tensor:
+    """[NUM_STATISTICS, rows] of all of the student's rows; teacher and `row_is_delta` as from `rows.teacher_rows`.
+
+    Of a mixture the divergence is not in it: that takes the log-sum-exps, which are.
+    """
+    rows, device = student.hidden.shape[0], student.hidden.device
+    statistics = torch.empty(NUM_STATISTICS, rows, dtype=torch.float32, device=device)
+    if target_ids is not None:
+        ids = target_ids.contiguous()
+        target_logits(student, None, ids, statistics[STUDENT_LOGPROB.value])
+        target_logits(teacher, row_is_delta, ids, statistics[TEACHER_LOGPROB.value])
+    combine_kernel[(rows,)](
+        partials.values,
+        row_is_delta,
+        statistics,
+        rows,
+        partials.num_blocks,
+        HAS_TARGETS=target_ids is not None,
+        WANT_ENTROPY=want_entropy,
+        REVERSE=beta == 1.0,
+        BLOCKS=min(1024, triton.next_power_of_2(partials.num_blocks)),
+    )
+    return statistics
+
+
+def divergence_rows(statistics: torch.Tensor, has_targets: bool, want_entropy: bool) -> DivergenceRows:
+    """Those of [NUM_STATISTICS, rows] that the engine takes."""
+    return DivergenceRows(
+        statistics[DIVERGENCE.value],
+        statistics[STUDENT_LOGPROB.value] if has_targets else None,
+        statistics[TEACHER_LOGPROB.value] if has_targets else None,
+        statistics[STUDENT_ENTROPY.value] if want_entropy else None,
+        statistics[TEACHER_ENTROPY.value] if want_entropy else None,
+    )
