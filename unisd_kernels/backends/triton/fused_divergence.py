@@ -14,6 +14,10 @@ float16 (for bfloat16 operands too) rounds x to e |x|, e = 2^-11. With mu the me
 
 Weighted by p_s, as in a reverse KL, z_t would be rounded where it is far from its maximum: by e times hundreds. A JSD
 needs both and is not made here (backends/triton/backend.py).
+
+Under a soft cap, z_s in [-C, C], the gradient has the slope (1 - z_s / C) (1 + z_s / C) too. What is stored of z_s is
+its distance to the block's maximum or, where that is the shorter one, to -C, as a positive number. It is then no larger
+than C - z_s and no larger than C + z_s, so that both factors are off by e of themselves at most, also at saturation.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from unisd_kernels.backends.triton.statistics import MASKED, store_partials
 
 # float16's largest number, less a margin; what is beyond it has no probability.
 _LARGEST = tl.constexpr(60000.0)
+# float16's smallest number above 0.
+_SMALLEST = tl.constexpr(2.0**-24)
 
 
 @triton.jit
@@ -90,18 +96,25 @@ def finish_block(
         other += bias
     z = apply_softcap(z * student_scale, student_tanh, STUDENT_SOFTCAP)
     other = apply_softcap(other * teacher_scale, teacher_tanh, TEACHER_SOFTCAP)
-    delta = other - z
     if MARKED:
-        delta = tl.where(given[:, None], other, delta)
+        delta = other - tl.where(given, 0.0, 1.0)[:, None] * z
+        other = tl.where(given[:, None], z + other, other)
+    else:
+        delta = other - z
     z = tl.where(column_mask[None, :], z, MASKED)
+    other = tl.where(column_mask[None, :], other, MASKED)
     highest, shift, teacher_highest, far = store_partials(
-        partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY
+        partials, z, delta, other, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY
     )
     if STORE:
         # Rows are padded, so that a whole vector is written also where the vocabulary ends within one.
         wide = rows.to(tl.int64)[:, None]
         mask = row_mask[:, None] & (columns < shifted_student_stride)[None, :]
         low = tl.maximum(z - highest[:, None], -_LARGEST)
+        if STUDENT_SOFTCAP:
+            # Of a masked column both are as large; a distance of 0 is to the maximum.
+            above = tl.abs(z + student_tanh)
+            low = tl.where(above < highest[:, None] - z, tl.maximum(above, _SMALLEST), low)
         tl.store(
             shifted_student + wide * shifted_student_stride + columns[None, :],
             low.to(shifted_student.dtype.element_ty),
@@ -112,7 +125,7 @@ def finish_block(
         if FORWARD:
             # Far from the student the teacher's own logit is the better one to round: where p_t is, it is near its
             # maximum.
-            away = tl.where(far[:, None], z + delta - teacher_highest[:, None], away)
+            away = tl.where(far[:, None], other - teacher_highest[:, None], away)
         away = tl.minimum(tl.maximum(away, -_LARGEST), _LARGEST)
         tl.store(
             shifted_teacher + wide * shifted_teacher_stride + columns[None, :],

@@ -19,6 +19,7 @@ from unisd_kernels.backends.triton.statistics import (
     STUDENT_KL,
     STUDENT_LOGSUMEXP,
     STUDENT_MAX,
+    TEACHER_LOGSUMEXP,
     TEACHER_MAX,
     TEACHER_SUM,
     is_far,
@@ -60,7 +61,7 @@ def divergence_gradient_kernel(
     """Of `sum_n weight_n D_n + logprob_weight_n logp_n(y_n)`.
 
     `SHIFTED`: the tiles hold z_s and z_t - z_s or z_t less the references of their block of `BLOCK_COLUMNS` columns
-    (pair.py). Otherwise they hold `product_scale (h W^T + b)` in float32.
+    (fused_divergence.py). Otherwise they hold `product_scale (h W^T + b)` in float32.
     """
     block, row_block = tile_block(num_columns, BLOCK_COLUMNS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -72,29 +73,35 @@ def divergence_gradient_kernel(
     wide = rows.to(tl.int64)[:, None]
     logsumexp = tl.load(statistics + STUDENT_LOGSUMEXP * num_rows + rows, mask=row_mask, other=0.0)
     difference = tl.load(statistics + LOGSUMEXP_DIFFERENCE * num_rows + rows, mask=row_mask, other=0.0)
+    if FORWARD:
+        teacher_logsumexp = tl.load(statistics + TEACHER_LOGSUMEXP * num_rows + rows, mask=row_mask, other=0.0)
     if SHIFTED:
         reference = partials + (rows * num_blocks + block) * RECORD
         highest = tl.load(reference + STUDENT_MAX, mask=row_mask, other=0.0)
         shift = tl.load(reference + SHIFT, mask=row_mask, other=0.0)
         z = tl.load(student + wide * student_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         d = tl.load(teacher + wide * teacher_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        logprob = z + (highest - logsumexp)[:, None]
+        base = highest[:, None]
+        if STUDENT_SOFTCAP:
+            # What is above 0 is relative to -C.
+            base = tl.where(z > 0.0, -student_tanh, base)
+            slope = ((student_tanh - base) - z) * ((student_tanh + base) + z) / (student_tanh * student_tanh)
+        logprob = z + (base - logsumexp[:, None])
         if FORWARD:
             moment = tl.load(reference + MOMENT, mask=row_mask, other=0.0)
             teacher_sum = tl.load(reference + TEACHER_SUM, mask=row_mask, other=1.0)
-            far = is_far(moment, teacher_sum)[:, None]
+            teacher_highest = tl.load(reference + TEACHER_MAX, mask=row_mask, other=0.0)
+            far = is_far(highest, shift, teacher_highest, teacher_sum, moment)[:, None]
             # What the second tile holds is relative to the teacher's maximum where the teacher is far, else to the
             # shift.
-            teacher_highest = tl.load(reference + TEACHER_MAX, mask=row_mask, other=0.0)
-            far_logprob = d + (teacher_highest - logsumexp - difference)[:, None]
+            far_logprob = d + (teacher_highest - teacher_logsumexp)[:, None]
             d = tl.where(far, far_logprob - logprob, d + (shift - difference)[:, None])
             teacher_logprob = tl.where(far, far_logprob, logprob + d)
         else:
             delta, origin = d, shift
-        z += highest[:, None]
     else:
         given = tl.load(is_difference + rows, mask=row_mask, other=0) != 0
-        z, delta = load_pair(
+        z, delta, teacher_z = load_pair(
             student,
             teacher,
             wide * student_stride + columns[None, :],
@@ -107,9 +114,11 @@ def divergence_gradient_kernel(
             TEACHER_SOFTCAP,
         )
         origin = tl.zeros_like(difference)
+        slope = cap_gradient(z, student_tanh, STUDENT_SOFTCAP)
         d = delta - difference[:, None]
         logprob = z - logsumexp[:, None]
-        teacher_logprob = logprob + d
+        if FORWARD:
+            teacher_logprob = teacher_z - teacher_logsumexp[:, None]
     p = exp(logprob)
     if FORWARD:
         # d = log p_t - log p_s.
@@ -139,7 +148,7 @@ def divergence_gradient_kernel(
         targets = tl.load(target_ids + rows, mask=row_mask, other=-1).to(tl.int32)
         result += of_logprob * (tl.where(columns[None, :] == targets[:, None], 1.0, 0.0) - p)
     if STUDENT_SOFTCAP:
-        result *= cap_gradient(z, student_tanh, STUDENT_SOFTCAP)
+        result *= slope
     tl.store(gradient + wide * gradient_stride + columns[None, :], result.to(gradient.dtype.element_ty), mask=mask)
 
 

@@ -36,11 +36,13 @@ def difference_rows_kernel(
     """`out_n = h_t - h_s` where that, rounded to the rows' dtype, gives the better difference of logits; else `h_t`.
 
     Rounding the difference costs its norm a fraction; taking the difference after the product costs `rounding` of the
-    norms of both. Similar rows of 16-bit numbers have differences that are exact, or nearly.
+    norms of both. Similar rows of 16-bit numbers have differences that are exact, or nearly. A difference longer than
+    h_t has nothing to save, and z_s + (z_t - z_s) would lose digits of z_t (Projection.minus).
     """
     row = tl.program_id(0).to(tl.int64)
     lost = tl.zeros([BLOCK_COLUMNS], tl.float32)
     size = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    longer = tl.zeros([BLOCK_COLUMNS], tl.float32)
     for start in range(0, num_columns, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         mask = columns < num_columns
@@ -50,7 +52,9 @@ def difference_rows_kernel(
         residual = difference - difference.to(out.dtype.element_ty).to(tl.float32)
         lost += residual * residual
         size += s * s + t * t
-    better = tl.sum(lost, 0) <= rounding * rounding * tl.sum(size, 0)
+        # |d|^2 - |t|^2
+        longer += s * (s - 2.0 * t)
+    better = (tl.sum(lost, 0) <= rounding * rounding * tl.sum(size, 0)) & (tl.sum(longer, 0) <= 0.0)
     tl.store(is_difference + row, better.to(tl.int8))
     for start in range(0, num_columns, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)

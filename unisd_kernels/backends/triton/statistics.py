@@ -4,7 +4,7 @@ A block of columns gives, per row, numbers that merge without losing the digits 
 `delta = z_t - z_s` and, inside the block, the shift `mu = sum e_s delta / sum e_s` and `x = delta - mu`:
 
     m_s = max z_s,  s = sum e_s,  e_s = exp(z_s - m_s)        and m_t, t, e_t of the teacher
-    b = sum e_s (e^x - 1 - x),   a = sum e_s (x e^x - (e^x - 1)),   moment = sum e_t x
+    b = sum e_s (e^x - 1 - x),   a = sum e_s (x e^x - (e^x - 1)),   moment = sum e_t ((z_t - m_t) - (z_s - m_s))
     h_s = sum e_s (z_s - m_s),   h_t = sum e_t (z_t - m_t)                           (entropies)
 
 a and b are sums of terms of second order in x that are not negative. Of the row, with r the mean of delta under p_s,
@@ -15,9 +15,11 @@ a and b are sums of terms of second order in x that are not negative. Of the row
     c - r = log1p(Q),   c = logsumexp(z_t) - logsumexp(z_s)
     KL(p_t || p_s) = E_t[delta - r] - (c - r) = P / (1 + Q) - (log1p(Q) - Q / (1 + Q)),    KL(p_s || p_t) = c - r
 
-Where the teacher has its mass on tokens whose e_s is nothing in float32, P and Q miss it; the row then takes the same
-quantities from the log-sum-exps and the teacher's own moment, E_t[delta - r]. So does a row of large Q, where the two
-halves of the last line would cancel. Source: docs/design.md.
+Where the teacher has its mass on tokens whose e_s is nothing in float32, P and Q miss it; the row then takes c - r from
+the log-sum-exps and KL(p_t || p_s) from the teacher's own moment: `E_t[delta] - c`, both less max z_t - max z_s. Under
+p_t, z_t - max z_t and z_s - max z_s are about the divergence and the teacher's entropy, though the logits, delta and r
+may be in the thousands. So does a row of large Q, where the two halves of the last line would cancel. Source:
+docs/design.md.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ STUDENT_LOGSUMEXP = tl.constexpr(5)
 LOGSUMEXP_DIFFERENCE = tl.constexpr(6)  # c
 STUDENT_KL = tl.constexpr(7)  # KL(p_s || m) of a mixture
 MEAN_DIFFERENCE = tl.constexpr(7)  # of a reverse KL: r, the mean of delta under p_s
-NUM_STATISTICS = 8
+# For p_t itself: log p_s + (delta - c) is off by the rounding of numbers as large as the student's logits.
+TEACHER_LOGSUMEXP = tl.constexpr(8)
+NUM_STATISTICS = 9
 
 
 @triton.jit
@@ -74,6 +78,7 @@ def store_partials(
     partials,
     z,
     delta,
+    teacher,
     row_mask,
     rows,
     num_rows,
@@ -84,7 +89,8 @@ def store_partials(
     """Write the statistics of one block of columns, [rows, columns]; returns m_s, mu, m_t and
     `is_far`.
 
-    Where a column is masked, `z` is `MASKED` and `delta` any number: the exponential is 0, and 0 times them still 0.
+    Where a column is masked, `z` and `teacher`, z_t, are `MASKED` and `delta` any number: the exponentials are 0, and 0
+    times them still 0.
     """
     place = rows * num_blocks + block
     out = partials + place * RECORD
@@ -107,24 +113,26 @@ def store_partials(
     if WANT_ENTROPY:
         spread = tl.sum(exponentials * (z - highest[:, None]), 1)
         tl.store(spreads + STUDENT_SPREAD, spread, mask=row_mask)
-    teacher = z + delta
     teacher_highest = tl.max(teacher, 1)
     exponentials = exp(teacher - teacher_highest[:, None])
     tl.store(out + TEACHER_MAX, teacher_highest, mask=row_mask)
     teacher_total = tl.sum(exponentials, 1)
-    moment = tl.sum(exponentials * x, 1)
+    moment = tl.sum(exponentials * ((teacher - teacher_highest[:, None]) - (z - highest[:, None])), 1)
     tl.store(out + TEACHER_SUM, teacher_total, mask=row_mask)
     tl.store(out + MOMENT, moment, mask=row_mask)
     if WANT_ENTROPY:
         spread = tl.sum(exponentials * (teacher - teacher_highest[:, None]), 1)
         tl.store(spreads + TEACHER_SPREAD, spread, mask=row_mask)
-    return highest, shift, teacher_highest, is_far(moment, teacher_total)
+    return highest, shift, teacher_highest, is_far(highest, shift, teacher_highest, teacher_total, moment)
 
 
 @triton.jit
-def is_far(moment, teacher_total):
-    """Is the teacher far from the student in a block: does delta exceed its mean by more than one nat where p_t is?"""
-    return moment > teacher_total
+def is_far(student_max, shift, teacher_max, teacher_total, moment):
+    """Is the teacher far from the student in a block: does delta exceed its mean by more than one nat where p_t is?
+
+    The same bits in every kernel that asks: no product here is added to anything, so that none is fused.
+    """
+    return moment > teacher_total * (1.0 + (shift - (teacher_max - student_max)))
 
 
 @triton.jit
@@ -140,10 +148,10 @@ def load_pair(
     STUDENT_SOFTCAP: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
 ):
-    """z_s and z_t - z_s of some columns, from two float32 tiles. `is_difference`: the second already holds it."""
+    """z_s, z_t - z_s and z_t of some columns, from two float32 tiles. `is_difference`: the second holds z_t - z_s."""
     z = apply_softcap(tl.load(student + student_offsets, mask=mask, other=0.0), student_tanh, STUDENT_SOFTCAP)
     other = apply_softcap(tl.load(teacher + teacher_offsets, mask=mask, other=0.0), teacher_tanh, TEACHER_SOFTCAP)
-    return z, tl.where(is_difference, other, other - z)
+    return z, tl.where(is_difference, other, other - z), tl.where(is_difference, z + other, other)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -174,7 +182,7 @@ def block_statistics_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     given = tl.load(is_difference + rows, mask=row_mask, other=0) != 0
     wide = rows.to(tl.int64)[:, None]
-    z, delta = load_pair(
+    z, delta, teacher_z = load_pair(
         student,
         teacher,
         wide * student_stride + columns[None, :],
@@ -187,7 +195,8 @@ def block_statistics_kernel(
         TEACHER_SOFTCAP,
     )
     z = tl.where(column_mask[None, :], z, MASKED)
-    store_partials(partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY)
+    teacher_z = tl.where(column_mask[None, :], teacher_z, MASKED)
+    store_partials(partials, z, delta, teacher_z, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -259,7 +268,7 @@ def combine_kernel(
         second_order = tl.load(at + SECOND_ORDER, mask=mask, other=0.0)
         of_shift = bounded * expm1(bounded) - remainder
         second += scale * (grown * (second_order + bounded * excess) + student_sum * of_shift)
-        moments += exp(teacher_above) * (moment + teacher_sum * y)
+        moments += exp(teacher_above) * (moment + teacher_sum * (teacher_above - above))
         if WANT_ENTROPY:
             spread_at = spread_source + (start + lanes) * SPREADS
             spread = tl.load(spread_at + STUDENT_SPREAD, mask=mask, other=0.0)
@@ -273,13 +282,13 @@ def combine_kernel(
     noise = 1e-6 * (1.0 + tl.abs(logsumexp) + tl.abs(teacher_logsumexp) + tl.abs(mean_shift))
     in_reach = tl.abs(log1p(q) - direct) <= noise
     # log1p(q) - q / (1 + q) without its first order. The two terms' rounding is u q (1 + q / 2) at most for small q and
-    # u q for large q, where the result is only log(q) - 1: with q = e^40 nothing of it is left. That of
-    # E_t[delta - r] - log1p(q) is u (D + 2 log1p(q)), whatever q. They meet between 1 and 2; at q = 2 the first is
-    # 3.1 u and 7 u of the curvature's .43. There P and log1p(q) have no digits to save any more.
+    # u q for large q, where the result is only log(q) - 1: with q = e^40 nothing of it is left. That of E_t[delta] - c
+    # is u (D + 2 H(p_t)) and that of two logarithms, whatever q. They meet between 1 and 2; at q = 2 the first is 3.1 u
+    # and 7 u of the curvature's .43. There P and log1p(q) have no digits to save any more.
     curvature = q * q / (1.0 + q) - log1p_remainder(q)
     precise = tl.sum(second, 0) / total / (1.0 + q) - curvature
-    moment = tl.sum(moments, 0) / teacher_total  # E_t[delta - r]
-    forward = moment - tl.where(in_reach, log1p(q), direct)
+    # E_t[delta] - c, both less max z_t - max z_s.
+    forward = tl.sum(moments, 0) / teacher_total - (tl.log(teacher_total) - tl.log(total))
     # A token out of reach adds p_t times 80 or more to E_t[delta - r], and shows here where it does not in log1p(q):
     # less than the noise there, it may still be all of c - r.
     agrees = tl.abs(precise - forward) <= noise + 1e-6 * tl.abs(forward)
@@ -287,13 +296,14 @@ def combine_kernel(
     beyond = tl.where(in_reach, log1p(q), direct)  # c - r
     divergence = beyond
     if not REVERSE:
-        divergence = tl.where(in_reach & (q < 2.0), precise, moment - beyond)
+        divergence = tl.where(in_reach & (q < 2.0), precise, forward)
     # Below zero there is only rounding. A NaN stays.
     divergence = tl.where(divergence < 0.0, 0.0, divergence)
     difference = beyond + mean_shift
     tl.store(statistics + DIVERGENCE * num_rows + row, divergence)
     tl.store(statistics + STUDENT_LOGSUMEXP * num_rows + row, logsumexp)
     tl.store(statistics + LOGSUMEXP_DIFFERENCE * num_rows + row, difference)
+    tl.store(statistics + TEACHER_LOGSUMEXP * num_rows + row, teacher_logsumexp)
     if REVERSE:
         tl.store(statistics + MEAN_DIFFERENCE * num_rows + row, mean_shift)
     if HAS_TARGETS:
@@ -346,13 +356,14 @@ def mixture_kernel(
     given = tl.load(is_difference + row) != 0
     logsumexp = tl.load(statistics + STUDENT_LOGSUMEXP * num_rows + row)
     difference = tl.load(statistics + LOGSUMEXP_DIFFERENCE * num_rows + row)
+    teacher_logsumexp = tl.load(statistics + TEACHER_LOGSUMEXP * num_rows + row)
     student_terms = tl.zeros([BLOCK_COLUMNS], tl.float32)
     teacher_terms = tl.zeros([BLOCK_COLUMNS], tl.float32)
     wide = row.to(tl.int64)
     for start in range(0, num_columns, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         mask = columns < num_columns
-        z, delta = load_pair(
+        z, delta, teacher_z = load_pair(
             student,
             teacher,
             wide * student_stride + columns,
@@ -366,7 +377,8 @@ def mixture_kernel(
         )
         d = delta - difference
         student_logprob = tl.where(mask, z - logsumexp, -float("inf"))
-        larger = exp(tl.maximum(student_logprob, student_logprob + d))
+        teacher_logprob = tl.where(mask, teacher_z - teacher_logsumexp, -float("inf"))
+        larger = exp(tl.maximum(student_logprob, teacher_logprob))
         teacher_larger = d > 0.0
         weight = tl.where(teacher_larger, complement, beta)
         other_weight = tl.where(teacher_larger, beta, complement)
