@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,18 +43,21 @@ class Expectation:
         self.values: dict[str, Bounded] = {}
         # A threshold that rounding may decide either way: nothing is to be compared then.
         self.undecided = False
+        # What a row's gradient is multiplied with after it was stored, at most: a number or [N, 1].
+        self._later: np.ndarray | float = 1.0
         per_logit, features = getattr(self, f"_{case.operation}")()
         if case.dtype in (torch.bfloat16, torch.float16):
             # 16-bit operands allow the logits of a gradient to be kept in 16 bits, relative to the row's largest.
             lp = oracle.log_softmax(self.student.z)
             kept = 2 * STORE[case.dtype] * (np.abs(per_logit.value) + np.exp(lp) * np.abs(lp) * self._share)
             per_logit = Bounded(per_logit.value, per_logit.error + kept)
-            # float16 for bfloat16 operands too.
-            slope_error = oracle.slope_of_kept(self.student, self.head, case.temperature, STORE[torch.float16])
-            self.student = replace(self.student, slope_error=self.student.slope_error + slope_error)
-        # The operands of the gradient's products have the dtype of the others.
-        smallest = 2.0**-24 if case.dtype == torch.float16 else 0.0
-        self.gradients = oracle.pull_back(per_logit, self.student, self.hidden, self.head, smallest)
+        absolute: np.ndarray | float = 0.0
+        if case.dtype == torch.float16:
+            # The operands of the gradient's products have the dtype of the others. Of the gradient with respect to
+            # a x / tau float16 has multiples of 2^-24 where it is smallest: it is off by 2^-25, and that with respect
+            # to x by a / tau of it. A sum of such errors is no larger than the sum of the bounds, without any slack.
+            absolute = 2.0**-25 * self._later * abs(self.head.scale) / case.temperature / SLACK
+        self.gradients = oracle.pull_back(per_logit, self.student, self.hidden, self.head, absolute)
         if features is not None:
             value, error = self.gradients["hidden"].value + features, self.gradients["hidden"].error
             self.gradients["hidden"] = Bounded(value, error + 8 * self.unit * np.abs(features))
@@ -70,6 +72,8 @@ class Expectation:
         value, gradient = oracle.divergence(self.student, teacher, self.case.beta, self.unit)
         self.values = {"divergence": value}
         upstream = self.case.upstream[0].numpy().astype(LONG)[:, None]
+        # Before or after: with a trainable head it comes first.
+        self._later = np.maximum(np.abs(upstream), 1)
         self._share = np.abs(upstream) * (1 + np.abs(value.value[:, None]))
         return Bounded(gradient.value * upstream, gradient.error * np.abs(upstream)), None
 
@@ -82,6 +86,7 @@ class Expectation:
         gradient = of_lp.value * u_lp + p * u_lse + of_entropy.value * u_entropy
         error = of_lp.error * np.abs(u_lp) + p * oracle.log_p_error(self.student) * np.abs(u_lse)
         self._share = np.abs(u_lp) + np.abs(u_lse) + np.abs(u_entropy)
+        self._later = np.maximum(self._share, 1)
         # Terms of both signs: each is rounded by itself.
         terms = np.abs(of_lp.value * u_lp) + p * np.abs(u_lse) + np.abs(of_entropy.value * u_entropy)
         return Bounded(gradient, error + of_entropy.error * np.abs(u_entropy) + 8 * self.unit * terms), None
@@ -128,6 +133,9 @@ class Expectation:
         gradient = d_gradient.value * row_scale
         d_of_gradient = d_gradient.error * row_scale + np.abs(d_gradient.value) * row_error
         self._share = row_scale * (1 + np.abs(d.value[:, None]))
+        # Gradients are relative to the largest row coefficient (docs/design.md).
+        coefficients = np.stack([options["divergence_weight"] * shares, options["contrastive_weight"] * plain])
+        self._later = coefficients.max(initial=0.0)
         if case.negative is not None:
             ours = oracle.statistics(self.student, ids, unit)["logprobs"]
             theirs = oracle.statistics(teacher, ids, unit)["logprobs"]

@@ -163,22 +163,14 @@ def divergence(student: Logits, teacher: Logits, beta: float, unit: float) -> tu
     return Bounded(value, error), Bounded(gradient, d_gradient + 8 * unit * np.abs(gradient))
 
 
-def slope_of_kept(x: Logits, head: Head, temperature: float, unit: float) -> np.ndarray:
-    """[N, V]: how far the slope of a soft cap moves where it is taken from z - max z rounded by `unit`."""
-    if head.cap is None:
-        return np.zeros_like(x.z)
-    moved = unit * np.abs(x.z - x.z.max(1, keepdims=True)) * temperature / head.cap
-    return abs(head.scale) / temperature * 2 * np.abs(x.z * temperature / head.cap) * moved
-
-
 def pull_back(
-    per_logit: Bounded, x: Logits, hidden: np.ndarray, head: Head, smallest: float = 0.0
+    per_logit: Bounded, x: Logits, hidden: np.ndarray, head: Head, absolute: np.ndarray | float = 0.0
 ) -> dict[str, Bounded]:
-    """Gradients of a sum over the rows: hidden [N, H], weight [V, H], bias [V], zero on the padding. `smallest`: of the
-    numbers that the gradient with respect to a logit is made of."""
+    """Gradients of a sum over the rows: hidden [N, H], weight [V, H], bias [V], zero on the padding. `absolute`: how
+    far off each entry of the gradient with respect to x may be whatever its size; a number or [N, 1]."""
     hidden, weight = hidden.astype(LONG), head.weight.astype(LONG)
     raw, error = per_logit.value * x.slope, per_logit.error * np.abs(x.slope)
-    error = error + np.abs(per_logit.value) * x.slope_error + smallest / 2
+    error = error + np.abs(per_logit.value) * x.slope_error + absolute
     padding = ((0, 0), (0, head.weight.shape[0] - head.columns))
     raw, error = np.pad(raw, padding), np.pad(error, padding)
     return {

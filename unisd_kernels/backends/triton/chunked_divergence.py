@@ -32,6 +32,7 @@ from unisd_kernels.backends.triton.statistics import (
     MASKED,
     STUDENT_KL,
     STUDENT_LOGSUMEXP,
+    TEACHER_LOGSUMEXP,
     Partials,
     chunk_and_block_rows,
     combine,
@@ -69,9 +70,10 @@ def block_statistics_kernel(
     is_delta = row_is_delta
     if row_is_delta is not None:
         is_delta = (tl.load(row_is_delta + rows, mask=row_mask, other=0) != 0)[:, None]
-    z, delta = load_logits(student, teacher, rows.to(tl.int64)[:, None], columns[None, :], mask, is_delta)
+    z, delta, teacher_z = load_logits(student, teacher, rows.to(tl.int64)[:, None], columns[None, :], mask, is_delta)
     z = tl.where(column_mask[None, :], z, MASKED)
-    store_partials(partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY)
+    teacher_z = tl.where(column_mask[None, :], teacher_z, MASKED)
+    store_partials(partials, z, delta, teacher_z, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -107,16 +109,18 @@ def mixture_kernel(
         is_delta = tl.load(row_is_delta + row) != 0
     logsumexp = tl.load(statistics + STUDENT_LOGSUMEXP * num_rows + row)
     difference = tl.load(statistics + LOGSUMEXP_DIFFERENCE * num_rows + row)
+    teacher_logsumexp = tl.load(statistics + TEACHER_LOGSUMEXP * num_rows + row)
     student_terms = tl.zeros([BLOCK_COLUMNS], tl.float32)
     teacher_terms = tl.zeros([BLOCK_COLUMNS], tl.float32)
     wide = row.to(tl.int64)
     for start in range(0, num_columns, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         mask = columns < num_columns
-        z, delta = load_logits(student, teacher, wide, columns, mask, is_delta)
+        z, delta, teacher_z = load_logits(student, teacher, wide, columns, mask, is_delta)
         d = delta - difference
         student_logprob = tl.where(mask, z - logsumexp, -float("inf"))
-        larger = exp(tl.maximum(student_logprob, student_logprob + d))
+        teacher_logprob = tl.where(mask, teacher_z - teacher_logsumexp, -float("inf"))
+        larger = exp(tl.maximum(student_logprob, teacher_logprob))
         teacher_larger = d > 0.0
         weight = tl.where(teacher_larger, complement, beta)
         other_weight = tl.where(teacher_larger, beta, complement)

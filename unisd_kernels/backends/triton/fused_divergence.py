@@ -16,6 +16,10 @@ float16 (for bfloat16 operands too) rounds x to e |x|, e = 2^-11. With mu the me
 Weighted by p_s, as in a reverse KL, z_t would be rounded where it is far from its maximum: by e times hundreds. A JSD
 needs both and is not made here.
 
+Under a soft cap, z_s in [-C, C], the gradient has the slope (1 - z_s / C) (1 + z_s / C) too. What is stored of z_s is
+its distance to the block's maximum or, where that is the shorter one, to -C, as a positive number. It is then no larger
+than C - z_s and no larger than C + z_s, so that both factors are off by e of themselves at most, also at saturation.
+
 What it saves: the two views read the weight once, and 2 + 2 bytes a pair of logits are stored in place of 4 + 4 written
 and read again for the statistics. What it costs: an epilogue of 56 instructions a pair (sm_90), which no product hides
 while one program at a time is on a multiprocessor.
@@ -48,6 +52,8 @@ from unisd_kernels.backends.triton.statistics import (
 
 # float16's largest number, less a margin; what is beyond it has no probability.
 _LARGEST = tl.constexpr(60000.0)
+# float16's smallest number above 0.
+_SMALLEST = tl.constexpr(2.0**-24)
 
 
 @triton.jit
@@ -102,12 +108,15 @@ def finish_block(
         other += bias
     z = apply_softcap(z * student.scale, student.tanh_scale)
     other = apply_softcap(other * teacher.scale, teacher.tanh_scale)
-    delta = other - z
     if TEACHER_IS_DELTA:
-        delta = tl.where(is_delta[:, None], other, delta)
+        delta = other - tl.where(is_delta, 0.0, 1.0)[:, None] * z
+        other = tl.where(is_delta[:, None], z + other, other)
+    else:
+        delta = other - z
     z = tl.where(column_mask[None, :], z, MASKED)
+    other = tl.where(column_mask[None, :], other, MASKED)
     highest, shift, teacher_highest, far = store_partials(
-        partials, z, delta, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY
+        partials, z, delta, other, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY
     )
     if STORE:
         # Rows are padded, so that a whole vector is written also where the vocabulary ends within one.
@@ -117,6 +126,10 @@ def finish_block(
         # all blocks are. A block away from the row's maximum has less probability, and needs no more digits.
         # A logit further below its block's maximum than float16 reaches has no probability: any number will do.
         low = tl.maximum(z - highest[:, None], -_LARGEST)
+        if student.tanh_scale is not None:
+            # Of a masked column both are as large; a distance of 0 is to the maximum.
+            above = tl.abs(z + student.tanh_scale)
+            low = tl.where(above < highest[:, None] - z, tl.maximum(above, _SMALLEST), low)
         tl.store(
             student_out.logits + wide * student_out.stride + columns[None, :],
             low.to(student_out.logits.dtype.element_ty),
@@ -127,7 +140,7 @@ def finish_block(
         if FORWARD:
             # Far from the student the teacher's own logit is the better one to round: where p_t is, it is near its
             # maximum.
-            away = tl.where(far[:, None], z + delta - teacher_highest[:, None], away)
+            away = tl.where(far[:, None], other - teacher_highest[:, None], away)
         away = tl.minimum(tl.maximum(away, -_LARGEST), _LARGEST)
         tl.store(
             teacher_out.logits + wide * teacher_out.stride + columns[None, :],

@@ -34,6 +34,7 @@ from unisd_kernels.backends.triton.statistics import (
     STUDENT_KL,
     STUDENT_LOGSUMEXP,
     STUDENT_MAX,
+    TEACHER_LOGSUMEXP,
     TEACHER_MAX,
     TEACHER_SUM,
     Partials,
@@ -89,35 +90,45 @@ def divergence_gradient_kernel(
     wide = rows.to(tl.int64)[:, None]
     logsumexp = tl.load(statistics + STUDENT_LOGSUMEXP * num_rows + rows, mask=row_mask, other=0.0)
     difference = tl.load(statistics + LOGSUMEXP_DIFFERENCE * num_rows + rows, mask=row_mask, other=0.0)
+    if FORWARD:
+        teacher_logsumexp = tl.load(statistics + TEACHER_LOGSUMEXP * num_rows + rows, mask=row_mask, other=0.0)
     if SHIFTED:
         reference = partials + (rows * num_blocks + block) * RECORD
         highest = tl.load(reference + STUDENT_MAX, mask=row_mask, other=0.0)
         shift = tl.load(reference + SHIFT, mask=row_mask, other=0.0)
         z = tl.load(student.logits + wide * student.stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         d = tl.load(teacher.logits + wide * teacher.stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        logprob = z + (highest - logsumexp)[:, None]
+        base = highest[:, None]
+        if student.tanh_scale is not None:
+            # What is above 0 is relative to -C.
+            base = tl.where(z > 0.0, -student.tanh_scale, base)
+            slope = ((student.tanh_scale - base) - z) * ((student.tanh_scale + base) + z)
+            slope /= student.tanh_scale * student.tanh_scale
+        logprob = z + (base - logsumexp[:, None])
         if FORWARD:
             moment = tl.load(reference + MOMENT, mask=row_mask, other=0.0)
             teacher_sum = tl.load(reference + TEACHER_SUM, mask=row_mask, other=1.0)
-            far = is_far(moment, teacher_sum)[:, None]
+            teacher_highest = tl.load(reference + TEACHER_MAX, mask=row_mask, other=0.0)
+            far = is_far(highest, shift, teacher_highest, teacher_sum, moment)[:, None]
             # What the second tile holds is relative to the teacher's maximum where the teacher is far, else to the
             # shift.
-            teacher_highest = tl.load(reference + TEACHER_MAX, mask=row_mask, other=0.0)
-            far_logprob = d + (teacher_highest - logsumexp - difference)[:, None]
+            far_logprob = d + (teacher_highest - teacher_logsumexp)[:, None]
             d = tl.where(far, far_logprob - logprob, d + (shift - difference)[:, None])
             teacher_logprob = tl.where(far, far_logprob, logprob + d)
         else:
             delta, origin = d, shift
-        z += highest[:, None]
     else:
         is_delta = row_is_delta
         if row_is_delta is not None:
             is_delta = (tl.load(row_is_delta + rows, mask=row_mask, other=0) != 0)[:, None]
-        z, delta = load_logits(student, teacher, wide, columns[None, :], mask, is_delta)
+        z, delta, teacher_z = load_logits(student, teacher, wide, columns[None, :], mask, is_delta)
         origin = tl.zeros_like(difference)
+        if student.tanh_scale is not None:
+            slope = softcap_gradient(z, student.tanh_scale)
         d = delta - difference[:, None]
         logprob = z - logsumexp[:, None]
-        teacher_logprob = logprob + d
+        if FORWARD:
+            teacher_logprob = teacher_z - teacher_logsumexp[:, None]
     p = exp(logprob)
     if FORWARD:
         # p_s - p_t. Near each other as p_s times a small number; far out e^d may overflow where p_s is zero. Beyond
@@ -148,7 +159,7 @@ def divergence_gradient_kernel(
         targets = tl.load(target_ids + rows, mask=row_mask, other=-1).to(tl.int32)
         result += of_logprob * (tl.where(columns[None, :] == targets[:, None], 1.0, 0.0) - p)
     if student.tanh_scale is not None:
-        result *= softcap_gradient(z, student.tanh_scale)
+        result *= slope
     tl.store(gradient + wide * gradient_stride + columns[None, :], result.to(gradient.dtype.element_ty), mask=mask)
 
 

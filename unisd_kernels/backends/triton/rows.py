@@ -69,10 +69,14 @@ def difference_rows_kernel(
     rows' norm in bfloat16, which rounds it by 2^-8 of itself at most, below 2^-9 in float16, and always in float32. But
     it pays at any size where both rows lie on one grid, as near rows of 16-bit numbers do: differences of neighbours
     are exact, and D keeps all of its digits.
+
+    A difference longer than h_t has nothing to save, and z_s + (z_t - z_s) would lose digits of z_t
+    (`Projection.delta_rows`).
     """
     row = tl.program_id(0).to(tl.int64)
     lost = tl.zeros([BLOCK_COLUMNS], tl.float32)
     size = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    longer = tl.zeros([BLOCK_COLUMNS], tl.float32)
     for start in range(0, num_columns, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         mask = columns < num_columns
@@ -82,7 +86,9 @@ def difference_rows_kernel(
         residual = difference - difference.to(out.dtype.element_ty).to(tl.float32)
         lost += residual * residual
         size += s * s + t * t
-    better = tl.sum(lost, 0) <= rounding * rounding * tl.sum(size, 0)
+        # |d|^2 - |t|^2
+        longer += s * (s - 2.0 * t)
+    better = (tl.sum(lost, 0) <= rounding * rounding * tl.sum(size, 0)) & (tl.sum(longer, 0) <= 0.0)
     tl.store(row_is_delta + row, better.to(tl.int8))
     for start in range(0, num_columns, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)

@@ -4,7 +4,7 @@ A block of columns gives, per row, numbers that merge without losing the digits 
 `delta = z_t - z_s` and, inside the block, the shift `mu = sum e_s delta / sum e_s` and `x = delta - mu`:
 
     m_s = max z_s,  s = sum e_s,  e_s = exp(z_s - m_s)        and m_t, t, e_t of the teacher
-    b = sum e_s (e^x - 1 - x),   a = sum e_s (x e^x - (e^x - 1)),   moment = sum e_t x
+    b = sum e_s (e^x - 1 - x),   a = sum e_s (x e^x - (e^x - 1)),   moment = sum e_t ((z_t - m_t) - (z_s - m_s))
     h_s = sum e_s (z_s - m_s),   h_t = sum e_t (z_t - m_t)                           (entropies)
 
 delta and not z_t: where both views have one head it is a product of its own, `(h_t - h_s) W^T`, with all its digits. a
@@ -22,9 +22,11 @@ and what is taken off P is only about Q^2 / 2. So no digits cancel, and the two 
 tens, never meet: a D of 1e-6 keeps its digits to 2e-5 (tests/triton/test_divergence.py), where log-sum-exps of 10 leave
 it none.
 
-Where the teacher has its mass on tokens whose e_s is nothing in float32, P and Q miss it; the row then takes the same
-quantities from the log-sum-exps and the teacher's own moment, E_t[delta - r]. So does a row of large Q, where the two
-halves of the last line would cancel. Source: docs/design.md.
+Where the teacher has its mass on tokens whose e_s is nothing in float32, P and Q miss it; the row then takes c - r from
+the log-sum-exps and KL(p_t || p_s) from the teacher's own moment: `E_t[delta] - c`, both less max z_t - max z_s. Under
+p_t, z_t - max z_t and z_s - max z_s are about the divergence and the teacher's entropy, though the logits, delta and r
+may be in the thousands. So does a row of large Q, where the two halves of the last line would cancel. Source:
+docs/design.md.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ STUDENT_LOGSUMEXP = tl.constexpr(5)
 LOGSUMEXP_DIFFERENCE = tl.constexpr(6)  # c
 STUDENT_KL = tl.constexpr(7)  # KL(p_s || m) of a mixture
 MEAN_DIFFERENCE = tl.constexpr(7)  # of a reverse KL: r, the mean of delta under p_s
-NUM_STATISTICS = 8
+# For p_t itself: log p_s + (delta - c) is off by the rounding of numbers as large as the student's logits.
+TEACHER_LOGSUMEXP = tl.constexpr(8)
+NUM_STATISTICS = 9
 
 
 @triton.jit
@@ -88,6 +92,7 @@ def store_partials(
     partials,  # Partials.values
     z,  # [rows, columns]
     delta,  # [rows, columns]
+    teacher,  # [rows, columns]
     row_mask,
     rows,
     num_rows,
@@ -98,7 +103,8 @@ def store_partials(
     """Write the statistics of one block of columns, [rows, columns]; returns m_s, mu, m_t and
     `is_far`.
 
-    Where a column is masked, `z` is `MASKED` and `delta` any number: the exponential is 0, and 0 times them still 0.
+    Where a column is masked, `z` and `teacher`, z_t, are `MASKED` and `delta` any number: the exponentials are 0, and 0
+    times them still 0.
     """
     place = rows * num_blocks + block
     out = partials + place * RECORD
@@ -123,24 +129,26 @@ def store_partials(
     if WANT_ENTROPY:
         spread = tl.sum(exponentials * (z - highest[:, None]), 1)
         tl.store(spreads + STUDENT_SPREAD, spread, mask=row_mask)
-    teacher = z + delta
     teacher_highest = tl.max(teacher, 1)
     exponentials = exp(teacher - teacher_highest[:, None])
     tl.store(out + TEACHER_MAX, teacher_highest, mask=row_mask)
     teacher_total = tl.sum(exponentials, 1)
-    moment = tl.sum(exponentials * x, 1)
+    moment = tl.sum(exponentials * ((teacher - teacher_highest[:, None]) - (z - highest[:, None])), 1)
     tl.store(out + TEACHER_SUM, teacher_total, mask=row_mask)
     tl.store(out + MOMENT, moment, mask=row_mask)
     if WANT_ENTROPY:
         spread = tl.sum(exponentials * (teacher - teacher_highest[:, None]), 1)
         tl.store(spreads + TEACHER_SPREAD, spread, mask=row_mask)
-    return highest, shift, teacher_highest, is_far(moment, teacher_total)
+    return highest, shift, teacher_highest, is_far(highest, shift, teacher_highest, teacher_total, moment)
 
 
 @triton.jit
-def is_far(moment, teacher_total):
-    """Whether the teacher is far from the student in a block: delta is more than a nat above its mean where p_t is."""
-    return moment > teacher_total
+def is_far(student_max, shift, teacher_max, teacher_total, moment):
+    """Whether the teacher is far from the student in a block: delta is more than a nat above its mean where p_t is.
+
+    The same bits in every kernel that asks: no product here is added to anything, so that none is fused.
+    """
+    return moment > teacher_total * (1.0 + (shift - (teacher_max - student_max)))
 
 
 @triton.jit
@@ -152,7 +160,7 @@ def load_logits(
     mask,
     is_delta,  # which of the rows of `teacher` hold z_t - z_s; None: none does
 ):
-    """z_s and delta = z_t - z_s of some rows and columns."""
+    """z_s, delta = z_t - z_s and z_t of some rows and columns."""
     z = tl.load(student.logits + (rows * student.stride + columns), mask=mask, other=0.0)
     z = apply_softcap(z, student.tanh_scale)
     other = tl.load(teacher.logits + (rows * teacher.stride + columns), mask=mask, other=0.0)
@@ -160,7 +168,8 @@ def load_logits(
     delta = other - z
     if is_delta is not None:
         delta = tl.where(is_delta, other, delta)
-    return z, delta
+        other = tl.where(is_delta, z + other, other)
+    return z, delta, other
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -235,7 +244,7 @@ def combine_kernel(
         second_order = tl.load(at + SECOND_ORDER, mask=mask, other=0.0)
         of_shift = bounded * expm1(bounded) - remainder
         second += scale * (grown * (second_order + bounded * excess) + student_sum * of_shift)
-        moments += exp(teacher_above) * (moment + teacher_sum * y)
+        moments += exp(teacher_above) * (moment + teacher_sum * (teacher_above - above))
         if WANT_ENTROPY:
             spread_at = spread_source + (start + lanes) * SPREADS
             spread = tl.load(spread_at + STUDENT_SPREAD, mask=mask, other=0.0)
@@ -250,13 +259,13 @@ def combine_kernel(
     in_reach = tl.abs(log1p(q) - direct) <= noise
     # log1p(q) - q / (1 + q) without its first order: with R = q - log1p(q) it is q^2 / (1 + q) - R.
     # The two terms' rounding is u q (1 + q / 2) at most for small q and u q for large q, where the result is only
-    # log(q) - 1: with q = e^40 nothing of it is left. That of E_t[delta - r] - log1p(q) is u (D + 2 log1p(q)), whatever
-    # q. They meet between 1 and 2; at q = 2 the first is 3.1 u and 7 u of the curvature's .43. There P and log1p(q)
-    # have no digits to save any more.
+    # log(q) - 1: with q = e^40 nothing of it is left. That of E_t[delta] - c is u (D + 2 H(p_t)) and that of two
+    # logarithms, whatever q. They meet between 1 and 2; at q = 2 the first is 3.1 u and 7 u of the curvature's .43.
+    # There P and log1p(q) have no digits to save any more.
     curvature = q * q / (1.0 + q) - log1p_remainder(q)
     precise = tl.sum(second, 0) / total / (1.0 + q) - curvature
-    moment = tl.sum(moments, 0) / teacher_total  # E_t[delta - r]
-    forward = moment - tl.where(in_reach, log1p(q), direct)
+    # E_t[delta] - c, both less max z_t - max z_s.
+    forward = tl.sum(moments, 0) / teacher_total - (tl.log(teacher_total) - tl.log(total))
     # A token out of reach adds p_t times 80 or more to E_t[delta - r], and shows here where it does not in log1p(q):
     # less than the noise there, it may still be all of c - r.
     agrees = tl.abs(precise - forward) <= noise + 1e-6 * tl.abs(forward)
@@ -264,13 +273,14 @@ def combine_kernel(
     beyond = tl.where(in_reach, log1p(q), direct)  # c - r
     divergence = beyond
     if not REVERSE:
-        divergence = tl.where(in_reach & (q < 2.0), precise, moment - beyond)
+        divergence = tl.where(in_reach & (q < 2.0), precise, forward)
     # Below zero there is only rounding. A NaN stays.
     divergence = tl.where(divergence < 0.0, 0.0, divergence)
     difference = beyond + mean_shift
     tl.store(statistics + DIVERGENCE * num_rows + row, divergence)
     tl.store(statistics + STUDENT_LOGSUMEXP * num_rows + row, logsumexp)
     tl.store(statistics + LOGSUMEXP_DIFFERENCE * num_rows + row, difference)
+    tl.store(statistics + TEACHER_LOGSUMEXP * num_rows + row, teacher_logsumexp)
     if REVERSE:
         tl.store(statistics + MEAN_DIFFERENCE * num_rows + row, mean_shift)
     if HAS_TARGETS:
