@@ -227,7 +227,7 @@ def test_a_weight_gradient_reads_and_writes_its_sum_for_every_chunk():
 
 
 def test_memory_at_the_peak():
-    """Of a frozen head the workspace and the float32 gradient of the rows; of a trainable one the float32 sum with the
+    """A frozen head: the workspace and the float32 gradient of the rows. A trainable one: the float32 sum with the
     result, or with the workspace."""
     rows, weights = (n * HEADLINE.hidden_size for n in (HEADLINE.num_rows, HEADLINE.vocab_size))
     assert Model(HEADLINE).memory("fused") == Model(HEADLINE).rows("fused").held_bytes + 4 * rows

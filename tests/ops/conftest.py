@@ -8,11 +8,11 @@ import pytest
 
 from unisd_kernels.backends import registry
 
-_OF_EVERY_FILLING = {"test_loss", "test_divergence", "test_logprobs", "test_cost"}
+_OF_EVERY_BACKEND = {"test_loss", "test_divergence", "test_logprobs", "test_cost"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.module.__name__.rpartition(".")[2] in _OF_EVERY_FILLING:
+    if metafunc.module.__name__.rpartition(".")[2] in _OF_EVERY_BACKEND:
         metafunc.parametrize("backend", ["native", "torch"], indirect=True, scope="module")
 
 

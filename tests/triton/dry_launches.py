@@ -22,7 +22,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 class Inputs:
-    """Of one call. The shapes are those of real models; nothing of them is in memory."""
+    """Inputs of one call. The shapes are those of real models; nothing of them is in memory."""
 
     def __init__(self, rows: int, width: int, columns: int, dtype: torch.dtype, **head: Any) -> None:
         self.rows, self.width, self.columns, self.dtype = rows, width, columns, dtype

@@ -136,7 +136,7 @@ def _without_memory(device: Any) -> Any:
 
 
 def _address(tensor: torch.Tensor) -> int:
-    """Of a tensor without memory: its own for every storage, aligned as torch's allocator aligns."""
+    """Address of a tensor without memory: its own for every storage, aligned as torch's allocator aligns."""
     if tensor.numel() == 0:
         return 0
     return tensor.untyped_storage()._cdata * 512 + tensor.storage_offset() * tensor.element_size()
