@@ -30,13 +30,13 @@ def test_doctor_passes_and_names_what_it_saw(capsys):
 def test_doctor_fails_on_wrong_numbers(monkeypatch, capsys):
     from unisd_kernels.backends.torch import TorchBackend
 
-    right = TorchBackend.divergence_gradient
+    right = TorchBackend.divergence_of_logits_backward
 
-    def wrong(self, student, *arguments):
-        right(self, student, *arguments)
-        student.mul_(1.001)
+    def wrong(self, saved, *arguments):
+        right(self, saved, *arguments)
+        saved.student.mul_(1.001)
 
-    monkeypatch.setattr(TorchBackend, "divergence_gradient", wrong)
+    monkeypatch.setattr(TorchBackend, "divergence_of_logits_backward", wrong)
     assert self_test("torch", torch.device("cpu")) > 1e-4
     assert main(["doctor", "--device", "cpu"]) == 1
     assert "WRONG" in capsys.readouterr().out
