@@ -8,19 +8,7 @@ product are its operands and its result. A product of 2 N H V FLOPs is the unit 
     python -m bench expected --tflops 700 --bandwidth 2900e9
     python -m bench expected --measured ceilings.json --results bench.json     what a session on a GPU measured
 
-The designs, of which the first two are built (`backends/triton`); both score with the fused kernel:
-
-fused       Student's and teacher's product are one kernel with the statistics behind it, which reads the weight once
-            for a block of rows, stores 16-bit shifted logits (2 + 2 bytes a pair) and the partial statistics of every
-            64 columns. Those are then combined by rows; one pass makes the gradient of the block (reads 4 bytes a pair
-            and what it needs of the partial statistics, writes 2). KLs only.
-chunked     Library products on a block of rows, float32 logits of student and teacher in memory; then a pass for the
-            statistics (reads 8 bytes a pair), one for the gradient (reads 8, writes 2). A JSD reads 8 more: its mixture
-            needs both log-sum-exps first.
-recomputed  Not built: nothing is kept, two products for the statistics, two again for the gradient.
-
-The gradient of a chunk, several blocks, then enters one product for dh, and one for dW with a trainable head. dW is a
-float32 sum over the chunks: each one's product reads and writes 4 bytes of every weight.
+The designs (fused, chunked, recomputed) with what each reads and writes are explained in docs/gpu.md.
 
 Needs triton, whose tile shapes decide how many rows fit the workspace.
 """

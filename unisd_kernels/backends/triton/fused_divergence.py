@@ -121,6 +121,19 @@ def finish_block(
     if STORE:
         # Rows are padded, so that a whole vector is written also where the vocabulary ends within one.
         wide = rows.to(tl.int64)[:, None]
+        # The teacher's first, whose third tile of numbers is then done with: the other way round the assembler spills.
+        mask = row_mask[:, None] & (columns < teacher_out.stride)[None, :]
+        away = delta - shift[:, None]
+        if FORWARD:
+            # Far from the student the teacher's own logit is the better one to round: where p_t is, it is near its
+            # maximum.
+            away = tl.where(far[:, None], other - teacher_highest[:, None], away)
+        away = tl.minimum(tl.maximum(away, -_LARGEST), _LARGEST)
+        tl.store(
+            teacher_out.logits + wide * teacher_out.stride + columns[None, :],
+            away.to(teacher_out.logits.dtype.element_ty),
+            mask=mask,
+        )
         mask = row_mask[:, None] & (columns < student_out.stride)[None, :]
         # z_s less the block's maximum and delta less the block's mean, and not less the row's: those are known when
         # all blocks are. A block away from the row's maximum has less probability, and needs no more digits.
@@ -133,18 +146,6 @@ def finish_block(
         tl.store(
             student_out.logits + wide * student_out.stride + columns[None, :],
             low.to(student_out.logits.dtype.element_ty),
-            mask=mask,
-        )
-        mask = row_mask[:, None] & (columns < teacher_out.stride)[None, :]
-        away = delta - shift[:, None]
-        if FORWARD:
-            # Far from the student the teacher's own logit is the better one to round: where p_t is, it is near its
-            # maximum.
-            away = tl.where(far[:, None], other - teacher_highest[:, None], away)
-        away = tl.minimum(tl.maximum(away, -_LARGEST), _LARGEST)
-        tl.store(
-            teacher_out.logits + wide * teacher_out.stride + columns[None, :],
-            away.to(teacher_out.logits.dtype.element_ty),
             mask=mask,
         )
 
