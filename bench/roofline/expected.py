@@ -56,7 +56,7 @@ class Assumptions:
         bandwidth: 0.87 of the data sheet's 3.35 TB/s.
         efficiency: rate of a Triton product as a share of the library's.
         loss_epilogue: arithmetic in the epilogue of student's and teacher's product, as a share of these two at
-            H = 4096; it goes with 4096 / H. The compiled kernel has 56 instructions a pair of logits; a multiprocessor
+            H = 4096; it goes with 4096 / H. The compiled kernel has 60 instructions a pair of logits; a multiprocessor
             issues 128 lanes' worth a clock, and at `product_flops` and 1.755 GHz two products take 5.2 clocks a pair.
         scoring_epilogue: the same of a scoring, as a share of its one product: 12.6 instructions a logit.
         workspace: bytes of logits and gradient held at a time; None for the package's default on an accelerator.
@@ -66,7 +66,7 @@ class Assumptions:
     product_flops: float = 727e12
     bandwidth: float = 0.87 * 3.35e12
     efficiency: float = 0.92
-    loss_epilogue: float = 0.084
+    loss_epilogue: float = 0.09
     scoring_epilogue: float = 0.04
     workspace: int | None = None
     scoring_rows: int = engine.SCORE_ROWS

@@ -90,7 +90,7 @@ def test_what_the_documentation_concludes():
             assert behind < 0
     assert 0.005 < Model(TRAINABLE).ratio("chunked") - Model(TRAINABLE).ratio("fused") < 0.015
     assert f"fused needs an efficiency of {Model(HEADLINE).least_efficiency(1.15):.2f} for 1.15" in text
-    hidden = Model(HEADLINE, Assumptions(loss_epilogue=0.042))
+    hidden = Model(HEADLINE, Assumptions(loss_epilogue=Assumptions().loss_epilogue / 2))
     assert f"it would be {hidden.ratio('fused'):.2f}, and meet the bar from an efficiency of" in text
     assert f"efficiency of {hidden.least_efficiency(1.15):.2f}." in text
     assert f"({Model(HEADLINE).ratio('fused'):.2f} to {Model(HEADLINE).ratio('chunked'):.2f} at the headline)" in text

@@ -95,8 +95,9 @@ _HOPPER: dict[str, tuple[GemmConfig, ...]] = {
         GemmConfig(128, 64, 64, 8, 4, descriptors=True),
         GemmConfig(64, 64, 64, 4, 4, descriptors=True, occupancy=2),
     ),
-    "fused-divergence-heavy": (GemmConfig(128, 64, 64, 8, 4, descriptors=True),),
-    "fused-divergence-separate": (GemmConfig(128, 64, 64, 8, 4, descriptors=True),),
+    # Two parts: with a soft cap the epilogue of one spills.
+    "fused-divergence-heavy": (GemmConfig(128, 64, 64, 8, 4, parts=2, descriptors=True),),
+    "fused-divergence-separate": (GemmConfig(128, 64, 64, 8, 4, parts=2, descriptors=True),),
     "score-plain": (_PLAIN,),
     "fused-divergence-plain": (_PLAIN,),
     "fused-divergence-separate-plain": (_PLAIN,),
@@ -119,7 +120,7 @@ _BLACKWELL: dict[str, tuple[GemmConfig, ...]] = {
     "fused-divergence-plain": (_PLAIN,),
     "fused-divergence-separate-plain": (_PLAIN,),
     "fused-divergence-float32": _AMPERE["fused-divergence-float32"],
-    "fused-divergence-separate-float32": (GemmConfig(64, 64, 16, 8, 2),),
+    "fused-divergence-separate-float32": (GemmConfig(32, 64, 16, 4, 2),),
 }
 # The interpreter's time is per operation and not per element; odd shapes need more than one tile all the same.
 _INTERPRETER: dict[str, tuple[GemmConfig, ...]] = {

@@ -21,7 +21,7 @@ its distance to the block's maximum or, where that is the shorter one, to -C, as
 than C - z_s and no larger than C + z_s, so that both factors are off by e of themselves at most, also at saturation.
 
 What it saves: the two views read the weight once, and 2 + 2 bytes a pair of logits are stored in place of 4 + 4 written
-and read again for the statistics. What it costs: an epilogue of 56 instructions a pair (sm_90), which no product hides
+and read again for the statistics. What it costs: an epilogue of 60 instructions a pair (sm_90), which no product hides
 while one program at a time is on a multiprocessor.
 """
 
