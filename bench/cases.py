@@ -130,7 +130,7 @@ def _accelerator_case(shape: str, operation: str, num_rows: int) -> Case:
 
 
 def _accelerator_cases() -> list[Case]:
-    """In order of importance: Llama at N = 8192, the other heads, Llama at other N."""
+    """Cases of an accelerator in order of importance: Llama at N = 8192, the other heads, Llama at other N."""
     cases = [_accelerator_case("llama3.1-8b", operation, HEADLINE_ROWS) for operation in OPERATIONS]
     for shape in ("qwen2.5-0.5b", "qwen2.5-7b", "gemma3-4b"):
         cases += [_accelerator_case(shape, operation, HEADLINE_ROWS) for operation in OPERATIONS]

@@ -71,7 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """In a key of its own, without what says nothing of the machine: pytest-benchmark warns of differences."""
+    """Add the machine in a key of its own, without what says nothing of it: pytest-benchmark warns of differences."""
     plan = config.stash.get(PLAN, None)
     if plan:
         surroundings = environment(plan.device)

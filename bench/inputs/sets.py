@@ -90,7 +90,7 @@ def more_inputs(case: Case, inputs: LossInputs, device: torch.device) -> list[Lo
 
 
 def sets_for(bytes_read: int, cache_bytes: int) -> int:
-    """How many sets leave nothing of one in the cache when its turn comes again: the others fill it."""
+    """Number of sets that leave nothing of one in the cache when its turn comes again: the others fill it."""
     return min(MOST_SETS, 1 + max(1, math.ceil(cache_bytes / max(1, bytes_read))))
 
 

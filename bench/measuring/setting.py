@@ -27,7 +27,7 @@ class Setting:
     expected: Expected
 
     def errors(self, peer: Peer, outcome: Outcome) -> dict[str, float]:
-        """How far a peer's outcome on the first set is from float64, and how far it may be."""
+        """Distance of a peer's outcome on the first set from float64, and the distance allowed."""
         errors = self.expected.errors(outcome, peer.mean_only)
         return errors | self.expected.limits_of(errors)
 

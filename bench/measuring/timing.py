@@ -83,7 +83,7 @@ def _warm_up(step: Callable[[], object], device: torch.device) -> int:
 
 
 def repetitions_for(seconds: float) -> int:
-    """How many steps of this length make a sample of two milliseconds."""
+    """Number of steps of this length that make a sample of two milliseconds."""
     return max(1, min(MOST_REPETITIONS, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-9))))
 
 

@@ -1,4 +1,4 @@
-"""From per-token statistics to the UniSD* loss, for peers that offer only the statistics."""
+"""Reduction of per-token statistics to the UniSD* loss, for peers that offer only the statistics."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def _finished(figure: Figure) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG. The same figure gives the same bytes with the same matplotlib."""
+    """Save a figure as PNG. The same figure gives the same bytes with the same matplotlib."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
 

@@ -1,1 +1,1 @@
-"""How far the hardware could go: by counts, by compiled code and by measured ceilings."""
+"""Limits of the hardware: by counts, by compiled code and by measured ceilings."""

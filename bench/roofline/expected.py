@@ -48,7 +48,7 @@ GRADIENT_PARTIALS = 8
 
 @dataclass(frozen=True)
 class Assumptions:
-    """For one H100 SXM. None of these numbers is measured here.
+    """Ceilings and shares of one H100 SXM. None of these numbers is measured here.
 
     Attributes:
         product_flops: rate of a library product; what 35.5 ms for three products of the headline's shape (N = 8192,

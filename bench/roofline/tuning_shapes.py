@@ -105,7 +105,7 @@ def operation(shape: Shape, device: torch.device) -> Callable[[], object]:
 
 
 def library_products(shape: Shape, device: torch.device) -> Callable[[], object]:
-    """As many bare products, into a matrix of the operands' dtype."""
+    """Launch as many bare products, into a matrix of the operands' dtype."""
     student, teacher, weight = _operands(shape, device)
     out = torch.empty(shape.rows, shape.columns, dtype=shape.dtype, device=device)
 

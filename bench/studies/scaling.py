@@ -143,7 +143,7 @@ def sweep_points(
 
 
 def peers_of(rows: Sequence[Row]) -> list[str]:
-    """In the order they were measured in."""
+    """Peers in the order they were measured in."""
     return list(dict.fromkeys(row["peer"] for row in rows))
 
 

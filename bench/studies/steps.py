@@ -62,7 +62,7 @@ def measure(
     new_tokens: int = NEW_TOKENS,
     with_memory: bool = True,
 ) -> list[dict[str, Any]]:
-    """For each variant and peer two rows, without and with the rollout; one that fails says why."""
+    """Two rows for each variant and peer, without and with the rollout; one that fails says why."""
     from tqdm import tqdm
 
     with tempfile.TemporaryDirectory() as folder:

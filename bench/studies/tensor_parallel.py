@@ -145,7 +145,7 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _mega(count: float) -> str:
-    """In units of 1e6: three digits, none behind the point of a hundred or more."""
+    """Number in units of 1e6: three digits, none behind the point of a hundred or more."""
     value = count / 1e6
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 

@@ -95,7 +95,7 @@ def finish_block(
     FORWARD: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """From the products of one block of columns to its partial statistics and, if asked for, its shifted logits."""
+    """Make partial statistics and, if asked for, shifted logits of the products of one block of columns."""
     columns = first_column + tl.arange(0, BLOCK_COLUMNS)
     column_mask = columns < num_columns
     if student.bias is not None:
