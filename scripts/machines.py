@@ -6,7 +6,8 @@ libraries is limited by environment variables; sums that come out with another l
 cannot be simulated is a processor that has more than this one.
 
 Every row is one run of pytest. The rows do not depend on each other: `--only` runs some of them and keeps the others'
-results, which lie in runs/machines.json beside the log of each row.
+results, which lie in runs/machines.json beside the log of each row. `--failed` runs, in each row, only what failed
+there the last time, and says so.
 """
 
 from __future__ import annotations
@@ -87,8 +88,12 @@ def python_of(machine: Machine, environments: Path) -> Path:
     return python
 
 
-def run(machine: Machine, python: Path, log: Path) -> dict[str, object]:
-    """The row's result: counts as pytest closes with them, the failures' names, CPU seconds."""
+def run(machine: Machine, python: Path, log: Path, tests: list[str] | None = None) -> dict[str, object]:
+    """The row's result: counts as pytest closes with them, the failures' names, CPU seconds, the commit.
+
+    Args:
+        tests: these only, in place of the row's own.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **machine.environment}
     # Workers have one thread each; the rows of threads are about that.
@@ -97,7 +102,17 @@ def run(machine: Machine, python: Path, log: Path) -> dict[str, object]:
     started = time.monotonic()
     with log.open("w") as file:
         code = subprocess.run(
-            [str(python), "-m", "pytest", *workers, "-m", "not exhaustive", "--tb=short", "-rf", *machine.tests],
+            [
+                str(python),
+                "-m",
+                "pytest",
+                *workers,
+                "-m",
+                "not exhaustive",
+                "--tb=short",
+                "-rf",
+                *(tests or machine.tests),
+            ],
             cwd=ROOT,
             env=environment,
             stdout=file,
@@ -115,21 +130,34 @@ def run(machine: Machine, python: Path, log: Path) -> dict[str, object]:
         "failed": re.findall(r"^FAILED (\S+)", text, re.MULTILINE),
         "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime),
         "minutes": round((time.monotonic() - started) / 60, 1),
+        "commit": commit(),
     }
+
+
+def again(before: dict[str, object], machine: Machine, python: Path, log: Path) -> dict[str, object]:
+    """A row's result after its failures were run once more."""
+    failed = list(before["failed"])  # type: ignore[call-overload]
+    found = run(machine, python, log, failed)
+    still = found["failed"] or (failed if found["status"] else [])
+    note = f"{before['counts']} at {before['commit']}; of the {len(failed)} that failed, {found['counts']}"
+    return {**before, "status": found["status"], "counts": note, "failed": still, "commit": found["commit"]}
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def surroundings() -> dict[str, str]:
     import torch
 
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     return {
         "processor": (model[1] if model else platform.processor()).strip(),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit.strip(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -138,7 +166,7 @@ def page(results: dict[str, dict[str, object]], order: list[str]) -> str:
     """docs/machines.md."""
     about = results["surroundings"]
     machine = f"{about['processor']}, {about['cores']} cores, {about['instruction set']}"
-    versions = f"Python {about['python']}, torch {about['torch']}; commit {about['commit']}, {about['date']}"
+    versions = f"Python {about['python']}, torch {about['torch']}; {about['date']}"
     lines = [
         "# Other machines, on one",
         "",
@@ -146,15 +174,15 @@ def page(results: dict[str, dict[str, object]], order: list[str]) -> str:
         "",
         f"{machine}; {versions}.",
         "",
-        "| as if | tests | result |",
-        "|---|---|---|",
+        "| as if | tests | result | commit |",
+        "|---|---|---|---|",
     ]
     for name in order:
         row = results.get(name)
         if row is not None:
             where = "kernels" if row["tests"] == " ".join(KERNELS) else "all that compute"
             failed = "".join(f"; `{each}`" for each in row["failed"])  # type: ignore[attr-defined]
-            lines.append(f"| {name} | {where} | {row['counts']}{failed} |")
+            lines.append(f"| {name} | {where} | {row['counts']}{failed} | {row['commit']} |")
     lines += [
         "",
         f'"Kernels": {", ".join(f"`{name}`" for name in KERNELS)}. "All that compute": also '
@@ -168,6 +196,7 @@ def page(results: dict[str, dict[str, object]], order: list[str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="rows whose name contains one of these; the others stay")
+    parser.add_argument("--failed", action="store_true", help="of each row only what failed the last time")
     parser.add_argument("--list", action="store_true", help="print the rows' names")
     parser.add_argument("--torch", nargs="*", default=["2.10.0", "2.15.0"], help="the ends of torch's window")
     parser.add_argument("--environments", type=Path, default=FOLDER, help="where the environments of --torch are")
@@ -177,13 +206,16 @@ def main() -> int:
         print("\n".join(row.name for row in rows))
         return 0
     chosen = [row for row in rows if not options.only or any(part in row.name for part in options.only)]
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() and (options.only or options.failed) else {}
+    if options.failed:
+        chosen = [row for row in chosen if results.get(row.name, {}).get("failed")]
     interpreters = [python_of(row, options.environments) for row in chosen]
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() and options.only else {}
     results["surroundings"] = surroundings()
     for number, (row, python) in enumerate(zip(chosen, interpreters, strict=True), start=1):
         print(f"[{number}/{len(chosen)}] {row.name} ...", flush=True)
         log = FOLDER / (re.sub(r"[^\w.=-]+", "_", row.name) + ".txt")
-        results[row.name] = run(row, python, log)
+        before = results.get(row.name)
+        results[row.name] = again(before, row, python, log) if options.failed else run(row, python, log)
         found = results[row.name]
         print(f"    {found['counts']}, {found['cpu_seconds']} s of CPU, {found['minutes']} min", flush=True)
         for each in found["failed"]:
