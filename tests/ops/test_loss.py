@@ -24,10 +24,25 @@ def run(problem, options, impl, **extra):
     return result, torch.autograd.grad(result.loss, problem.leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@settings(max_examples=120)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_all_mechanisms_at_once(dtype, data):
+    check_all_mechanisms(dtype, data)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=300)
+@given(data=st.data())
+def test_all_mechanisms_many_times(dtype, data):
+    check_all_mechanisms(dtype, data)
+
+
+def check_all_mechanisms(dtype, data):
     exact_problem = data.draw(problems(dtype=dtype))
     # In 16 bits the native projection may put a token on the other side of a threshold, so clipping by a quantile or
     # a cap is compared where both compute the same numbers.

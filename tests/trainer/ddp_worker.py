@@ -1,4 +1,6 @@
-"""One process of a data-parallel run: trains two steps a setting and saves the weights. Run by test_trainer_ddp."""
+"""One process of a data-parallel run: trains two steps a setting and saves the weights, then meets a NaN.
+
+Run by test_trainer_ddp, which starts the two processes once: importing everything takes longer than the runs."""
 
 import os
 import sys
@@ -63,4 +65,5 @@ def not_finite(folder: str) -> None:
 
 if __name__ == "__main__":
     with ending_process_group():
-        {"train": main, "not_finite": not_finite}[sys.argv[2] if len(sys.argv) > 2 else "train"](sys.argv[1])
+        main(sys.argv[1])
+        not_finite(sys.argv[1])

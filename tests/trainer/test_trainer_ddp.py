@@ -14,19 +14,24 @@ from tests.trainer import ddp_worker
 ROOT = Path(__file__).parents[2]
 
 
-def two_processes(folder: Path, task: str = "train") -> None:
+def two_processes(folder: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, "-m", "tests.trainer.ddp_worker", str(folder), task]
+    command = [sys.executable, *launcher, "-m", "tests.trainer.ddp_worker", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes(tmp_path):
     ddp_worker.main(str(tmp_path))
     one = torch.load(tmp_path / ddp_worker.RESULT)
     two_processes(tmp_path)
+    check_that_they_equal_one(one, tmp_path)
+    check_that_both_skip_or_stop_when_one_meets_a_nan(tmp_path)
+
+
+def check_that_they_equal_one(one, tmp_path):
     two = torch.load(tmp_path / ddp_worker.RESULT)
     for name, expected in one.items():
         for weight, value in expected["weights"].items():
@@ -35,8 +40,7 @@ def test_two_processes_equal_one(tmp_path):
         assert two[name]["drift"] == pytest.approx(expected["drift"], rel=1e-4, abs=1e-7)
 
 
-def test_both_processes_skip_or_stop_when_one_meets_a_nan(tmp_path):
-    two_processes(tmp_path, "not_finite")
+def check_that_both_skip_or_stop_when_one_meets_a_nan(tmp_path):
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert "another process met a value that is not finite" in first["error"]
     assert "not finite are the hidden states of: the teacher" in second["error"]
