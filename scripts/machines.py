@@ -81,7 +81,7 @@ def python_of(machine: Machine, environments: Path) -> Path:
         raise SystemExit(
             f"{python} is not there. Make it, with several GiB of torch's own needs:\n"
             f"  python3 -m venv {python.parents[1]}\n"
-            f"  {python} -m pip install torch=={machine.torch} numpy\n"
+            f"  {python} -m pip install torch=={machine.torch} 'numpy<2.4'  # which triton 3.6 needs\n"
             f"  {python} -m pip install transformers trl peft accelerate datasets gguf matplotlib pyyaml pytest "
             "pytest-xdist hypothesis"
         )

@@ -41,6 +41,8 @@ class LastBit(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.mm and args[0].shape[1] == 1:
+            return result  # one term has one sum
         if func.overloadpacket in _MOVED and func._overloadname.find("out") < 0:
             first = result[0] if isinstance(result, tuple) else result
             if isinstance(first, torch.Tensor) and first.dtype in _INTEGERS and first.device.type == "cpu":

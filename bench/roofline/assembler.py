@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -31,8 +32,7 @@ def assemble(code: str, capability: int) -> Resources:
     Raises:
         RuntimeError: the assembler failed; with what it said.
     """
-    newer = TOOLS / "ptxas-blackwell"
-    assembler = newer if capability >= 100 and newer.exists() else TOOLS / "ptxas"
+    assembler = Path(get_ptxas(capability).path)  # Triton has one for older GPUs too, which does not know newer PTX
     target = re.search(r"\.target (sm_\w+)", code)
     assert target is not None
     with tempfile.TemporaryDirectory() as scratch:

@@ -17,7 +17,7 @@ def test_doctor_passes_and_names_what_it_saw(capsys):
     assert main(["doctor", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
     for expected in (
-        torch.__version__,
+        torch.__version__.partition("+")[0],
         "implementations on cpu",
         "used by default",
         "all well",

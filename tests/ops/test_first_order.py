@@ -67,7 +67,9 @@ def test_the_reference_has_it(function):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_in_a_compiled_graph(backend):
-    """With AOTAutograd it is PyTorch that refuses, in the second backward."""
+    """With AOTAutograd it is PyTorch that refuses, in the second backward; 2.10 does not."""
+    if backend == "aot_eager" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        pytest.skip("this torch drops the second derivative of a compiled graph without a word")
     torch.compiler.reset()
     problem = make_problem(frozen_head=True).to(torch.float32)
     hidden = problem.student_hidden

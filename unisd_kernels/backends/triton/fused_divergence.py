@@ -284,7 +284,7 @@ def fused_divergence_kernel(
                 first_column + part * WIDTH,
                 is_delta,
                 rows,
-                row_mask & (block < num_blocks),
+                row_mask & (block + tl.zeros_like(rows) < num_blocks),
                 student_out,
                 teacher_out,
                 partials,
