@@ -46,10 +46,7 @@ lint() {
 trainer_with_oldest_trl() {
     export PYTHONPATH="$oldest_trl"
     "$bin/python" -c 'import sys, trl; sys.exit(sys.argv[1].endswith(f"trl-{trl.__version__}") is False and f"got TRL {trl.__version__}, not that of {sys.argv[1]}")' "$oldest_trl" || return
-    # Two processes cost as much as a hundred other tests; with the newest TRL they have run, with this one test-all does.
-    local without=()
-    [ "$*" = "-m not exhaustive" ] && without=(--ignore tests/trainer/test_trainer_ddp.py)
-    "$bin/python" -m pytest -n 2 "$@" "${without[@]}" tests/trainer
+    "$bin/python" -m pytest -n 2 "$@" tests/trainer
 }
 
 stage "lint and types" lint

@@ -24,6 +24,7 @@ from torch import nn
 from unisd.batch import TEACHER_HIDDEN
 from unisd.metrics import PREFIX
 from unisd.step import StepResult
+from unisd_kernels.files import replacing
 
 FOLDER = "nonfinite"
 """Folder in the run's output in which the batches are saved."""
@@ -183,13 +184,8 @@ class NonFiniteGuard:
             ],
         }
         path = Path(self.folder) / FOLDER / f"step-{global_step + 1}-process-{self.process}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            torch.save(content, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as new:
+            torch.save(content, new)
         return path
 
 

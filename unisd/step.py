@@ -98,7 +98,7 @@ class LossStep:
             if self.contexts.negative:
                 negative = rows.take(self._view(scorer, batch, "negative_prompt"))
             if self.is_selective:
-                selective = self._selective_weights(student, scorer, own_head, batch, rows)
+                selective = self._selective_weights(student, scorer, own_head, batch, rows, mask)
             else:
                 auxiliary = tuple(rows.take(view) for view in self._auxiliary_views(scorer, batch))
         hidden = rows.take(self._view(student, batch, "prompt"))
@@ -179,12 +179,19 @@ class LossStep:
         return (self._view(scorer, batch, "auxiliary_prompt", k) for k in range(self.contexts.num_auxiliary))
 
     def _selective_weights(
-        self, student: Any, scorer: Any, own_head: LMHead | None, batch: dict[str, Any], rows: CompletionRows
+        self,
+        student: Any,
+        scorer: Any,
+        own_head: LMHead | None,
+        batch: dict[str, Any],
+        rows: CompletionRows,
+        mask: torch.Tensor,
     ) -> SelectiveWeights:
+        """Agreement weights of a micro-batch, whose counted tokens are `rows` [N] and `mask` [B, T]."""
         return selective_weights(
             batch,
             rows,
-            counted_mask(batch),
+            mask,
             lambda chosen: self._auxiliary_views(scorer, chosen),
             lambda hidden, ids: self._score(student, own_head, hidden, ids).logprobs,
             always_run=self.is_sharded,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from unisd.turns import Prompt
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs
 from unisd_kernels.cache import cache_directory
 from unisd_kernels.config import LossInputs
+from unisd_kernels.files import replacing
 
 # Part of the file's name: to be raised with every change of what is computed.
 VERSION = 1
@@ -68,7 +68,9 @@ def real_views(
     path = folder / f"smollm2-n{num_rows}-k{num_auxiliary}-seed{seed}-v{VERSION}.pt"
     model_folder = fetch_smollm2()
     if not path.is_file():
-        _write(path, _compute(model_folder, num_rows, num_auxiliary, device, seed))
+        tensors = _compute(model_folder, num_rows, num_auxiliary, device, seed)
+        with replacing(path) as new:
+            torch.save(tensors, new)
     # Not mapped from the file, so that every tensor has memory of its own, aligned as torch aligns it.
     tensors = torch.load(path, map_location=device, weights_only=True)
     head = LMHead(_head_weight(model_folder).to(device))
@@ -151,14 +153,3 @@ def _head_weight(model_folder: Path) -> torch.Tensor:
         tied = "lm_head.weight" not in tensors.keys()  # noqa: SIM118 (not a dictionary)
         # A copy: what is read may be mapped from the file.
         return tensors.get_tensor("model.embed_tokens.weight" if tied else "lm_head.weight").clone()
-
-
-def _write(path: Path, tensors: dict[str, Any]) -> None:
-    """The whole file or none, also where several processes write the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        torch.save(tensors, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+from unisd_kernels.files import replacing
 
 
 class Watchdog:
@@ -33,10 +34,8 @@ class Watchdog:
     @contextmanager
     def watching(self, **call: Any) -> Iterator[None]:
         """Around one call, which `call` describes, as JSON can hold it."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_name(self._file.name + ".partial")
-        partial.write_text(json.dumps({**call, "limit_seconds": self._seconds}))
-        os.replace(partial, self._file)
+        with replacing(self._file) as new:
+            new.write_text(json.dumps({**call, "limit_seconds": self._seconds}))
         faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._stream)
         try:
             yield

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bench.cases import Case
 from unisd.cli.errors import CommandError
+from unisd_kernels.files import replacing
 
 CASE_COLUMNS = (
     "case",
@@ -92,7 +90,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
         ValueError: another suffix.
     """
     check_suffix(path)
-    with _whole(path) as partial:
+    with replacing(path) as partial:
         if path.suffix == ".csv":
             _write_csv(partial, result)
         else:
@@ -101,7 +99,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """Results of any other schema; whole or not at all."""
-    with _whole(path) as partial:
+    with replacing(path) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -121,15 +119,6 @@ def check_suffix(path: Path) -> None:
     """Raise ValueError unless `write` can write such a file."""
     if path.suffix not in (".json", ".csv"):
         raise ValueError(f"results are written as .json or .csv, got {path.name!r}")
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file to write in place of `path`, which it replaces at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
 
 
 def _write_csv(path: Path, result: dict[str, Any]) -> None:

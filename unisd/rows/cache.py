@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import transformers
 from unisd.contexts import TEACHER_TEMPLATE
 from unisd.rows.check import Measured, RowChecker
 from unisd_kernels.cache import cache_directory
+from unisd_kernels.files import replacing
 
 _FORMAT = 1
 
@@ -61,16 +60,9 @@ def load(file: Path) -> Measured | None:
 def save(file: Path, measured: Measured) -> None:
     """Write atomically: processes of one run may do so at once."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                faults = json.dumps(measured.faults)
-                np.savez_compressed(stream, lengths=measured.lengths, plain=measured.plain, faults=np.array(faults))
-            os.replace(temporary, file)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(file) as new, new.open("wb") as stream:
+            faults = json.dumps(measured.faults)
+            np.savez_compressed(stream, lengths=measured.lengths, plain=measured.plain, faults=np.array(faults))
     except OSError as error:
         logger.warning("the check of the rows is not kept for the next start: %s", error)
 

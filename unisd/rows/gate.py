@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from unisd.contexts import ContextSpec, LengthLimit, PromptFrame
-from unisd.guards import check_end_token, check_special_ids, check_steps
+from unisd.guards import check_special_ids, check_steps
 from unisd.rows import cache
 from unisd.rows.check import Measured, RowChecker
 from unisd.rows.report import RowReport, file_rows
@@ -76,7 +76,6 @@ class RowGate:
         """
         tokenizer: Any = trainer._tokenizer
         num_embeddings = getattr(student.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
-        check_end_token(tokenizer)
         check_special_ids(tokenizer, num_embeddings)
         options: Any = trainer.chat_template_kwargs
         options = {**options, "chat_template": trainer.chat_template}

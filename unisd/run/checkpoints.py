@@ -20,6 +20,8 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from unisd_kernels.files import replacing
+
 MANIFEST = "unisd_checkpoint.json"
 """File of a checkpoint that is written last: `{"global_step": int, "files": {name: bytes}}`."""
 
@@ -43,12 +45,8 @@ def mark_complete(folder: str | os.PathLike[str], global_step: int) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST and path.suffix != ".md"  # a model card may be edited
     }
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
-    try:
-        temporary.write_text(json.dumps({"global_step": global_step, "files": files}, indent=1) + "\n")
-        os.replace(temporary, folder / MANIFEST)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(folder / MANIFEST) as new:
+        new.write_text(json.dumps({"global_step": global_step, "files": files}, indent=1) + "\n")
 
 
 def fault_of(folder: str | os.PathLike[str]) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from unisd_kernels.files import replacing
+
 FILE_NAME = "unisd_config.yaml"
 
 # What belongs to one invocation (a copy of the run must not resume from, or write over, this one), what is derived from
@@ -47,11 +49,9 @@ def resolved_settings(*instances: Any) -> dict[str, Any]:
 def write_settings(folder: str | os.PathLike[str], settings: dict[str, Any]) -> Path:
     """Write `unisd_config.yaml` into `folder` and return its path."""
     path = Path(folder) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
     head = "# The resolved settings of this run. Again, elsewhere: unisd train --config FILE --output_dir FOLDER\n"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(head + yaml.safe_dump(settings, sort_keys=True, allow_unicode=True), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as new:
+        new.write_text(head + yaml.safe_dump(settings, sort_keys=True, allow_unicode=True), encoding="utf-8")
     return path
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from unisd.teachers.base import EMATeacher
+from unisd_kernels.files import replacing
 
 STATE_FILE = "unisd_ema_teacher.safetensors"
 """File of a checkpoint that holds the moving average."""
@@ -19,17 +20,12 @@ def save_teacher(teacher: EMATeacher, folder: str | os.PathLike[str], global_ste
     """
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / STATE_FILE
     state = teacher.state_dict()
     metadata = {"mode": state["mode"], "updates": str(state["updates"]), "global_step": str(global_step)}
-    temporary = folder / f".{STATE_FILE}.{os.getpid()}"
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in state["tensors"].items()}, temporary, metadata)
-        os.replace(temporary, folder / STATE_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return folder / STATE_FILE
+    with replacing(path) as new:
+        save_file({name: tensor.contiguous() for name, tensor in state["tensors"].items()}, new, metadata)
+    return path
 
 
 def load_teacher(teacher: EMATeacher, folder: str | os.PathLike[str], global_step: int) -> None:

@@ -60,9 +60,6 @@ class TritonBackend:
         _check_interpretable(projection)
         score(projection.of_rows(projection.hidden[rows]), target_ids, running)
 
-    def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return scale_rows(rows, scale, dtype)
-
     def divergence(
         self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
     ) -> Divergence:
@@ -85,16 +82,8 @@ class TritonBackend:
         write_score_gradient(logits, gradient, transform, target_ids, scores, ones)
         return result
 
-    def score_backward(
-        self,
-        logits: torch.Tensor,
-        gradient: torch.Tensor,
-        transform: LogitTransform,
-        target_ids: torch.Tensor,
-        scores: Scores,
-        grads: ScoreGrads,
-    ) -> None:
-        write_score_gradient(logits, gradient, transform, target_ids, scores, grads)
+    score_backward = staticmethod(write_score_gradient)
+    scale_rows = staticmethod(scale_rows)
 
 
 def _check_interpretable(projection: Projection) -> None:

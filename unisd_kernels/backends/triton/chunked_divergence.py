@@ -14,7 +14,8 @@ import triton.language as tl
 from unisd_kernels.backends.base import DivergenceRows, NeedsGrad
 from unisd_kernels.backends.buffers import row_buffer, row_stride
 from unisd_kernels.backends.projection import Projection
-from unisd_kernels.backends.triton.gradients import Saved, write_divergence_gradient
+from unisd_kernels.backends.triton.divergence import TritonDivergence
+from unisd_kernels.backends.triton.gradients import Saved
 from unisd_kernels.backends.triton.launch import LONG_COLUMNS, ROW_PADDING, LogitTile, on_device, tile_grid
 from unisd_kernels.backends.triton.math import (
     COUNTS,
@@ -151,15 +152,14 @@ def mixture_kernel(
     tl.store(statistics + STUDENT_KL * num_rows + row, student_kl)
 
 
-class ChunkedDivergence:
+class ChunkedDivergence(TritonDivergence):
     """Any divergence by library products, a pass for the statistics and, of a mixture, one more for its sums.
 
     See `unisd_kernels.backends.base.Divergence`. The gradient of a chunk lies in one buffer of the operands' dtype; the
     logits of a block in others, or the student's, where the dtypes are one, in the gradient's own place.
     """
 
-    chunk_rows: int
-    block_rows: int | None
+    shifted = False
 
     def __init__(
         self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
@@ -180,9 +180,6 @@ class ChunkedDivergence:
             self._student_logits = row_buffer(block, columns, ROW_PADDING, torch.float32, device)
         if needs_grad.any:
             self._gradient = row_buffer(self.chunk_rows, columns, ROW_PADDING, dtype, device)
-
-    def logits(self, rows: slice) -> None:
-        """None: logits are made block by block."""
 
     def forward(
         self, chunk: None, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
@@ -230,15 +227,3 @@ class ChunkedDivergence:
         if not self._needs_grad:
             return result, None
         return result, Saved(*tiles, row_is_delta, partials, statistics, self._gradient[local])
-
-    def backward(
-        self,
-        saved: Saved,
-        target_ids: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        logprob_weight: torch.Tensor | None,
-    ) -> None:
-        write_divergence_gradient(saved, self._beta, target_ids, weight, logprob_weight, shifted=False)
-
-    def gradient(self, count: int) -> torch.Tensor:
-        return self._gradient[:count]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import triton
 
 from unisd_kernels.backends.triton.launch import architecture, has_whole_vectors, supports_tma
 from unisd_kernels.cache import cache_directory
+from unisd_kernels.files import replacing
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,5 @@ def _load(device: torch.device) -> dict[str, GemmConfig]:
 
 def _store(device: torch.device, winners: dict[str, GemmConfig]) -> None:
     """Write the file as a whole, so that another process never reads half of one."""
-    path = _file(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump({key: asdict(value) for key, value in sorted(winners.items())}, file, indent=1)
-    os.replace(file.name, path)
+    with replacing(_file(device)) as new:
+        new.write_text(json.dumps({key: asdict(value) for key, value in sorted(winners.items())}, indent=1))

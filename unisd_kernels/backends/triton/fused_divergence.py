@@ -35,8 +35,9 @@ from unisd_kernels.backends.base import DivergenceRows, NeedsGrad
 from unisd_kernels.backends.buffers import row_buffer, row_major, row_stride
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.triton.configs import GemmConfig, autotuning, candidates, choose, with_loads
+from unisd_kernels.backends.triton.divergence import TritonDivergence
 from unisd_kernels.backends.triton.gemm import Side, gemm_tile, load_tile
-from unisd_kernels.backends.triton.gradients import Saved, write_divergence_gradient
+from unisd_kernels.backends.triton.gradients import Saved
 from unisd_kernels.backends.triton.launch import ROW_PADDING, LogitTile, gemm_operands, num_sms, on_device
 from unisd_kernels.backends.triton.math import COUNTS, apply_softcap
 from unisd_kernels.backends.triton.rows import teacher_rows
@@ -299,15 +300,14 @@ def fused_divergence_kernel(
             )
 
 
-class FusedDivergence:
+class FusedDivergence(TritonDivergence):
     """A KL by one product kernel for both views; what the gradient needs in 16 bits (32 for float32 operands).
 
     See `unisd_kernels.backends.base.Divergence`. The student's shifted logits lie where the gradient of their rows
     will, which overwrites them; the teacher's in a buffer for one block.
     """
 
-    chunk_rows: int
-    block_rows: int | None
+    shifted = True
 
     def __init__(
         self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
@@ -329,9 +329,6 @@ class FusedDivergence:
             # digits.
             stored = torch.float32 if dtype == torch.float32 else torch.float16
             self._shifted = row_buffer(block, columns, ROW_PADDING, stored, device)
-
-    def logits(self, rows: slice) -> None:
-        """None: logits are made block by block."""
 
     def forward(
         self, chunk: None, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
@@ -394,18 +391,6 @@ class FusedDivergence:
             **constants,
         )
         return partials
-
-    def backward(
-        self,
-        saved: Saved,
-        target_ids: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        logprob_weight: torch.Tensor | None,
-    ) -> None:
-        write_divergence_gradient(saved, self._beta, target_ids, weight, logprob_weight, shifted=True)
-
-    def gradient(self, count: int) -> torch.Tensor:
-        return self._gradient[:count]
 
 
 def _kind(student: Projection, teacher: Projection, shared: bool) -> str:
