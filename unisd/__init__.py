@@ -9,8 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unisd.completions import CompletionBatch, completion_batch, hidden_rows
     from unisd.config import UniSDConfig
     from unisd.drift import DriftProbe
+    from unisd.loss import self_distillation_loss
     from unisd.models import load_model
     from unisd.presets import PRESETS, Preset
     from unisd.smollm2 import fetch_smollm2
@@ -18,15 +20,31 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "PRESETS": "unisd.presets",
+    "CompletionBatch": "unisd.completions",
     "DriftProbe": "unisd.drift",
     "Preset": "unisd.presets",
     "UniSDConfig": "unisd.config",
     "UniSDTrainer": "unisd.trainer",
+    "completion_batch": "unisd.completions",
     "fetch_smollm2": "unisd.smollm2",
+    "hidden_rows": "unisd.completions",
     "load_model": "unisd.models",
+    "self_distillation_loss": "unisd.loss",
 }
 
-__all__ = ["PRESETS", "DriftProbe", "Preset", "UniSDConfig", "UniSDTrainer", "fetch_smollm2", "load_model"]
+__all__ = [
+    "PRESETS",
+    "CompletionBatch",
+    "DriftProbe",
+    "Preset",
+    "UniSDConfig",
+    "UniSDTrainer",
+    "completion_batch",
+    "fetch_smollm2",
+    "hidden_rows",
+    "load_model",
+    "self_distillation_loss",
+]
 
 
 def __getattr__(name: str) -> Any:

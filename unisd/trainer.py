@@ -33,6 +33,7 @@ from unisd.modules import hidden_before, takes_position_ids
 from unisd.nonfinite import NonFiniteGuard, on_any_process
 from unisd.rows import EpochSampler, RowGate
 from unisd.run.checkpoints import keeping_all, mark_complete, resumable, rotate, unmark
+from unisd.run.disk import checkpoint_bytes, wait_for_room, weight_bytes
 from unisd.run.model_card import PAPER, model_card, write_model_card
 from unisd.run.record import RunRecord
 from unisd.run.settings import resolved_settings
@@ -198,7 +199,12 @@ class UniSDTrainer(DistillationTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         sampler = super()._get_train_sampler(dataset)
         assert isinstance(sampler, RepeatSampler)
-        return EpochSampler(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
+        return EpochSampler(
+            sampler,
+            self.args.seed,
+            lambda: int(self.state.epoch or 0),
+            lambda: 0 < self.state.max_steps <= self.state.global_step,
+        )
 
     def _prompt_ids(self, prompts: list[Prompt]) -> list[list[int]]:
         return self._tokenize_prompts(prompts)[0]
@@ -316,10 +322,19 @@ class UniSDTrainer(DistillationTrainer):
         if self.is_world_process_zero():
             write_model_card(str(self.args.output_dir), model_card(self, model_name, dataset_name, tags))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as `transformers.Trainer` does, once the disk has room: a finished run's weights exist nowhere else."""
+        if self.args.should_save and not _internal_call:
+            folder = output_dir or str(self.args.output_dir)
+            wait_for_room(folder, weight_bytes(self), "the model")
+        super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = self._get_output_dir(trial)
         folder = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
+            # Before anything is written over: a disk that is full costs a wait, not a checkpoint.
+            wait_for_room(run_folder, checkpoint_bytes(self), f"the checkpoint of step {self.state.global_step}")
             unmark(folder)
             if isinstance(self.teacher, EMATeacher):
                 save_teacher(self.teacher, folder, self.state.global_step)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from unisd.completions import EncodedPair, encode_pairs, hidden_rows, scoring_batches
 from unisd.data.procedural import procedural_rows
-from unisd.evaluation.rows import EncodedPair, encode_pairs, hidden_rows, scoring_batches
 from unisd.models import load_model
 from unisd.modules import scoring_mode
 from unisd.smollm2 import fetch_smollm2

@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 
 from bench.inputs import smollm2
 from bench.inputs.smollm2 import describe, real_views
+from unisd.completions import encode_pairs
 from unisd.data.procedural import procedural_rows
-from unisd.evaluation.rows import encode_pairs
 from unisd.models import load_model
 from unisd.smollm2 import SMOLLM2, smollm2_is_cached
 from unisd_kernels import LMHead

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unisd.evaluation.rows import encode_pairs, hidden_rows, scoring_batches
+from unisd.completions import encode_pairs, hidden_rows, scoring_batches
 from unisd.modules import model_device, model_head, scoring_mode
 from unisd.turns import Prompt
 from unisd_kernels import linear_logprobs

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from unisd.completions import encode_pairs, hidden_rows, scoring_batches
 from unisd.data.chat_probe import CHAT_PROBE
-from unisd.evaluation.rows import encode_pairs, hidden_rows, scoring_batches
 from unisd.modules import is_peft, model_device, model_head, scoring_mode
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs
 

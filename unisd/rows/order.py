@@ -13,14 +13,22 @@ class EpochSampler(Sampler):
 
     TRL draws the orders of all epochs from one generator, which a resumed run starts anew: from the second epoch on
     it would read the rows in another order than the uninterrupted run.
+
+    A run that is resumed from the checkpoint of its last step gets no rows: `transformers.Trainer` asks whether it is
+    at the end only after a step, and would make one too many.
     """
 
-    def __init__(self, sampler: RepeatSampler, seed: int, epoch: Callable[[], int]) -> None:
+    def __init__(
+        self, sampler: RepeatSampler, seed: int, epoch: Callable[[], int], is_over: Callable[[], bool]
+    ) -> None:
         self._sampler = sampler
         self._seed = seed
         self._epoch = epoch
+        self._is_over = is_over
 
     def __iter__(self) -> Iterator[int]:
+        if self._is_over():
+            return
         if self._sampler.shuffle:
             self._sampler.generator.manual_seed(self._seed + self._epoch())
         yield from self._sampler

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from unisd.run.disk import check_room, checkpoint_bytes
 from unisd.run.model_card import model_card, write_model_card
 from unisd.run.settings import write_settings
 
@@ -20,6 +21,8 @@ class RunRecord(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save and getattr(args.save_strategy, "value", args.save_strategy) != "no":
+            check_room(args.output_dir, checkpoint_bytes(self._trainer), "a checkpoint of this run")
         if state.is_world_process_zero:
             write_settings(args.output_dir, self._trainer.recorded_settings)
 

@@ -2,6 +2,9 @@
 
 What is scored is teacher-forced text, so the batches are padded on the right: positions then start at 0 in every row
 without position ids, and a causal model cannot see the padding. Logits are left to `unisd_kernels`.
+
+    batch = completion_batch(tokenizer, prompts, completions)  # B pairs, N completion tokens
+    hidden = hidden_rows(model, batch)  # [N, H]
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from unisd.batch import padded
 from unisd.modules import backbone
@@ -27,7 +31,7 @@ class EncodedPair:
 
 
 @dataclass(frozen=True)
-class ScoringBatch:
+class CompletionBatch:
     """B right-padded pairs.
 
     Attributes:
@@ -44,6 +48,24 @@ class ScoringBatch:
     predicts: torch.Tensor
     target_ids: torch.Tensor
     lengths: list[int]
+
+    @property
+    def cu_seqlens(self) -> torch.Tensor:
+        """[B + 1] int32, where the completion tokens of each pair begin and end among the N."""
+        return nn.functional.pad(self.predicts.sum(1), (1, 0)).cumsum(0, dtype=torch.int32)
+
+
+def completion_batch(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    *,
+    include_eos: bool = True,
+    device: torch.device | str = "cpu",
+) -> CompletionBatch:
+    """One batch of pairs in the order given, see `encode_pairs`."""
+    pairs = encode_pairs(tokenizer, prompts, completions, include_eos=include_eos)
+    return _batch(pairs, list(range(len(pairs))), device)
 
 
 def encode_pairs(
@@ -80,7 +102,7 @@ def encode_pairs(
 
 def scoring_batches(
     pairs: Sequence[EncodedPair], batch_size: int, device: torch.device | str = "cpu"
-) -> Iterator[ScoringBatch]:
+) -> Iterator[CompletionBatch]:
     """Batches of at most `batch_size` pairs, similar lengths together (less padding)."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -89,7 +111,7 @@ def scoring_batches(
         yield _batch(pairs, order[start : start + batch_size], device)
 
 
-def hidden_rows(model: Any, batch: ScoringBatch) -> torch.Tensor:
+def hidden_rows(model: Any, batch: CompletionBatch) -> torch.Tensor:
     """[N, H] hidden states (after the final norm) from which `batch.target_ids` are predicted.
 
     Raises:
@@ -100,7 +122,7 @@ def hidden_rows(model: Any, batch: ScoringBatch) -> torch.Tensor:
     return pack_rows(batch.predicts, output.last_hidden_state)[0]
 
 
-def _batch(pairs: Sequence[EncodedPair], indices: list[int], device: torch.device | str) -> ScoringBatch:
+def _batch(pairs: Sequence[EncodedPair], indices: list[int], device: torch.device | str) -> CompletionBatch:
     """The pairs at some places, padded on the right."""
     chosen = [pairs[index] for index in indices]
     # Any id serves as padding: it is masked, and no valid position comes after it.
@@ -110,7 +132,7 @@ def _batch(pairs: Sequence[EncodedPair], indices: list[int], device: torch.devic
         first = len(pair.prompt_ids) - 1
         predicts[row, first : first + len(pair.completion_ids)] = True
     targets = torch.tensor([token for pair in chosen for token in pair.completion_ids])
-    return ScoringBatch(
+    return CompletionBatch(
         indices=list(indices),
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
