@@ -43,7 +43,7 @@ def weight_bytes(trainer: UniSDTrainer) -> int:
 def checkpoint_bytes(trainer: UniSDTrainer) -> int:
     """Size of a checkpoint as it will be: the weights that are saved, the optimizer's state, the teacher's average.
 
-    Before its first step the optimizer is taken for one with two numbers a trained weight (Adam), of the weight's dtype.
+    Before its first step the optimizer is taken for one with two numbers a trained weight, as Adam has.
     """
     from unisd.teachers import EMATeacher
 
