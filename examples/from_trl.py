@@ -137,6 +137,7 @@ if __name__ == "__main__":
     model, tokenizer = load_model("smollm2-135m-instruct")
     rows = [{**row, "privileged_context": row["completion"]} for row in procedural_rows(16)]
     settings = {"max_steps": 2, "report_to": "none", "save_strategy": "no", "bf16": False, "logging_steps": 1}
+    settings |= {"gradient_accumulation_steps": 1}
     if which != "gkd":
         settings["max_completion_length"] = 24
     ours[which](model, tokenizer, rows, f"runs/from_trl_{which}", use_cpu=True, **settings)

@@ -120,7 +120,7 @@ _BLACKWELL: dict[str, tuple[GemmConfig, ...]] = {
     "fused-divergence-plain": (_PLAIN,),
     "fused-divergence-separate-plain": (_PLAIN,),
     "fused-divergence-float32": _AMPERE["fused-divergence-float32"],
-    "fused-divergence-separate-float32": (GemmConfig(32, 64, 16, 4, 2),),
+    "fused-divergence-separate-float32": _AMPERE["fused-divergence-separate-float32"],
 }
 # The interpreter's time is per operation and not per element; odd shapes need more than one tile all the same.
 _INTERPRETER: dict[str, tuple[GemmConfig, ...]] = {
