@@ -6,7 +6,6 @@ beside them (`unisd.contexts`); `unisd.step` goes from there to the loss.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +14,6 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -32,9 +30,8 @@ from unisd.metrics import LossMetrics
 from unisd.modules import hidden_before, takes_position_ids
 from unisd.nonfinite import NonFiniteGuard, on_any_process
 from unisd.rows import EpochSampler, RowGate
-from unisd.run.checkpoints import keeping_all, mark_complete, resumable, rotate, unmark
-from unisd.run.disk import checkpoint_bytes, wait_for_room, weight_bytes
-from unisd.run.model_card import PAPER, model_card, write_model_card
+from unisd.run.checkpointed import CheckpointedTrainer
+from unisd.run.model_card import PAPER
 from unisd.run.record import RunRecord
 from unisd.run.settings import resolved_settings
 from unisd.step import LossStep
@@ -50,7 +47,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-class UniSDTrainer(DistillationTrainer):
+class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
     """Trainer of a model by UniSD self-distillation (arXiv 2605.06597).
 
     Datasets need the column `prompt`, `teacher_prompt` or `privileged_context`, and, where the preset uses them,
@@ -65,7 +62,7 @@ class UniSDTrainer(DistillationTrainer):
         teacher: the model under the teacher's weights (`unisd.teachers`).
         step: from a micro-batch to its loss (`unisd.step`); `step.functions` are the functions it calls.
         rows, drift: the check of the rows, with its reports; the drift's probe, or None.
-        recorded_settings: by name, for the run's folder; `unisd train` adds those of model and data.
+        recorded_settings: see `CheckpointedTrainer`.
 
     Args:
         model: model id, path, `PreTrainedModel` or `PeftModel`.
@@ -166,8 +163,7 @@ class UniSDTrainer(DistillationTrainer):
         self.drift: DriftProbe | None = make_drift_probe(self, student, drift_probe)
         if self.drift is not None:
             self.add_callback(DriftSchedule(self))
-        self._record = RunRecord(self)
-        self.add_callback(self._record)
+        self.add_callback(RunRecord(self))
 
     def _check_head(self, student: nn.Module) -> None:
         check_head(student, self.accelerator, is_fsdp=self._dist.is_fsdp, is_zero3=self._dist.is_zero3)
@@ -302,51 +298,9 @@ class UniSDTrainer(DistillationTrainer):
         self._guard.correct(logs)
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `transformers.Trainer` does, but resume from complete checkpoints only (`unisd.run.checkpoints`).
-
-        Args:
-            resume_from_checkpoint: True for the newest complete checkpoint of `output_dir` (newer ones that a kill cut
-                off are named in a warning), or the folder of one.
-
-        Raises:
-            ValueError: no complete checkpoint, or a folder that is not one.
-        """
-        checkpoint = resumable(resume_from_checkpoint, str(self.args.output_dir))
-        return super().train(checkpoint, *args, **kwargs)
-
-    def create_model_card(  # type: ignore[override]  # TRL's signature, which is not transformers'
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write README.md into the output folder: base model, recipe, metrics, drift (see `unisd.run.model_card`)."""
-        if self.is_world_process_zero():
-            write_model_card(str(self.args.output_dir), model_card(self, model_name, dataset_name, tags))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as `transformers.Trainer` does, once the disk has room: a finished run's weights exist nowhere else."""
-        if self.args.should_save and not _internal_call:
-            folder = output_dir or str(self.args.output_dir)
-            wait_for_room(folder, weight_bytes(self), "the model")
-        super().save_model(output_dir, _internal_call)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_folder = self._get_output_dir(trial)
-        folder = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
-            # Before anything is written over: a disk that is full costs a wait, not a checkpoint.
-            wait_for_room(run_folder, checkpoint_bytes(self), f"the checkpoint of step {self.state.global_step}")
-            unmark(folder)
-            if isinstance(self.teacher, EMATeacher):
-                save_teacher(self.teacher, folder, self.state.global_step)
-        # Older checkpoints go only when this one is whole, which is after every process has written its part.
-        with keeping_all(self.args) as limit:
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self._record.write(folder)
-            mark_complete(folder, self.state.global_step)
-            best = self.state.best_model_checkpoint
-            rotate(run_folder, limit, {folder} | ({best} if best else set()))
+    def write_beside(self, folder: str) -> None:
+        if isinstance(self.teacher, EMATeacher):
+            save_teacher(self.teacher, folder, self.state.global_step)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # The one hook that every kind of resume passes (DeepSpeed and FSDP load their weights elsewhere), after the

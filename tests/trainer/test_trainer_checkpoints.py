@@ -200,7 +200,7 @@ def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path, monkeypatch
             raise KeyboardInterrupt
         mark_complete(folder, step)
 
-    monkeypatch.setattr("unisd.trainer.mark_complete", dies_at_the_second)
+    monkeypatch.setattr("unisd.run.checkpointed.mark_complete", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run.train()
     assert (tmp_path / "checkpoint-1" / MANIFEST).is_file()

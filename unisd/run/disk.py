@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from unisd.trainer import UniSDTrainer
+    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def free_bytes(folder: str | os.PathLike[str]) -> int:
     return shutil.disk_usage(path).free
 
 
-def weight_bytes(trainer: UniSDTrainer) -> int:
+def weight_bytes(trainer: Trainer) -> int:
     """Size of the model as it is saved: of the adapter, or of all weights."""
     from unisd.modules import is_peft
 
@@ -40,7 +40,7 @@ def weight_bytes(trainer: UniSDTrainer) -> int:
     return _bytes(parameters) + _SPARE_BYTES
 
 
-def checkpoint_bytes(trainer: UniSDTrainer) -> int:
+def checkpoint_bytes(trainer: Trainer) -> int:
     """Size of a checkpoint as it will be: the weights that are saved, the optimizer's state, the teacher's average.
 
     Before its first step the optimizer is taken for one with two numbers a trained weight, as Adam has.
@@ -56,7 +56,8 @@ def checkpoint_bytes(trainer: UniSDTrainer) -> int:
         if isinstance(tensor, torch.Tensor)
     ]
     optimizer = _bytes(state) if state else 2 * _bytes(trained)
-    average = _bytes(trainer.teacher.tensors().values()) if isinstance(trainer.teacher, EMATeacher) else 0
+    teacher = getattr(trainer, "teacher", None)
+    average = _bytes(teacher.tensors().values()) if isinstance(teacher, EMATeacher) else 0
     return weight_bytes(trainer) + optimizer + average
 
 

@@ -1,4 +1,4 @@
-"""Record of a run in its folder, beside the weights: its settings when it begins, and a card with every checkpoint."""
+"""Start of a run: room on the disk for a checkpoint, and the settings in the run's folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from unisd.run.disk import check_room, checkpoint_bytes
-from unisd.run.model_card import model_card, write_model_card
 from unisd.run.settings import write_settings
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class RunRecord(TrainerCallback):
-    """Callback that writes `unisd_config.yaml` when training begins, and it and README.md into each checkpoint."""
+    """Callback that asks for room and writes `unisd_config.yaml` when training begins."""
 
     def __init__(self, trainer: UniSDTrainer) -> None:
         self._trainer = trainer
@@ -25,8 +24,3 @@ class RunRecord(TrainerCallback):
             check_room(args.output_dir, checkpoint_bytes(self._trainer), "a checkpoint of this run")
         if state.is_world_process_zero:
             write_settings(args.output_dir, self._trainer.recorded_settings)
-
-    def write(self, checkpoint: str) -> None:
-        """Write both files into a checkpoint that is being written (by one process)."""
-        write_settings(checkpoint, self._trainer.recorded_settings)
-        write_model_card(checkpoint, model_card(self._trainer))
