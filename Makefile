@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt Makefile $(CSRC)
 	@echo "installing into $(VENV) (once; a few minutes)"
 	@$(PIP) install -q -c constraints.txt --upgrade pip "setuptools>=77" wheel
 	@$(PIP) install -q -c constraints.txt torch numpy
-	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,bench,peers,dev,triton]" pytest-xdist
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[train,retrieval,bench,peers,dev,triton]" pytest-xdist
 	@touch $@
 
 demo: $(STAMP)

@@ -42,6 +42,7 @@ FOLDERS = {
     "tests/heads": "Heads of some 180 model classes.",
     "tests/ops": "The public operations, and the C++ kernels.",
     "tests/reference": "The dense definitions, by gradcheck and by hand.",
+    "tests/tasks": "Kinds of task, their views and negatives; the sandbox for code.",
     "tests/trainer": "The trainer on tiny models.",
     "tests/triton": "Triton's kernels, interpreted and compiled, without a GPU.",
     "scripts": "Commands for developers.",

@@ -1,4 +1,4 @@
-"""The command `unisd`: `train`, `eval`, `doctor`, `bench`, `demo`. Each lives in the module of its name."""
+"""The command `unisd`: `prepare`, `show`, `train`, `eval`, `doctor`, ... Each lives in a module of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from unisd.cli.errors import CommandError, run, wants_traceback
 from unisd.cli.parser import nearest
 
 COMMANDS = {
+    "prepare": ("unisd.cli.prepare", "make rows with every view from a file of questions and answers"),
+    "show": ("unisd.cli.show", "what each model reads of a prepared row, in the terminal and as a page"),
     "train": ("unisd.cli.train", "train a model; settings from a YAML file and the command line"),
     "eval": ("unisd.cli.evaluate", "evaluate a model or an adapter: procedural tasks, retention"),
     "doctor": ("unisd.cli.doctor", "versions, devices, implementations with reasons, a numeric self-test"),

@@ -9,8 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, ClassVar
 
+from unisd.contexts.template import STUDY
+from unisd.tasks.columns import Columns
 from unisd.turns import Prompt
 
 
@@ -53,10 +56,38 @@ class Task(ABC):
     Attributes:
         name: "open", "choice", "code" or "tools".
         negative_tokens: most tokens of a reply to a negative's request.
+        negatives_per_row: different requests for a negative of one row.
+        study: sentence that asks the teacher to study its demonstration.
     """
 
     name: ClassVar[str]
     negative_tokens: ClassVar[int] = 1024
+    negatives_per_row: ClassVar[int] = 4
+    study: ClassVar[str] = STUDY
+
+    @abstractmethod
+    def read(self, row: Mapping[str, Any], columns: Columns, rng: Random | None = None) -> Example:
+        """The example of a row.
+
+        Args:
+            columns: as `Columns.resolve` gives them.
+            rng: draws what has no order of its own (that of choices); None keeps the row's order.
+
+        Raises:
+            Rejected: a row that cannot be used.
+        """
+
+    def search_text(self, example: Example) -> str:
+        """What neighbours are searched by."""
+        return example.question
+
+    def reply_tokens(self, example: Example) -> int:
+        """Most tokens of a reply to one of its negative requests."""
+        return self.negative_tokens
+
+    def faults(self, examples: Sequence[Example], *, progress: bool = False) -> list[Rejected | None]:
+        """What is wrong with examples that only a closer look tells, and None for those that are right."""
+        return [None] * len(examples)
 
     @abstractmethod
     def solved(self, example: Example) -> str:
@@ -73,6 +104,18 @@ class Task(ABC):
         Raises:
             Rejected: a reply without one, or one that is not wrong.
         """
+
+    def read_negatives(
+        self, asked: Sequence[tuple[Example, int, str]], *, progress: bool = False
+    ) -> list[str | Rejected]:
+        """`read_negative` of many replies: the demonstrations, and in their places the reasons where there is none."""
+        held: list[str | Rejected] = []
+        for example, place, reply in asked:
+            try:
+                held.append(self.read_negative(example, place, reply))
+            except Rejected as reason:
+                held.append(reason)
+        return held
 
     @abstractmethod
     def induction_request(self, examples: Sequence[Example]) -> str:

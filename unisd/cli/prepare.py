@@ -1,0 +1,151 @@
+"""`unisd prepare`: from a file of questions and answers to rows with every view that UniSD reads.
+
+    unisd prepare questions.jsonl -o prepared
+    unisd prepare questions.csv --prompt_column ask --answer_column reply --contexts retrieval -o prepared
+    unisd prepare mbpp.jsonl --limit 100 --context_pool 8 -o prepared
+
+The rows may be JSON lines, JSON, CSV, Parquet, a folder that `datasets` saved, or an id of the hub; their kind (open
+questions, multiple choice, code with tests, tool use) is told from their columns. What each model will read:
+`unisd show FOLDER --row 0`.
+
+Wrong demonstrations are written by the model itself and validated; replies are kept in the user's cache, so that a run
+that was killed goes on where it was. No answer is ever printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from unisd.cli.errors import CommandError, setting_up
+from unisd.cli.parser import CommandParser, natural, positive
+from unisd.contexts import LengthLimit
+from unisd.contexts.template import TEACHER_TEMPLATE, TeacherTemplate
+from unisd.generation import make_generator
+from unisd.models import SMOLLM2, resolve_model
+from unisd.prepare.folder import save_prepared
+from unisd.prepare.pipeline import prepare
+from unisd.prepare.settings import CONTEXTS, NEGATIVES, PrepareSettings
+from unisd.prepare.sources import is_local, load_rows
+from unisd.sandbox import ISOLATIONS
+from unisd.tasks import KINDS, Columns
+
+
+def main(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    folder: Path = options.output
+    if folder.exists() and not options.overwrite:
+        raise CommandError(f"{folder} exists: give --overwrite to replace it, or another -o FOLDER")
+    with setting_up():
+        settings = settings_of(options)
+        raw = load_rows(options.data, split=options.split, config=options.dataset_config)
+        if options.limit:
+            raw = raw[: options.limit]
+        tokenizer = _tokenizer(options.model)
+        prepared = prepare(
+            raw,
+            settings,
+            generator=lambda: make_generator(options.generator, _served_name(options), batch_size=options.batch_size),
+            chats=options.generator != "transformers" or getattr(tokenizer, "chat_template", None) is not None,
+            tokenizer=tokenizer,
+            limit=LengthLimit(options.max_prompt_length, None, options.max_completion_length),
+        )
+        given = {name: value for name, value in vars(options).items() if name not in ("output", "overwrite")}
+        save_prepared(prepared, folder, given)
+    print("\n".join(prepared.report.lines()))
+    print(f"saved to {folder}")
+    print(f"look at it:  unisd show {folder} --row 0")
+    print(f"train on it: unisd train --dataset {folder} --model_name_or_path {options.model} --output_dir runs/mine")
+    return 0
+
+
+def settings_of(options: Any) -> PrepareSettings:
+    """The settings that some options mean (of this command, or of `unisd train`).
+
+    Raises:
+        ValueError: see `PrepareSettings`.
+    """
+    return PrepareSettings(
+        contexts=options.contexts,
+        negatives=options.negatives,
+        num_auxiliary=options.num_auxiliary,
+        demos_per_context=options.demos_per_context,
+        context_pool=options.context_pool,
+        columns=Columns(
+            options.prompt_column,
+            options.answer_column,
+            options.choices_column,
+            options.tests_column,
+            options.explanation_column,
+        ),
+        kind=options.task,
+        shuffle_choices=options.shuffle_choices,
+        template=TeacherTemplate(options.teacher_template or TEACHER_TEMPLATE, options.study_sentence),
+        seed=options.seed,
+        retries=options.retries,
+        isolation=options.isolation,
+        encoder=options.encoder,
+    )
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="unisd prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", help="file, folder or hub id")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the prepared rows")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder")
+    parser.add_argument("--split", default="train", help="of a hub id or a folder with splits")
+    parser.add_argument("--dataset_config", help="configuration name of a hub id")
+    parser.add_argument("--limit", type=positive, help="take the first rows only")
+
+    rows = parser.add_argument_group("rows (columns and kind are found where they are not named)")
+    for role in ("prompt", "answer", "choices", "tests", "explanation"):
+        rows.add_argument(f"--{role}_column", metavar="NAME")
+    rows.add_argument("--task", choices=KINDS, help="kind of task")
+    rows.add_argument("--keep_order", dest="shuffle_choices", action="store_false", help="do not shuffle the choices")
+
+    made = parser.add_argument_group("views")
+    made.add_argument("--contexts", choices=CONTEXTS, default="random", help="of the auxiliary prompts")
+    made.add_argument("--num_auxiliary", type=natural, default=3, metavar="K", help="auxiliary prompts of a row")
+    made.add_argument("--demos_per_context", type=positive, default=1, metavar="N", help="solved examples in each")
+    made.add_argument(
+        "--context_pool",
+        type=natural,
+        default=0,
+        metavar="M",
+        help="take them from M fixed sets, whose keys and values training computes once; 0: each row its own",
+    )
+    made.add_argument("--encoder", default="all-MiniLM-L6-v2", help="name or folder, for --contexts retrieval")
+    made.add_argument("--negatives", choices=NEGATIVES, default="model", help="wrong demonstrations")
+    made.add_argument("--retries", type=natural, default=2, help="further tries where a reply is rejected")
+    made.add_argument("--teacher_template", help="with {prompt}, {demonstration} and {study}")
+    made.add_argument("--study_sentence", help="what stands for {study}; default: the task's own")
+    made.add_argument("--seed", type=natural, default=42)
+
+    model = parser.add_argument_group("model (writes negatives and instructions; its tokenizer measures lengths)")
+    model.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
+    model.add_argument("--generator", default="transformers", help="transformers, vllm, or the URL of a server")
+    model.add_argument("--served_model", help="the model's name at the server (default: the only one there)")
+    model.add_argument("--batch_size", type=positive, help="prompts generated together")
+    model.add_argument("--isolation", choices=ISOLATIONS, default="bubblewrap", help="of code that is run")
+    model.add_argument("--max_prompt_length", type=positive, help="rows with a longer view are dropped, in tokens")
+    model.add_argument("--max_completion_length", type=natural, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def _served_name(options: argparse.Namespace) -> str:
+    return (options.served_model or "") if options.generator.startswith("http") else options.model
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    source = resolve_model(model)
+    if not is_local(source) and "/" not in source:
+        print(f"unisd prepare: reading the tokenizer of {source} from the hub", file=sys.stderr)
+    return AutoTokenizer.from_pretrained(source)

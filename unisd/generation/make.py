@@ -1,0 +1,37 @@
+"""A generator by what the user says: `transformers`, `vllm`, or the URL of a server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unisd.generation.interface import Generator
+
+
+def make_generator(kind: str, model: str, *, batch_size: int | None = None, loaded: Any = None) -> Generator:
+    """The generator that `kind` means.
+
+    Args:
+        kind: "transformers", "vllm", or a URL that begins with http:// or https://.
+        model: as in `unisd.load_model`; of a server, the name there, or "" for the only one.
+        batch_size: None for the kind's own.
+        loaded: `(model, tokenizer)` that are loaded already, for "transformers".
+
+    Raises:
+        ValueError: another kind, or one that is not there.
+    """
+    size: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+    if kind.startswith(("http://", "https://")):
+        from unisd.generation.server import ServerGenerator
+
+        return ServerGenerator(kind, model or None, **({} if batch_size is None else {"concurrency": batch_size}))
+    if kind == "vllm":
+        from unisd.generation.vllm import VLLMGenerator
+        from unisd.models import resolve_model
+
+        return VLLMGenerator(resolve_model(model), **size)
+    if kind == "transformers":
+        from unisd.generation.transformers import TransformersGenerator
+        from unisd.models import load_model
+
+        return TransformersGenerator(*(loaded or load_model(model)), **size)
+    raise ValueError(f"the generator must be transformers, vllm or a URL (http://...), got {kind!r}")

@@ -1,0 +1,104 @@
+"""Raw rows: from files, folders, `datasets` folders and the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Endings of files that can be read, and the reader of `datasets` for each."""
+
+
+def is_local(source: str) -> bool:
+    """Whether the source is a file or a folder here, or looks like one."""
+    path = Path(source).expanduser()
+    return path.suffix.lower() in FORMATS or path.exists()
+
+
+def load_rows(source: str, *, split: str = "train", config: str | None = None) -> list[dict[str, Any]]:
+    """All rows of a source.
+
+    Args:
+        source: a .jsonl, .json (a list, or lines), .csv or .parquet file; a folder of such files; a folder that
+            `datasets` saved; or an id of the hub.
+        split: of a hub id, or of a folder with splits.
+        config: of a hub id.
+
+    Raises:
+        ValueError: no such file, another format, no rows, a split that is not there.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() or path.suffix.lower() in FORMATS:
+        rows = _of_file(path)
+    elif path.is_dir():
+        rows = _of_folder(path, split)
+    else:
+        rows = _listed(load_dataset(source, config, split=split))
+    if not rows:
+        raise ValueError(f"{source} has no rows")
+    return rows
+
+
+def _of_file(path: Path) -> list[dict[str, Any]]:
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path} is not one of {', '.join(FORMATS)}")
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    if path.suffix.lower() in (".json", ".jsonl"):
+        # Not through `datasets`, which wants one type in a column: an answer may be a text here and messages there.
+        return _of_json(path)
+    return _listed(load_dataset(FORMATS[path.suffix.lower()], data_files=str(path), split="train"))
+
+
+def _of_json(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".json":
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None  # JSON lines under another ending
+        if isinstance(value, dict):
+            tables = [rows for rows in value.values() if isinstance(rows, list)]
+            value = tables[0] if len(tables) == 1 else [value]
+        if isinstance(value, list):
+            return _checked(value, path)
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+    return _checked(rows, path)
+
+
+def _checked(rows: list[Any], path: Path) -> list[dict[str, Any]]:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{path}: row {number} is no object with named values but {type(row).__name__}")
+    return rows
+
+
+def _of_folder(path: Path, split: str) -> list[dict[str, Any]]:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = load_from_disk(str(path))
+        if isinstance(saved, DatasetDict):
+            if split not in saved:
+                raise ValueError(f"{path} has the splits {', '.join(saved)}, not {split!r}")
+            saved = saved[split]
+        return _listed(saved)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in FORMATS)
+    named = [file for file in files if file.stem == split or file.stem.startswith((f"{split}-", f"{split}_"))]
+    if not files:
+        raise ValueError(f"{path} holds no {', '.join(FORMATS)} file, and `datasets` did not save it")
+    if not named and len(files) > 1:
+        raise ValueError(f"{path} holds {len(files)} files and none is named after the split {split!r}; name a file")
+    return [row for file in named or files for row in _of_file(file)]
+
+
+def _listed(dataset: Dataset) -> list[dict[str, Any]]:
+    return [dict(row) for row in dataset]

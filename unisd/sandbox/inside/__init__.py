@@ -1,0 +1,1 @@
+"""The two processes of a sandbox: one with the tests, one with the code."""
