@@ -16,6 +16,10 @@ TEACHER_HIDDEN = "teacher_hidden"
 """Key of a batch: [B, T, H], the teacher's hidden states of the completions, made when the window was ranked."""
 
 
+# Beside the attention mask: tokens that tools wrote, tokens that settings leave out (`unisd.masks`).
+_OWN_MASKS = ("tool_mask", "loss_mask")
+
+
 @dataclass(frozen=True)
 class CompletionRows:
     """The N completion tokens of a micro-batch that count, and their places among its [B, T] positions.
@@ -73,9 +77,12 @@ def padded(
 
 
 def counted_mask(batch: dict[str, Any]) -> torch.Tensor:
-    """[B, T] mask of the completion tokens that are the model's own."""
+    """[B, T] mask of the completion tokens that are the model's own and count."""
     mask = batch["completion_mask"]
-    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
+    for name in _OWN_MASKS:
+        if name in batch:
+            mask = mask * batch[name]
+    return mask
 
 
 def per_sequence(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -94,7 +101,7 @@ def crop(batch: dict[str, Any]) -> dict[str, Any]:
     for name, length in zip(left, kept, strict=True):
         ids = name.removesuffix("mask") + "ids"
         out[name], out[ids] = batch[name][..., -max(length, 1) :], batch[ids][..., -max(length, 1) :]
-    for name in ("completion_ids", "completion_mask", "tool_mask", TEACHER_HIDDEN):
+    for name in ("completion_ids", "completion_mask", *_OWN_MASKS, TEACHER_HIDDEN):
         if name in batch:
             out[name] = batch[name][:, : max(completion, 1)]
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import SchedulerType
@@ -12,7 +12,8 @@ from trl.trainer.utils import get_config_model_id
 
 from unisd.config_ranges import check_ranges
 from unisd.contexts import FRAMES
-from unisd.presets import Preset, get_preset
+from unisd.contexts.template import TEACHER_TEMPLATE, TeacherTemplate
+from unisd.presets import get_preset, preset_fields
 from unisd.rows import OVERLONG
 from unisd_kernels import available
 from unisd_kernels.config import LossConfig, check_choice, check_number
@@ -62,8 +63,14 @@ class UniSDConfig(DistillationConfig):
         ema_decay: in [0, 1].
         sync_steps: optimizer steps between updates of the average.
         normalization: "sequence": mean over sequences of their token means; "token": mean over all tokens.
-        max_prompt_length: longest context (student's or any view's) in tokens. Nothing is ever truncated. None
-            leaves only the model's own limit, for context and `max_completion_length` together.
+        max_prompt_length: longest context (student's or any view's) in tokens. Nothing is ever truncated. 0 leaves
+            only the model's own limit, for context and `max_completion_length` together.
+        mask_truncated_completions: leave completions that were cut off at `max_completion_length` out of the loss.
+        top_entropy_quantile: share of a micro-batch's tokens that count, those of the highest student entropy
+            (at `temperature`); 1 for all.
+        skip_first_tokens: first tokens of each completion that do not count.
+        teacher_template, study_sentence: of the teacher's prompt where rows hold a `privileged_context`; see
+            `unisd.contexts.template`.
         overlong: what becomes of rows with a longer context, before training starts: "drop" leaves them out and says
             how many and which; "error" refuses them.
         prompt_frame: where prompts and contexts that are strings are read: "chat" (in the user message of the
@@ -93,16 +100,15 @@ class UniSDConfig(DistillationConfig):
     temperature: float = field(
         default=0.7, metadata={"help": "Temperature of sampling, divergence and contrastive term (agreement uses 1)."}
     )
-    beta: float = field(
-        default=0.0, metadata={"help": "0 forward KL, 1 reverse KL, between: generalized Jensen-Shannon divergence."}
+    beta: float | None = _from_preset(  # type: ignore[assignment]
+        "0 forward KL, 1 reverse KL, between: generalized Jensen-Shannon divergence."
     )
+    num_train_epochs: float | None = _from_preset("Number of training epochs.")  # type: ignore[assignment]
+    max_completion_length: int | None = _from_preset("Most tokens of a completion.")
 
     preset: str = field(
         default="unisd_star",
-        metadata={
-            "help": "Recipe: sdft, agreement_token, agreement_sequence, ema, contrastive, match_joint, match_repr, "
-            "clip or unisd_star. Explicit settings beat it."
-        },
+        metadata={"help": "Recipe by name; `unisd presets` lists them. Explicit settings beat it."},
     )
     divergence_weight: float | None = _from_preset("Weight of the divergence term.")
     agreement: str | None = _from_preset("Agreement weights: none, token or sequence.")
@@ -125,17 +131,27 @@ class UniSDConfig(DistillationConfig):
     clip_quantile: float = field(
         default=0.0, metadata={"help": "Cap a token's divergence at this quantile of the micro-batch; 0 turns it off."}
     )
-    teacher: str = field(
-        default="self", metadata={"help": "Teacher's weights: self (see ema) or base (before training)."}
-    )
+    teacher: str | None = _from_preset("Teacher's weights: self (see ema) or base (before training).")
     ema: str | None = _from_preset("Moving-average teacher: none, auto, full, adapter or merged.")
     ema_decay: float | None = _from_preset("Weight of the old teacher at each update, in [0, 1].")
-    sync_steps: int = field(default=10, metadata={"help": "Optimizer steps between updates of the average."})
-    normalization: str = field(
-        default="sequence", metadata={"help": "Reduction: sequence (mean of token means) or token (one global mean)."}
+    sync_steps: int | None = _from_preset("Optimizer steps between updates of the average.")
+    normalization: str | None = _from_preset("Reduction: sequence (mean of token means) or token (one global mean).")
+    max_prompt_length: int | None = _from_preset("Longest context in tokens (see overlong); 0: the model's limit.")
+    mask_truncated_completions: bool = field(
+        default=False,
+        metadata={"help": "Leave completions that did not end by max_completion_length out of the loss."},
     )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest context in tokens (see overlong). None: the model's limit."}
+    top_entropy_quantile: float = field(
+        default=1.0,
+        metadata={"help": "Share of a micro-batch's tokens, those of the highest student entropy, that count, ]0, 1]."},
+    )
+    skip_first_tokens: int = field(default=0, metadata={"help": "First tokens of each completion that do not count."})
+    teacher_template: str | None = field(
+        default=None,
+        metadata={"help": "Teacher's prompt of privileged_context: with {prompt}, {demonstration} and {study}."},
+    )
+    study_sentence: str | None = field(
+        default=None, metadata={"help": "What stands for {study} in the teacher's template."}
     )
     overlong: str = field(
         default="drop",
@@ -164,6 +180,11 @@ class UniSDConfig(DistillationConfig):
         self._resolve_preset()
         self._validate()
         super().__post_init__()
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether completions are the rows' demonstrations, and the loss their cross-entropy (preset "sft")."""
+        return get_preset(self.preset).method == "sft"
 
     @property
     def uses_agreement(self) -> bool:
@@ -210,10 +231,12 @@ class UniSDConfig(DistillationConfig):
         preset = get_preset(self.preset)
         if self.clip_quantile and self.clip_cap is None:
             self.clip_cap = 0.0  # the user's quantile takes the place of the preset's constant cap
-        given = {name for name in _preset_fields() if getattr(self, name) is not None}
+        given = {name for name in preset_fields() if getattr(self, name) is not None}
         changed = {name for name in given if getattr(self, name) != getattr(preset, name)}
-        for name in _preset_fields() - given:
+        for name in preset_fields() - given:
             setattr(self, name, getattr(preset, name))
+        # As the limit is known further on: None for none.
+        self.max_prompt_length = self.max_prompt_length or None
         self._warn_about_unused(changed)
 
     def _warn_about_unused(self, changed: set[str]) -> None:
@@ -250,7 +273,15 @@ class UniSDConfig(DistillationConfig):
         check_number("ema_decay", self.ema_decay, low=0.0, high=1.0)  # type: ignore[arg-type]
         check_number("temperature", self.temperature, low=0.0, open_low=True)
         check_ranges(self)
-        for name, low in (("num_auxiliary", 1), ("sync_steps", 1), ("drift_probe_every", 0)):
+        check_number("top_entropy_quantile", self.top_entropy_quantile, low=0.0, high=1.0, open_low=True)
+        TeacherTemplate(self.teacher_template or TEACHER_TEMPLATE, self.study_sentence)
+        for name, low in (
+            ("num_auxiliary", 1),
+            ("sync_steps", 1),
+            ("drift_probe_every", 0),
+            ("skip_first_tokens", 0),
+            ("max_completion_length", 1),
+        ):
             _check_integer(name, getattr(self, name), low)
         if self.agreement != "none" and self.num_auxiliary == 1:
             raise ValueError(
@@ -295,10 +326,6 @@ def config_for(model: Any, args: UniSDConfig | None) -> UniSDConfig:
     if not isinstance(args, UniSDConfig):
         raise TypeError(f"args must be a UniSDConfig, got {type(args).__name__}")
     return args
-
-
-def _preset_fields() -> set[str]:
-    return {entry.name for entry in fields(Preset)} - {"description"}
 
 
 def _check_integer(name: str, value: object, low: int) -> None:

@@ -1,11 +1,12 @@
-"""The recipes of UniSD by name: what each mechanism is set to when it is used alone, and together (`unisd_star`).
+"""The recipes by name: what each mechanism is set to when it is used alone, and together (`unisd_star`); the same as
+the paper ran them (`*_paper`); and the baselines.
 
-Source of the values: the launcher of UniSD (arXiv 2605.06597).
+Source of the values: the launcher of UniSD (arXiv 2605.06597); for `sdft` arXiv 2601.19897.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -13,35 +14,49 @@ class Preset:
     """Values of the `UniSDConfig` fields of the same names; the defaults are those of plain self-distillation.
 
     A preset gives every field a value, also those of mechanisms it leaves off, so that turning one mechanism on
-    beside a preset (`UniSDConfig(preset="sdft", agreement="token")`) gets that mechanism's values for use alone.
+    beside a preset (`UniSDConfig(preset="plain", agreement="token")`) gets that mechanism's values for use alone.
 
     Attributes:
         description: one line.
+        method: "unisd", or "sft": cross-entropy on the gold demonstration.
         divergence_weight: 0 trains on the other terms alone.
+        beta: 0 forward KL, 1 reverse KL, between: generalized Jensen-Shannon divergence.
         agreement: "none", "token" or "sequence".
         agreement_gamma: how strongly disagreement lowers a weight.
         contrastive_weight: 0 turns the term, and the negative context, off.
         contrastive_margin: nats.
         feature_weight: 0 turns feature matching off.
         clip_cap: nats; 0 turns clipping off.
+        teacher: "self", or "base": the weights before training.
         ema: "none", or "auto" for the mode that fits the model ("adapter" with LoRA, else "full").
         ema_decay: weight of the old teacher at each update.
+        sync_steps: optimizer steps between updates.
+        normalization: "sequence" (mean of the sequences' token means), "token" (mean over all tokens).
+        num_train_epochs, max_prompt_length, max_completion_length: of the run; a `max_prompt_length` of 0 is no limit.
     """
 
     description: str
+    method: str = "unisd"
     divergence_weight: float = 1.0
+    beta: float = 0.0
     agreement: str = "none"
     agreement_gamma: float = 0.01
     contrastive_weight: float = 0.0
     contrastive_margin: float = 0.5
     feature_weight: float = 0.0
     clip_cap: float = 0.0
+    teacher: str = "self"
     ema: str = "none"
     ema_decay: float = 0.9
+    sync_steps: int = 10
+    normalization: str = "sequence"
+    num_train_epochs: float = 3.0
+    max_prompt_length: int = 0
+    max_completion_length: int = 512
 
 
-PRESETS: dict[str, Preset] = {
-    "sdft": Preset("plain self-distillation: the divergence to the model itself under the richer context"),
+_MECHANISMS: dict[str, Preset] = {
+    "plain": Preset("plain self-distillation: forward KL to the model itself as it is, under the richer context"),
     "agreement_token": Preset("tokens on which the auxiliary contexts disagree count less", agreement="token"),
     "agreement_sequence": Preset("sequences on which the auxiliary contexts disagree count less", agreement="sequence"),
     "ema": Preset("the teacher's weights are a moving average of the student's", ema="auto"),
@@ -60,7 +75,61 @@ PRESETS: dict[str, Preset] = {
         ema_decay=0.98,
     ),
 }
+
+_OTHERS: dict[str, Preset] = {
+    "agreement_strong": Preset(
+        "token-level agreement that acts: weights from 1 down to 0.09, where the paper's stay above 0.9",
+        agreement="token",
+        agreement_gamma=1.0,
+    ),
+    "sft": Preset(
+        "baseline: supervised fine-tuning, cross-entropy on the gold demonstration", method="sft", normalization="token"
+    ),
+    "sdft": Preset(
+        "baseline SDFT (2601.19897): reverse KL to a moving average of the model, updated every step",
+        beta=1.0,
+        ema="auto",
+        ema_decay=0.98,
+        sync_steps=1,
+    ),
+    "gkd": Preset(
+        "baseline GKD: generalized Jensen-Shannon divergence to the model before training", beta=0.5, teacher="base"
+    ),
+}
+
+
+def _as_in_the_paper(name: str, preset: Preset) -> Preset:
+    """The preset as the paper's launcher runs it. Its teacher is a frozen copy of the base in every mode (the moving
+    average of the public code leaves LoRA's tensors out, so that it stays there); only `ema` alone keeps the average,
+    which is what the paper means by it."""
+    if name != "ema":
+        preset = replace(preset, teacher="base", ema="none")
+    return replace(
+        preset,
+        description=f"{name} as the paper ran it: {'a moving average' if name == 'ema' else 'the base'} as the teacher",
+        num_train_epochs=1.0,
+        max_prompt_length=3072,
+        max_completion_length=1024,
+    )
+
+
+PAPER_SUFFIX = "_paper"
+
+PRESETS: dict[str, Preset] = {
+    **_MECHANISMS,
+    **_OTHERS,
+    **{f"{name}{PAPER_SUFFIX}": _as_in_the_paper(name, preset) for name, preset in _MECHANISMS.items()},
+}
 """Every preset by name."""
+
+PAPER_LORA = {
+    "use_peft": True,
+    "lora_r": 64,
+    "lora_alpha": 128,
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+"""Settings of `trl.ModelConfig` that the `*_paper` presets take in `unisd train`."""
 
 
 def get_preset(name: str) -> Preset:
@@ -72,3 +141,32 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(map(repr, PRESETS))}, got {name!r}")
     return PRESETS[name]
+
+
+def preset_fields() -> set[str]:
+    """Names of the `UniSDConfig` fields that a preset fills."""
+    return {entry.name for entry in fields(Preset)} - {"description", "method"}
+
+
+def is_paper(name: str) -> bool:
+    """Whether the preset is one as the paper ran it."""
+    return name.endswith(PAPER_SUFFIX)
+
+
+def paper_micro_batch(name: str, num_parameters: int) -> int:
+    """Micro-batch of the paper's launcher, accumulated 4 times: 16 up to 1B parameters, 8 up to 5B, 4 above; half of it
+    for UniSD*, which reads twice as many views."""
+    size = 16 if num_parameters < 1e9 else 8 if num_parameters < 5e9 else 4
+    return size // 2 if name.startswith("unisd_star") else size
+
+
+def table(width: int = 80) -> str:
+    """Every preset with what it does, for a terminal."""
+    import textwrap
+
+    longest = max(map(len, PRESETS))
+    lines = []
+    for name, preset in PRESETS.items():
+        first, *others = textwrap.wrap(preset.description, max(20, width - longest - 4))
+        lines += [f"  {name:<{longest}}  {first}", *(f"  {'':<{longest}}  {other}" for other in others)]
+    return "\n".join(lines)

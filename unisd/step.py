@@ -19,6 +19,7 @@ from unisd.config import UniSDConfig
 from unisd.contexts import ContextSpec
 from unisd.head import fitted_head, gathered_head, head_device
 from unisd.modules import HiddenStates, model_head
+from unisd.sft import supervised_loss
 from unisd.teachers import Teacher
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, linear_logprobs, unisd_loss
 from unisd_kernels.config import LossInputs
@@ -89,6 +90,8 @@ class LossStep:
         batch = batch if self.fixed_shapes else crop(batch)
         mask = counted_mask(batch)
         rows = CompletionRows.of(mask, batch["completion_ids"]).to(head_device(student))
+        if self.args.is_supervised:
+            return self._supervised(student, batch, rows, num_items_in_batch)
         auxiliary: tuple[torch.Tensor, ...] = ()
         negative = selective = None
         with self.teacher.scoring(student) as scorer:
@@ -122,6 +125,29 @@ class LossStep:
             )
             loss = self.functions.unisd_loss(**inputs.arguments(), **self.args.loss_settings())
         return StepResult(batch, inputs, loss, selective)
+
+    def _supervised(
+        self, student: Any, batch: dict[str, Any], rows: CompletionRows, num_items_in_batch: torch.Tensor | None
+    ) -> StepResult:
+        """The cross-entropy of demonstrations (`unisd.sft`)."""
+        hidden = rows.take(self._view(student, batch, "prompt"))
+        num_items = self._num_items(batch, num_items_in_batch)
+        with gathered_head(student):
+            head = fitted_head(model_head(student), hidden)
+            head = head if torch.is_grad_enabled() else head.detach()
+            scores = self.functions.linear_logprobs(
+                hidden, head, rows.ids, impl=self.args.impl, workspace_bytes=self.args.workspace_bytes
+            )
+        loss = supervised_loss(scores, rows.cu_seqlens, str(self.args.normalization), num_items)
+        inputs = LossInputs(
+            student_hidden=hidden,
+            student_head=head,
+            teacher_hidden=hidden.detach(),
+            teacher_head=head.detach(),
+            target_ids=rows.ids,
+            cu_seqlens=rows.cu_seqlens,
+        )
+        return StepResult(batch, inputs, loss)
 
     def rank(self, student: Any, window: dict[str, Any], *, count: int, batch_size: int) -> dict[str, torch.Tensor]:
         """Entries of a window for selective agreement (`unisd.agreement`): which `count` of its sequences are scored

@@ -18,14 +18,17 @@ from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 from unisd.agreement import scored_count
+from unisd.batch import counted_mask
 from unisd.config import UniSDConfig, config_for
 from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, collect_views, tokenize_views
 from unisd.drift import DriftProbe
 from unisd.drift.schedule import DriftSchedule, make_drift_probe
-from unisd.generation import own_distribution
+from unisd.generation import end_token_ids, own_distribution
 from unisd.generation.empty import EmptyCompletions
+from unisd.generation.greedy import greedy_rollouts
 from unisd.guards import check_columns, check_end_token, check_no_teacher_model, check_sharding, check_trainable
 from unisd.head import check_head
+from unisd.masks import loss_mask, truncated
 from unisd.metrics import LossMetrics
 from unisd.modules import hidden_before, takes_position_ids
 from unisd.nonfinite import NonFiniteGuard, on_any_process
@@ -34,6 +37,7 @@ from unisd.run.checkpointed import CheckpointedTrainer
 from unisd.run.model_card import PAPER
 from unisd.run.record import RunRecord
 from unisd.run.settings import resolved_settings
+from unisd.sft import demonstration_ids
 from unisd.step import LossStep
 from unisd.teachers import EMATeacher, Teacher, TeacherUpdates, load_teacher, make_teacher, save_teacher
 from unisd.text_tokenizer import tokenizer_for
@@ -111,6 +115,7 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
         self.recorded_settings = resolved_settings(args)
         self._contexts = ContextSpec.of_run(args)
         self._empty = EmptyCompletions()
+        self._given: list[list[int]] = []
         check_columns(self._contexts, train_dataset, eval_dataset)
         check_end_token(processing_class)
         super().__init__(
@@ -136,7 +141,7 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
         self.eval_dataset = self.rows.admit(self.eval_dataset, "eval_dataset")
         self.rows.check_steps("train_dataset")
         self.teacher: Teacher = make_teacher(
-            student, teacher=args.teacher, ema=str(args.ema), decay=float(args.ema_decay or 0.0)
+            student, teacher=str(args.teacher), ema=str(args.ema), decay=float(args.ema_decay or 0.0)
         )
         self.step = LossStep(
             args,
@@ -216,10 +221,14 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             pad_to_multiple_of=self.pad_to_multiple_of,  # type: ignore[arg-type]
         )
         inputs = [{**row, "prompt": prompt} for row, prompt in zip(inputs, views.student, strict=True)]
+        if self.args.is_supervised:
+            options: Any = self.chat_template_kwargs
+            self._given = demonstration_ids(inputs, views.student, self._tokenizer, self.chat_template, options)
         self._empty.begin()
         output = super()._generate_and_score_completions(inputs)
         output.update({name: tensor.to(self.accelerator.device) for name, tensor in contexts.items()})
         self._empty.take_out(output, self.accelerator)
+        self._mask_tokens(output)
         if self.step.is_selective:
             # A window is an optimizer step. Of an evaluation batch the share is rounded up.
             size, is_training = len(inputs), self._mode == "train"
@@ -228,10 +237,38 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             output.update(self.run_on_student(self.step.rank, output, count=count, batch_size=batch_size))
         return output
 
+    def _mask_tokens(self, output: dict[str, Any]) -> None:
+        """Take the tokens that do not count out of a rollout: `loss_mask`, and its number of tokens."""
+        if not self.args.mask_truncated_completions and not self.args.skip_first_tokens:
+            return
+        ids, mask = output["completion_ids"], output["completion_mask"]
+        end_ids = end_token_ids(self.accelerator.unwrap_model(self.model), self._tokenizer)
+        before = counted_mask(output).sum()
+        output["loss_mask"] = loss_mask(
+            ids,
+            mask,
+            end_ids=end_ids,
+            mask_truncated=self.args.mask_truncated_completions,
+            skip_first=self.args.skip_first_tokens,
+        )
+        cut = truncated(ids, mask, end_ids).sum() if self.args.mask_truncated_completions else before.new_zeros(())
+        counts = torch.stack([before - counted_mask(output).sum(), before, cut])
+        removed, tokens, cut = self.accelerator.gather(counts.unsqueeze(0)).sum(0)
+        output["num_items_in_batch"] = output["num_items_in_batch"] - removed
+        metrics = self._metrics[self._mode]
+        metrics["unisd/masked_share"].append((removed / tokens.clamp(min=1)).item())
+        if self.args.mask_truncated_completions:
+            metrics["unisd/masked_completions"].append(cut.item())
+
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        if self.args.is_supervised:
+            return self._empty.filled(self._given, self._tokenizer.pad_token_id)
         # The loss scores samples of the model's own distribution (under the settings of the run), so nothing of its
-        # generation config may bend them.
-        with own_distribution(self.accelerator.unwrap_model(self.model)):
+        # generation config may bend them. Evaluations are greedy, so that two of them can be compared.
+        with (
+            own_distribution(self.accelerator.unwrap_model(self.model)),
+            greedy_rollouts(self, self._mode == "eval"),
+        ):
             completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return self._empty.filled(completion_ids, self._tokenizer.pad_token_id)
 

@@ -22,7 +22,7 @@ from bench.peers import dense
 from unisd import UniSDConfig, UniSDTrainer
 from unisd.data.procedural import procedural_rows
 from unisd.models import SMOLLM2, load_model
-from unisd.presets import PRESETS
+from unisd.presets import PRESETS, is_paper
 from unisd.step import LossFunctions
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, reference
 from unisd_kernels.config import LossConfig
@@ -32,11 +32,11 @@ TINY = "tiny"
 MODELS = (SMOLLM2, TINY)
 OURS, DENSE = "ours", "dense"
 PEERS = (OURS, DENSE)
-PLAIN = "sdft"
+PLAIN = "plain"
 NUM_AUXILIARY = 3
 FRACTION = 0.25
 # Every preset, and K = 3 for the most uncertain quarter of the sequences only.
-VARIANTS: dict[str, dict[str, Any]] = {name: {"preset": name} for name in PRESETS} | {
+VARIANTS: dict[str, dict[str, Any]] = {name: {"preset": name} for name in PRESETS if not is_paper(name)} | {
     f"{name}-q{FRACTION}": {"preset": name, "agreement_fraction": FRACTION}
     for name in ("agreement_token", "unisd_star")
 }

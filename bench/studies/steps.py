@@ -5,7 +5,7 @@ A step is all that the trainer does for one optimizer step: contexts, forwards, 
 average (here every step; the presets' default is every tenth). Its completions are replayed, the same for all. The
 rollout is the same call whatever preset or loss (same weights, prompts and number of tokens), so each round times one,
 and "with rollout" is a step plus the rollout of its round. Ratios are medians over rounds of the ratio to plain
-self-distillation ("sdft") with the same loss in the same round. On a CPU memory is measured in a process of its own.
+self-distillation ("plain") with the same loss in the same round. On a CPU memory is measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ROLLOUT = "rollout"
 # With which the default run stays below ten minutes on two CPU cores.
 BATCH_SIZE, NEW_TOKENS = 4, 32
 BARS = (
-    f"Bars of a whole step (with rollout), ours: K = {NUM_AUXILIARY} agreement at most 1.5 times sdft, with "
+    f"Bars of a whole step (with rollout), ours: K = {NUM_AUXILIARY} agreement at most 1.5 times plain, with "
     f"agreement_fraction={FRACTION} at most 1.25 times."
 )
 
@@ -146,7 +146,7 @@ def _figures(
     }
     if plain in samples:
         ratios = [a / b for a, b in zip(seconds(key), seconds(plain), strict=True)]
-        figures["ratio_to_sdft"] = statistics.median(ratios)
+        figures["ratio_to_plain"] = statistics.median(ratios)
     if key in peaks:
         # Nothing of a rollout but token ids is held during the rest of the step.
         figures["extra_peak_bytes"] = max(peaks[key], peaks[ROLLOUT]) if rollout else peaks[key]
@@ -196,7 +196,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns = []
     for rollout, suffix in ((False, ""), (True, " with rollout")):
         columns += [(f"tokens/s{suffix}", "tokens_per_second", 1.0, ".1f", rollout)]
-        columns += [(f"time / sdft{suffix}", "ratio_to_sdft", 1.0, ".2f", rollout)]
+        columns += [(f"time / plain{suffix}", "ratio_to_plain", 1.0, ".2f", rollout)]
     columns += [("extra peak MB", "extra_peak_bytes", 1e-6, ".0f", False)]
     titles = [f"{title}: {peer}" for title, *_ in columns for peer in PEERS]
     lines = [f"| preset | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
@@ -219,7 +219,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str]) -> int:
     parser = command_parser("steps", __doc__)
     parser.add_argument("--model", choices=MODELS, default=SMOLLM2)
-    parser.add_argument("--presets", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="ratios need sdft")
+    parser.add_argument(
+        "--presets", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="ratios need plain"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="prompts, one completion each")

@@ -21,7 +21,7 @@ FIGURES = {
     "p20_seconds",
     "p80_seconds",
     "tokens_per_second",
-    "ratio_to_sdft",
+    "ratio_to_plain",
     "samples_seconds",
 }
 
@@ -48,7 +48,7 @@ def bench(tmp_path_factory):
 @pytest.fixture(scope="module")
 def completions(bench):
     torch.manual_seed(0)
-    return bench.trainer("sdft", OURS).rollout(bench.rows)
+    return bench.trainer("plain", OURS).rollout(bench.rows)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +128,8 @@ def test_every_preset_and_peer_has_its_rows(rows):
         assert row["tokens"] == 4 * NEW_TOKENS
         assert len(row["samples_seconds"]) == 1
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["median_seconds"])
-        if row["preset"] == "sdft":
-            assert row["ratio_to_sdft"] == 1.0
+        if row["preset"] == "plain":
+            assert row["ratio_to_plain"] == 1.0
     for without, including in zip(rows[::2], rows[1::2], strict=True):
         rollouts = [b - a for a, b in zip(without["samples_seconds"], including["samples_seconds"], strict=True)]
         assert min(rollouts) > 0
@@ -142,7 +142,7 @@ def test_table(rows):
     assert len({len(line) for line in cells}) == 1
     plain = dict(zip(cells[0], cells[1], strict=True))
     assert plain["tokens/s: ours"] == f"{rows[0]['tokens_per_second']:.1f}"
-    assert plain["time / sdft with rollout: dense"] == "1.00"
+    assert plain["time / plain with rollout: dense"] == "1.00"
     last = dict(zip(cells[0], cells[-1], strict=True))
     assert last["extra peak MB: ours"] == "12"
     assert last["extra peak MB: dense"] == ""
@@ -154,20 +154,20 @@ def test_a_peer_that_fails_is_a_row(monkeypatch):
         raise RuntimeError("no room | here")
 
     monkeypatch.setattr(step_runs, "dense_unisd_loss", fails)
-    rows = steps.measure("tiny", CPU, 1, ["sdft"], batch_size=2, new_tokens=2, with_memory=False)
+    rows = steps.measure("tiny", CPU, 1, ["plain"], batch_size=2, new_tokens=2, with_memory=False)
     assert [row.get("failure") for row in rows] == [None, None, *["RuntimeError: no room / here"] * 2]
     text = steps.table(rows)
     assert "failed" in text
-    assert "- sdft, dense: RuntimeError: no room / here" in text
+    assert "- plain, dense: RuntimeError: no room / here" in text
 
 
 def test_command(monkeypatch, capsys, tmp_path):
     output = tmp_path / "steps.json"
-    arguments = ["--model", "tiny", "--presets", "sdft", "--rounds", "1", "--new-tokens", "3", "--batch-size", "2"]
+    arguments = ["--model", "tiny", "--presets", "plain", "--rounds", "1", "--new-tokens", "3", "--batch-size", "2"]
     monkeypatch.setattr(sys, "argv", ["/somewhere/bench/__main__.py", "steps", *arguments])
     assert steps.main([*arguments, "--device", "cpu", "--output", str(output)]) == 0
     written = json.loads(output.read_text())
     assert "--model tiny" in written["environment"]["command"]
     assert len(written["rows"]) == 4
     assert all(row["extra_peak_bytes"] >= 0 for row in written["rows"])
-    assert "| sdft |" in capsys.readouterr().out
+    assert "| plain |" in capsys.readouterr().out

@@ -29,7 +29,7 @@ def run_flags(base: Path, tmp_path: Path) -> list[str]:
         "model_name_or_path": base,
         "procedural_rows": 4,
         "procedural_steps": 1,
-        "preset": "sdft",
+        "preset": "plain",
         "output_dir": tmp_path / "run",
         "max_steps": 1,
         "per_device_train_batch_size": 2,

@@ -51,7 +51,7 @@ logging_steps: 1
 def test_train_then_eval(tmp_path: Path, base: Path, capsys):
     config = write_config(tmp_path, base)
     # The command line beats the file.
-    assert main(["train", "--config", str(config), "--learning_rate", "0.01", "--preset", "sdft"]) == 0
+    assert main(["train", "--config", str(config), "--learning_rate", "0.01", "--preset", "plain"]) == 0
     saved = tmp_path / "run"
     state = json.loads((saved / "checkpoint-2" / "trainer_state.json").read_text())
     assert max(entry.get("learning_rate", 0.0) for entry in state["log_history"]) <= 0.01

@@ -59,7 +59,7 @@ VALUES = {
     "pad_to_multiple_of": "8",
     "on_nonfinite": "skip",
     "overlong": "error",
-    "preset": "sdft",
+    "preset": "plain",
     "prompt_frame": "chat",
     "teacher_model_init_kwargs": "{}",
     "weight_normalization": "count",

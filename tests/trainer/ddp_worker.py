@@ -13,7 +13,7 @@ from unisd.run.processes import ending_process_group
 RESULT = "result.pt"
 SETTINGS = {
     "sequence": {"preset": "contrastive", "ema": "full", "sync_steps": 1},
-    "token": {"preset": "sdft", "normalization": "token"},
+    "token": {"preset": "plain", "normalization": "token"},
 }
 
 
@@ -51,7 +51,7 @@ class BadOnTheLast(tiny_run.FixedRollouts):
 
 def not_finite(folder: str) -> None:
     """Skip the step, then stop at it; either way both processes do the same."""
-    settings = {"per_device_train_batch_size": 2, "max_steps": 3, "preset": "sdft"}
+    settings = {"per_device_train_batch_size": 2, "max_steps": 3, "preset": "plain"}
     run = tiny_run.trainer(folder, cls=BadOnTheLast, on_nonfinite="skip", **settings)
     run.train()
     out = {"losses": tiny_run.losses(run), "weights": [p.detach() for p in run.model.parameters()]}

@@ -25,7 +25,7 @@ def metadata_of(card: str) -> dict:
 def test_the_base_model_is_named(name: str, metadata: str | None, shown: str, tmp_path):
     model = llama()
     model.config._name_or_path = name
-    trainer(tmp_path, model, preset="sdft", peft_config=lora()).create_model_card()
+    trainer(tmp_path, model, preset="plain", peft_config=lora()).create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert metadata_of(card).get("base_model") == metadata
     assert f"A PEFT adapter for {shown}" in card
@@ -51,7 +51,7 @@ def test_recipe_metrics_and_drift_are_told(tmp_path):
 
 
 def test_a_full_fine_tuning_is_no_adapter_and_nothing_is_made_up(tmp_path):
-    trainer(tmp_path, preset="sdft").create_model_card(model_name="mine", dataset_name="rows", tags=["mine-too"])
+    trainer(tmp_path, preset="plain").create_model_card(model_name="mine", dataset_name="rows", tags=["mine-too"])
     card = (tmp_path / "README.md").read_text()
     assert metadata_of(card)["library_name"] == "transformers"
     assert "mine-too" in metadata_of(card)["tags"]

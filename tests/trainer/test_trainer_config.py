@@ -13,7 +13,7 @@ from unisd.config import UniSDConfig
 from unisd.presets import PRESETS
 
 RECIPE = {  # the launcher of the paper's code
-    "sdft": {"agreement": "none", "ema": "none", "contrastive_weight": 0, "feature_weight": 0, "clip_cap": 0},
+    "plain": {"agreement": "none", "ema": "none", "contrastive_weight": 0, "feature_weight": 0, "clip_cap": 0},
     "agreement_token": {"agreement": "token", "agreement_gamma": 0.01, "num_auxiliary": 3},
     "agreement_sequence": {"agreement": "sequence", "agreement_gamma": 0.01, "ema": "none"},
     "ema": {"ema": "auto", "ema_decay": 0.9, "sync_steps": 10, "agreement": "none"},
@@ -21,6 +21,10 @@ RECIPE = {  # the launcher of the paper's code
     "match_joint": {"feature_weight": 0.1, "divergence_weight": 1.0},
     "match_repr": {"feature_weight": 1.0, "divergence_weight": 0.0},
     "clip": {"clip_cap": 10.0, "divergence_weight": 1.0},
+    "agreement_strong": {"agreement": "token", "agreement_gamma": 1.0, "ema": "none"},
+    "sft": {"divergence_weight": 1.0},
+    "sdft": {"beta": 1.0, "ema": "auto", "ema_decay": 0.98, "sync_steps": 1, "agreement": "none", "teacher": "self"},
+    "gkd": {"beta": 0.5, "teacher": "base", "ema": "none"},
     "unisd_star": {
         "agreement": "token",
         "agreement_gamma": 0.001,
@@ -36,14 +40,27 @@ RECIPE = {  # the launcher of the paper's code
 }
 
 
+PAPER = {"num_train_epochs": 1.0, "max_prompt_length": 3072, "max_completion_length": 1024}
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_holds_the_recipe(tmp_path, preset):
     args = UniSDConfig(str(tmp_path), use_cpu=True, preset=preset)
-    assert {name: getattr(args, name) for name in RECIPE[preset]} == RECIPE[preset]
-    assert (args.beta, args.temperature, args.learning_rate, args.warmup_steps) == (0.0, 0.7, 2e-5, 0.1)
+    name = preset.removesuffix("_paper")
+    expected = RECIPE[name]
+    if preset != name:
+        expected = {**expected, **PAPER}
+        if name != "ema":
+            expected |= {"teacher": "base", "ema": "none"}
+            expected.pop("sync_steps", None)
+            expected.pop("ema_decay", None)
+    assert {key: getattr(args, key) for key in expected} == expected
+    assert args.beta == {"sdft": 1.0, "gkd": 0.5}.get(name, 0.0)
+    assert (args.temperature, args.learning_rate, args.warmup_steps, args.top_p) == (0.7, 2e-5, 0.1, 1.0)
+    assert (args.max_grad_norm, args.seed) == (1.0, 42)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 4)
     assert args.lr_scheduler_type == "cosine"
-    assert args.normalization == "sequence"
+    assert args.normalization == ("token" if name == "sft" else "sequence")
 
 
 def test_default_preset_is_unisd_star(tmp_path):
@@ -56,7 +73,7 @@ def test_explicit_arguments_beat_the_preset(tmp_path):
     assert not args.uses_contrastive
     assert args.agreement_gamma == 0.001  # the rest of the preset stands
     # A mechanism turned on beside a preset gets its values for use alone.
-    beside = tiny_run.config(tmp_path, preset="sdft", contrastive_weight=0.1, agreement="sequence")
+    beside = tiny_run.config(tmp_path, preset="plain", contrastive_weight=0.1, agreement="sequence")
     assert (beside.contrastive_margin, beside.agreement_gamma) == (0.5, 0.01)
     # An explicit quantile takes the place of the preset's constant cap.
     quantile = tiny_run.config(tmp_path, preset="clip", clip_quantile=0.9)
@@ -66,7 +83,7 @@ def test_explicit_arguments_beat_the_preset(tmp_path):
 
 def test_weight_normalization_follows_the_level(tmp_path):
     def resolved(**overrides):
-        return tiny_run.config(tmp_path, preset="sdft", **overrides).loss_settings()["weight_normalization"]
+        return tiny_run.config(tmp_path, preset="plain", **overrides).loss_settings()["weight_normalization"]
 
     assert resolved(agreement="token") == "weighted"
     assert resolved(agreement="sequence") == "count"
@@ -99,7 +116,7 @@ def test_parses_yaml_and_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        ({"preset": "unisd"}, ValueError, "preset must be one of 'sdft'"),
+        ({"preset": "unisd"}, ValueError, "preset must be one of 'plain'"),
         ({"agreement": "tokens"}, ValueError, "agreement must be one of"),
         ({"ema": "lora"}, ValueError, "ema must be one of"),
         ({"impl": "fast"}, ValueError, "impl must be one of"),
@@ -116,7 +133,10 @@ def test_parses_yaml_and_command_line(tmp_path):
         ({"num_auxiliary": 2.0}, TypeError, "num_auxiliary must be an int"),
         ({"drift_probe_every": -1}, ValueError, "drift_probe_every must be >= 0"),
         ({"workspace_bytes": 0}, ValueError, "workspace_bytes must be >= 1"),
-        ({"max_prompt_length": 0}, ValueError, "max_prompt_length must be >= 1"),
+        ({"max_prompt_length": -1}, ValueError, "max_prompt_length must be >= 1"),
+        ({"skip_first_tokens": -1}, ValueError, "skip_first_tokens must be >= 0"),
+        ({"top_entropy_quantile": 0.0}, ValueError, "top_entropy_quantile must be"),
+        ({"teacher_template": "{prompt}"}, ValueError, "teacher_template lacks the placeholder {demonstration}"),
         ({"clip_cap": -1.0}, ValueError, "clip_cap must be >= 0"),
         ({"clip_cap": 1.0, "clip_quantile": 0.9}, ValueError, "exclude each other"),
         ({"temperature": 0.0}, ValueError, "temperature must be > 0"),
@@ -133,13 +153,13 @@ def test_refuses_values_that_make_no_sense(tmp_path, overrides, error, message):
 
 def test_warns_about_settings_without_effect(tmp_path):
     with pytest.warns(UserWarning, match="agreement_gamma=0.5 has no effect with agreement='none'"):
-        tiny_run.config(tmp_path, preset="sdft", agreement_gamma=0.5)
+        tiny_run.config(tmp_path, preset="plain", agreement_gamma=0.5)
     with pytest.warns(UserWarning, match="agreement_fraction has no effect"):
-        tiny_run.config(tmp_path, preset="sdft", agreement_fraction=0.5)
+        tiny_run.config(tmp_path, preset="plain", agreement_fraction=0.5)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*has no effect.*")
-        tiny_run.config(tmp_path, preset="sdft", agreement="token", agreement_gamma=0.5)
-        tiny_run.config(tmp_path, preset="sdft", agreement_gamma=0.01)  # the preset's own value, as `replace` gives it
+        tiny_run.config(tmp_path, preset="plain", agreement="token", agreement_gamma=0.5)
+        tiny_run.config(tmp_path, preset="plain", agreement_gamma=0.01)  # the preset's own value, as `replace` gives it
 
 
 def test_importing_the_package_is_light():
@@ -161,4 +181,4 @@ def test_agreement_of_one_context_is_refused(tmp_path, preset, statistic):
     """Its spread is 0, so every weight would be 1 and the context's passes wasted."""
     with pytest.raises(ValueError, match=f"num_auxiliary=1: one context has no {statistic}"):
         UniSDConfig(str(tmp_path), preset=preset, num_auxiliary=1, agreement_statistic=statistic)
-    assert tiny_run.config(tmp_path, preset="sdft", num_auxiliary=1).num_auxiliary == 1
+    assert tiny_run.config(tmp_path, preset="plain", num_auxiliary=1).num_auxiliary == 1

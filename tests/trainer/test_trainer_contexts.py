@@ -6,17 +6,17 @@ from datasets import Dataset
 
 from tests.trainer import tiny_run
 from unisd.contexts import (
-    TEACHER_TEMPLATE,
     ContextSpec,
     LengthLimit,
+    TeacherTemplate,
     build_teacher_prompt,
     collect_views,
     tokenize_views,
 )
 
 NEEDS = [
-    ("sdft", "prompt"),
-    ("sdft", "teacher_prompt"),
+    ("plain", "prompt"),
+    ("plain", "teacher_prompt"),
     ("agreement_token", "auxiliary_prompts"),
     ("agreement_sequence", "auxiliary_prompts"),
     ("contrastive", "negative_prompt"),
@@ -80,7 +80,7 @@ def test_number_of_auxiliary_prompts_must_match(tmp_path):
 
 
 def test_privileged_context_is_put_into_the_template():
-    expected = TEACHER_TEMPLATE.format(prompt="why?", privileged_context="because {braces} stay")
+    expected = TeacherTemplate().fill("why?", "because {braces} stay")
     assert build_teacher_prompt("why?", "because {braces} stay") == expected
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "why?"}]
     built = build_teacher_prompt(messages, "because {braces} stay")
@@ -98,7 +98,7 @@ def test_privileged_context_needs_a_final_user_message():
 
 
 def test_teacher_prompt_goes_before_privileged_context():
-    spec = ContextSpec(num_auxiliary=0, negative=False, preset="sdft")
+    spec = ContextSpec(num_auxiliary=0, negative=False, preset="plain")
     rows = [
         {"prompt": "p", "teacher_prompt": "t", "privileged_context": "c"},
         {"prompt": "p", "teacher_prompt": None, "privileged_context": "c"},
@@ -110,7 +110,7 @@ def test_conversations_get_the_chat_template(tmp_path):
     """The teacher's ids are those of the tokenizer's own chat template with a generation prompt."""
     conversation = [{"role": "user", "content": "w10 w11"}]
     items = [{"prompt": conversation, "privileged_context": f"w{20 + i}"} for i in range(4)]
-    run = tiny_run.trainer(tmp_path, preset="sdft", items=items, shuffle_dataset=False)
+    run = tiny_run.trainer(tmp_path, preset="plain", items=items, shuffle_dataset=False)
     seen = run._generate_and_score_completions(items)
     tokenizer = tiny_run.tokenizer()
     for i, item in enumerate(items):
@@ -145,7 +145,7 @@ def test_views_are_left_padded_tensors_with_the_batch_first():
 
 def test_contexts_are_never_truncated():
     """What the batch is held to, before its rollout: for streams the only check."""
-    views = collect_views(tiny_run.rows(), ContextSpec(num_auxiliary=0, negative=False, preset="sdft"))
+    views = collect_views(tiny_run.rows(), ContextSpec(num_auxiliary=0, negative=False, preset="plain"))
 
     def tokenized(limit):
         return tokenize_views(
@@ -165,7 +165,7 @@ def test_contexts_are_never_truncated():
 
 
 def test_mixed_forms_in_one_view_are_refused():
-    spec = ContextSpec(num_auxiliary=0, negative=False, preset="sdft")
+    spec = ContextSpec(num_auxiliary=0, negative=False, preset="plain")
     rows = [
         {"prompt": "w5", "teacher_prompt": "w5"},
         {"prompt": [{"role": "user", "content": "w5"}], "teacher_prompt": [{"role": "user", "content": "w5"}]},

@@ -86,7 +86,7 @@ def test_lora_is_compared_with_the_adapter_off(modules_to_save):
 def test_trainer_logs_the_drift_every_so_many_optimizer_steps(tmp_path, peft):
     run = tiny_run.trainer(
         tmp_path,
-        preset="sdft",
+        preset="plain",
         peft_config=tiny_run.lora() if peft else None,
         drift_probe=tiny_run.PROBE,
         drift_probe_every=2,
@@ -117,7 +117,7 @@ class StopsAfter(TrainerCallback):
 @pytest.mark.parametrize("stop", [3, 2])
 def test_the_drift_is_measured_before_and_after_whatever_the_interval(tmp_path, stop):
     run = tiny_run.trainer(
-        tmp_path, preset="sdft", drift_probe=tiny_run.PROBE, drift_probe_every=1000, max_steps=3, logging_steps=1000
+        tmp_path, preset="plain", drift_probe=tiny_run.PROBE, drift_probe_every=1000, max_steps=3, logging_steps=1000
     )
     run.add_callback(StopsAfter(stop))
     run.train()
@@ -129,7 +129,7 @@ def test_the_drift_is_measured_before_and_after_whatever_the_interval(tmp_path, 
 
 def test_a_log_over_several_measurements_holds_the_latest(tmp_path):
     run = tiny_run.trainer(
-        tmp_path, preset="sdft", drift_probe=tiny_run.PROBE, drift_probe_every=1, max_steps=3, logging_steps=3
+        tmp_path, preset="plain", drift_probe=tiny_run.PROBE, drift_probe_every=1, max_steps=3, logging_steps=3
     )
     run.train()
     assert tiny_run.logged(run, "unisd/drift_kl")[-1] == pytest.approx(
@@ -166,7 +166,7 @@ def test_default_probe_is_the_packages_own(tmp_path, chat):
         tokenizer.chat_template = None
     run = tiny_run.FixedRollouts(
         model=tiny_run.llama(),
-        args=tiny_run.config(tmp_path, preset="sdft", drift_probe_every=1),
+        args=tiny_run.config(tmp_path, preset="plain", drift_probe_every=1),
         train_dataset=tiny_run.dataset(),
         processing_class=tokenizer,
     )
@@ -185,7 +185,7 @@ def test_a_conversation_ends_with_the_templates_token_and_a_text_with_eos(tmp_pa
     )
     run = tiny_run.FixedRollouts(
         model=tiny_run.llama(vocab_size=tiny_run.VOCAB_SIZE + 1),
-        args=tiny_run.config(tmp_path, preset="sdft", drift_probe_every=1),
+        args=tiny_run.config(tmp_path, preset="plain", drift_probe_every=1),
         train_dataset=tiny_run.dataset(),
         processing_class=tokenizer,
         drift_probe=tiny_run.PROBE,
@@ -200,7 +200,7 @@ def test_a_conversation_ends_with_the_templates_token_and_a_text_with_eos(tmp_pa
 
 def test_drift_under_autocast_starts_at_zero(tmp_path):
     run = tiny_run.trainer(
-        tmp_path, preset="sdft", bf16=True, drift_probe=tiny_run.PROBE, drift_probe_every=1, learning_rate=0.0
+        tmp_path, preset="plain", bf16=True, drift_probe=tiny_run.PROBE, drift_probe_every=1, learning_rate=0.0
     )
     run.train()
     assert tiny_run.logged(run, "unisd/drift_kl") == 2 * [pytest.approx(0.0, abs=1e-7)]

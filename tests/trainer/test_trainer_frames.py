@@ -101,12 +101,12 @@ def test_blank_text_is_empty():
 def test_student_and_teacher_read_the_same_frame(tmp_path):
     """The case that was trained on in silence: the student inside the template, its teacher outside."""
     items = [{"prompt": [SYSTEM, user(f"w{5 + i}")], "teacher_prompt": f"w{5 + i} w20"} for i in range(4)]
-    run = tiny_run.trainer(tmp_path, preset="sdft", items=items, prompt_frame="auto")
+    run = tiny_run.trainer(tmp_path, preset="plain", items=items, prompt_frame="auto")
     output = run._generate_and_score_completions(items)
     assert ids_of(output, "prompt") == [templated([SYSTEM, user(f"w{5 + i}")]) for i in range(4)]
     assert ids_of(output, "teacher_prompt") == [templated([SYSTEM, user(f"w{5 + i} w20")]) for i in range(4)]
     with pytest.raises(ValueError, match=r"4 rows \(0-3\): the teacher prompt is a string while the prompt is a conv"):
-        tiny_run.trainer(tmp_path, preset="sdft", items=items, prompt_frame="given")
+        tiny_run.trainer(tmp_path, preset="plain", items=items, prompt_frame="given")
 
 
 def test_strings_are_templated_and_that_is_said(tmp_path, caplog):

@@ -15,14 +15,14 @@ def test_fewer_rows_than_one_step_are_refused_with_the_numbers(tmp_path):
         ValueError,
         match=r"train_dataset has 7 rows, but one optimizer step takes 8 \(per_device_train_batch_size 2 x grad",
     ):
-        tiny_run.trainer(tmp_path, preset="sdft", items=tiny_run.rows(count=7), **BATCH)
+        tiny_run.trainer(tmp_path, preset="plain", items=tiny_run.rows(count=7), **BATCH)
     # The longer of prompt and teacher prompt has 4, 7, 5, 8, 6, 7, 8, 9 tokens.
     with pytest.raises(ValueError, match=r"has 3 rows \(after 5 were dropped\), but one optimizer step takes 8"):
-        tiny_run.trainer(tmp_path, preset="sdft", items=tiny_run.rows(count=8), max_prompt_length=6, **BATCH)
+        tiny_run.trainer(tmp_path, preset="plain", items=tiny_run.rows(count=8), max_prompt_length=6, **BATCH)
 
 
 def test_a_remainder_is_said(tmp_path, caplog):
-    settings = {"preset": "sdft", "max_steps": -1, "num_train_epochs": 1, **BATCH}
+    settings = {"preset": "plain", "max_steps": -1, "num_train_epochs": 1, **BATCH}
     run = tiny_run.trainer(tmp_path, items=tiny_run.rows(count=11), **settings)
     assert (
         "each epoch leaves out 3 of 11 rows (drawn anew each time): it has 1 optimizer steps of 8 rows" in caplog.text
@@ -43,17 +43,17 @@ def test_a_frozen_adapter_is_refused(tmp_path):
     get_peft_model(tiny_run.llama(), tiny_run.lora()).save_pretrained(tmp_path / "adapter")
     frozen = PeftModel.from_pretrained(tiny_run.llama(), tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"adapter is frozen.*is_trainable=True"):
-        tiny_run.trainer(tmp_path, frozen, preset="sdft")
+        tiny_run.trainer(tmp_path, frozen, preset="plain")
     trainable = PeftModel.from_pretrained(tiny_run.llama(), tmp_path / "adapter", is_trainable=True)
-    tiny_run.trainer(tmp_path, trainable, preset="sdft").train()
+    tiny_run.trainer(tmp_path, trainable, preset="plain").train()
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
-        tiny_run.trainer(tmp_path, tiny_run.llama().requires_grad_(False), preset="sdft")
+        tiny_run.trainer(tmp_path, tiny_run.llama().requires_grad_(False), preset="plain")
 
 
 def build(folder, tokenizer, **overrides):
     return UniSDTrainer(
         model=tiny_run.llama(),
-        args=tiny_run.config(folder, preset="sdft", **overrides),
+        args=tiny_run.config(folder, preset="plain", **overrides),
         train_dataset=tiny_run.dataset(),
         processing_class=tokenizer,
     )

@@ -24,7 +24,7 @@ def test_a_scale_that_the_forward_ignores_changes_no_loss(tmp_path, ema):
         model = tiny_run.llama(**fields)
         calls = []
         model.lm_head.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
-        settings = {"preset": "sdft", "ema": ema, "drift_probe": tiny_run.PROBE, "drift_probe_every": 1}
+        settings = {"preset": "plain", "ema": ema, "drift_probe": tiny_run.PROBE, "drift_probe_every": 1}
         run = tiny_run.trainer(tmp_path, model, max_steps=2, **settings)
         verified = len(calls)
         run.train()
@@ -36,13 +36,13 @@ def test_a_scale_that_the_forward_ignores_changes_no_loss(tmp_path, ema):
 
 
 def test_mixed_precision(tmp_path):
-    run = tiny_run.trainer(tmp_path, tiny_run.llama(), preset="sdft", bf16=True)
+    run = tiny_run.trainer(tmp_path, tiny_run.llama(), preset="plain", bf16=True)
     run.train()
     assert model_head(run.model).logit_scale == 1.0
 
 
 def test_sharded_weights(tmp_path):
-    run = tiny_run.trainer(tmp_path, tiny_run.llama(), preset="sdft", ema="none")
+    run = tiny_run.trainer(tmp_path, tiny_run.llama(), preset="plain", ema="none")
     student = run.accelerator.unwrap_model(run.model)
     # FSDP shards later: the first process checks for all.
     run._dist = SimpleNamespace(is_zero3=False, is_fsdp=True)

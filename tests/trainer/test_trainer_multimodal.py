@@ -88,7 +88,7 @@ def test_a_step_is_the_references(tmp_path):
 def test_lora_on_all_linear_layers(tmp_path):
     run = FixedRollouts(
         model=gemma3(),
-        args=config(tmp_path, preset="sdft"),
+        args=config(tmp_path, preset="plain"),
         train_dataset=dataset(),
         processing_class=Processor(tokenizer()),
         peft_config=lora(target_modules="all-linear"),

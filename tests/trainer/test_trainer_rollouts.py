@@ -29,7 +29,7 @@ def rollouts(tmp_path, temperature, peft, prompts, **bent):
         tmp_path,
         model,
         cls=UniSDTrainer,
-        preset="sdft",
+        preset="plain",
         temperature=temperature,
         peft_config=tiny_run.lora() if peft else None,
     )

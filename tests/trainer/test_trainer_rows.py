@@ -17,7 +17,7 @@ def plain_rows(count=8):
 
 
 def build(folder, dataset, **overrides):
-    options = {"preset": "sdft", "per_device_train_batch_size": 1, **overrides}
+    options = {"preset": "plain", "per_device_train_batch_size": 1, **overrides}
     evaluation = options.pop("eval_dataset", None)
     return tiny_run.FixedRollouts(
         model=tiny_run.llama(),
@@ -90,7 +90,7 @@ def test_a_template_that_refuses_a_row_is_named_with_it(tmp_path):
     with pytest.raises(ValueError, match=r"1 row \(2\): the prompt is refused by the chat template \(.*no system role"):
         tiny_run.FixedRollouts(
             model=tiny_run.llama(),
-            args=tiny_run.config(tmp_path, preset="sdft"),
+            args=tiny_run.config(tmp_path, preset="plain"),
             train_dataset=Dataset.from_list(items),
             processing_class=tokenizer,
         )
@@ -102,7 +102,7 @@ def test_a_token_without_embedding_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"1 row \(3\): the teacher prompt holds token id 63, but the model has 60 emb"
     ):
-        tiny_run.trainer(tmp_path, tiny_run.llama(vocab_size=60), preset="sdft", items=items)
+        tiny_run.trainer(tmp_path, tiny_run.llama(vocab_size=60), preset="plain", items=items)
 
 
 def test_rows_of_two_forms_are_refused_where_strings_stay_strings(tmp_path):
@@ -139,14 +139,14 @@ def test_a_completion_must_fit_too(tmp_path):
     # 5 tokens and a completion of 6 are just what 11 positions hold.
     for positions, kept in ((11, 8), (10, 7)):
         run = tiny_run.trainer(
-            tmp_path, tiny_run.llama(max_position_embeddings=positions), preset="sdft", items=dataset.to_list()
+            tmp_path, tiny_run.llama(max_position_embeddings=positions), preset="plain", items=dataset.to_list()
         )
         assert len(run.train_dataset) == kept
     with pytest.raises(
         ValueError, match=r"\(3\): too long, with max_completion_length=6 more than the model's 10 posit"
     ):
         tiny_run.trainer(
-            tmp_path, tiny_run.llama(max_position_embeddings=10), preset="sdft", items=items, overlong="error"
+            tmp_path, tiny_run.llama(max_position_embeddings=10), preset="plain", items=items, overlong="error"
         )
 
 

@@ -54,16 +54,16 @@ def test_feature_matching_alone_makes_no_logits(tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"preset": "sdft", "beta": 1.0},
-        {"preset": "sdft", "beta": 0.5, "temperature": 1.3},
+        {"preset": "plain", "beta": 1.0},
+        {"preset": "plain", "beta": 0.5, "temperature": 1.3},
         {"preset": "clip", "clip_cap": 1.0},
         {"preset": "clip", "clip_quantile": 0.5},
-        {"preset": "sdft", "normalization": "token"},
+        {"preset": "plain", "normalization": "token"},
         {"preset": "agreement_token", "agreement_gamma": 2.0, "agreement_statistic": "range", "normalization": "token"},
         {"preset": "agreement_sequence", "agreement_gamma": 2.0},
         {"preset": "agreement_sequence", "agreement_gamma": 2.0, "weight_normalization": "weighted"},
         {"preset": "unisd_star", "agreement_gamma": 2.0, "contrastive_weight": 1.0, "feature_weight": 1.0},
-        {"preset": "sdft", "impl": "reference"},
+        {"preset": "plain", "impl": "reference"},
     ],
 )
 def test_settings_reach_the_loss(tmp_path, overrides):
@@ -122,14 +122,14 @@ def test_more_padding_moves_nothing(tmp_path, make):
 
 def test_same_prompt_for_teacher_and_student_gives_no_divergence(tmp_path):
     items = [{"prompt": row["prompt"], "teacher_prompt": row["prompt"]} for row in tiny_run.rows()]
-    run, loss, gradients = first_step(tmp_path, tiny_run.llama(), items=items, preset="sdft")
+    run, loss, gradients = first_step(tmp_path, tiny_run.llama(), items=items, preset="plain")
     assert abs(loss) < 1e-6
     assert tiny_run.logged(run, "unisd/divergence")[0] < 1e-6
     assert max(gradient.abs().max() for gradient in gradients.values()) < 1e-6
 
 
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
-@pytest.mark.parametrize("preset", ["sdft", "contrastive", "match_joint", "clip"])
+@pytest.mark.parametrize("preset", ["plain", "contrastive", "match_joint", "clip"])
 def test_gradient_accumulation_equals_the_big_batch(tmp_path, preset, normalization):
     overrides = {"preset": preset, "normalization": normalization, "clip_cap": 1.5 if preset == "clip" else None}
     big, small = tiny_run.llama(), tiny_run.llama()
@@ -144,8 +144,8 @@ def test_gradient_accumulation_equals_the_big_batch(tmp_path, preset, normalizat
 
 def test_the_two_normalizations_differ_here(tmp_path):
     """Else the test above could not tell them apart."""
-    sequence = first_step(tmp_path, tiny_run.llama(), preset="sdft", normalization="sequence")[1]
-    token = first_step(tmp_path, tiny_run.llama(), preset="sdft", normalization="token")[1]
+    sequence = first_step(tmp_path, tiny_run.llama(), preset="plain", normalization="sequence")[1]
+    token = first_step(tmp_path, tiny_run.llama(), preset="plain", normalization="token")[1]
     assert abs(sequence - token) > 1e-3
 
 
@@ -236,7 +236,7 @@ def test_dropout_is_off_for_the_teacher_and_on_for_the_student(tmp_path):
         seen.append((module.training, torch.is_grad_enabled()))
 
     model.model.layers[0].self_attn.register_forward_pre_hook(record, with_kwargs=True)
-    _, loss, _ = first_step(tmp_path, model, items=items, preset="sdft")
+    _, loss, _ = first_step(tmp_path, model, items=items, preset="plain")
     assert seen[-2:] == [(False, False), (True, True)]  # teacher, then student
     assert all(each == (False, False) for each in seen[:-2])  # the check of the head, at construction
     assert loss > 1e-3  # same prompt, but the student's attention is dropped out
@@ -326,12 +326,12 @@ def test_teachers_with_weights_of_their_own_are_refused_where_weights_are_sharde
     with pytest.raises(ValueError, match="ema='auto' needs whole weights"):
         tiny_run.trainer(tmp_path, cls=Sharded, preset="ema")
     with pytest.raises(ValueError, match="teacher='base' copies the model"):
-        tiny_run.trainer(tmp_path, cls=Sharded, preset="sdft", teacher="base")
+        tiny_run.trainer(tmp_path, cls=Sharded, preset="plain", teacher="base")
     drift = {"drift_probe": tiny_run.PROBE, "drift_probe_every": 1}
     with pytest.warns(UserWarning, match="the drift from the base model is not measured"):
-        run = tiny_run.trainer(tmp_path, cls=Sharded, preset="sdft", **drift)
+        run = tiny_run.trainer(tmp_path, cls=Sharded, preset="plain", **drift)
     assert run.drift is None
-    run = tiny_run.trainer(tmp_path, cls=Sharded, preset="sdft", teacher="base", peft_config=tiny_run.lora(), **drift)
+    run = tiny_run.trainer(tmp_path, cls=Sharded, preset="plain", teacher="base", peft_config=tiny_run.lora(), **drift)
     run.train()
     assert tiny_run.logged(run, "unisd/drift_kl")[-1] > 0
 

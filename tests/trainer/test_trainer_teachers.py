@@ -36,7 +36,7 @@ def _copies(model):
 
 def train(tmp_path, model, **overrides):
     """Five optimizer steps of two micro-batches, the average moving after steps 2 and 4."""
-    overrides = {"preset": "sdft", "sync_steps": 2, "max_steps": 5, "learning_rate": 0.2, **overrides}
+    overrides = {"preset": "plain", "sync_steps": 2, "max_steps": 5, "learning_rate": 0.2, **overrides}
     if overrides["ema"] != "none":
         overrides["ema_decay"] = DECAY
     run = tiny_run.trainer(tmp_path, model, per_device_train_batch_size=2, gradient_accumulation_steps=2, **overrides)

@@ -71,6 +71,12 @@ class SettingsParser(CommandParser, TrlParser):
             instances.append(dataclass_type(**{name: value for name, value in given.items() if name in names}))
         return instances, {name: value for name, value in given.items() if name in flags or name in of_file}
 
+    def peek(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """What file and flags give, before anything is built: the defaults of some settings depend on others."""
+        flags = self._given(arguments)
+        file = flags.pop("config", None)
+        return {**({} if file is None else self._from_file(Path(file))), **flags}
+
     def _given(self, arguments: Sequence[str]) -> dict[str, Any]:
         # argparse fills in the defaults of what the namespace lacks: nothing, so that what was given can be told.
         unset = argparse.Namespace(**{action.dest: _UNSET for action in self._actions})

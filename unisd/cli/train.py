@@ -22,6 +22,7 @@ from unisd.cli.checks import check_settings, claim_output_dir, is_checkpoint
 from unisd.cli.data import DataArguments, check_data, evaluation_rows, has_evaluation, training_rows
 from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.model import ModelArguments, model_to_train
+from unisd.cli.preset_defaults import preset_defaults
 from unisd.cli.settings import SettingsParser
 from unisd.config import UniSDConfig
 from unisd.run.processes import ending_process_group
@@ -72,7 +73,8 @@ def parse(arguments: Sequence[str]) -> Settings:
     )
     # Without it transformers refuses the default precision, bfloat16, on a machine without an accelerator.
     derived: dict[str, Any] = {} if torch.accelerator.is_available() else {"use_cpu": True}
-    instances, given = parser.parse(arguments, derived)
+    defaults = {**derived, **preset_defaults(parser.peek(arguments))}
+    instances, given = parser.parse(arguments, defaults)
     check_settings(instances, given)
     data, config, model, run = instances
     settings = Settings(data, config, model, run, derived=tuple(derived.keys() - given.keys()))

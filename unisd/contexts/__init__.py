@@ -2,7 +2,6 @@
 
 from unisd.contexts.columns import (
     CONTEXT_COLUMNS,
-    TEACHER_TEMPLATE,
     ContextSpec,
     RowViews,
     build_teacher_prompt,
@@ -11,6 +10,7 @@ from unisd.contexts.columns import (
     views_of_row,
 )
 from unisd.contexts.frame import FRAMES, PromptFrame
+from unisd.contexts.template import TEACHER_TEMPLATE, TeacherTemplate
 from unisd.contexts.tokens import LengthLimit, tokenize_views
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "LengthLimit",
     "PromptFrame",
     "RowViews",
+    "TeacherTemplate",
     "build_teacher_prompt",
     "collect_views",
     "tokenize_views",

@@ -2,7 +2,7 @@
 
     prompt                the question: a string, or chat messages
     teacher_prompt        the question in its richer context, or instead
-    privileged_context    text to put into `TEACHER_TEMPLATE` together with the prompt
+    privileged_context    text to put into the teacher's template together with the prompt
     auxiliary_prompts     K other contexts of the same question (only with agreement)
     negative_prompt       the question with a plausible wrong demonstration (only with the contrastive term)
 
@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from unisd.contexts.frame import PromptFrame, is_conversation
+from unisd.contexts.template import TEACHER_TEMPLATE, TeacherTemplate
 from unisd.turns import Prompt
 
-TEACHER_TEMPLATE = (
-    "{prompt}\n\n"
-    "Here is a demonstration of a good answer to this:\n\n{privileged_context}\n\n"
-    "Now give an answer of your own, in your own words."
+CONTEXT_COLUMNS = (
+    "teacher_prompt",
+    "privileged_context",
+    "auxiliary_prompts",
+    "auxiliary_pool",
+    "negative_prompt",
+    "demonstration",
 )
-"""Teacher prompt made of `prompt` and `privileged_context`. In a conversation it takes the place of the
-content of the last message, which must be the user's; earlier messages stay as they are."""
-
-CONTEXT_COLUMNS = ("teacher_prompt", "privileged_context", "auxiliary_prompts", "negative_prompt")
 """Columns kept besides `prompt`."""
 
 
@@ -39,16 +39,26 @@ class ContextSpec:
         num_auxiliary: K, 0 without agreement.
         negative: whether a negative context is needed.
         preset: name of the preset, for messages.
+        template: of the teacher's prompt where a row holds a `privileged_context`.
+        supervised: the student's view alone, and the column `demonstration`.
     """
 
     num_auxiliary: int
     negative: bool
     preset: str
+    template: TeacherTemplate = TeacherTemplate()
+    supervised: bool = False
 
     @classmethod
     def of_run(cls, args: Any) -> ContextSpec:
         """The views that a `UniSDConfig` needs."""
-        return cls(args.num_auxiliary if args.uses_agreement else 0, args.uses_contrastive, args.preset)
+        return cls(
+            args.num_auxiliary if args.uses_agreement else 0,
+            args.uses_contrastive,
+            args.preset,
+            TeacherTemplate(args.teacher_template or TEACHER_TEMPLATE, args.study_sentence),
+            args.is_supervised,
+        )
 
     def check_columns(self, columns: Iterable[str], where: str) -> None:
         """Raise ValueError, naming the column, if one that is needed is missing."""
@@ -57,6 +67,10 @@ class ContextSpec:
         why += f"{', '.join(map(repr, sorted(present))) or 'no columns'}"
         if "prompt" not in present:
             raise ValueError(f"column 'prompt' {why}")
+        if self.supervised:
+            if "demonstration" not in present:
+                raise ValueError(f"column 'demonstration' {why}")
+            return
         if not present & {"teacher_prompt", "privileged_context"}:
             raise ValueError(f"column 'teacher_prompt' (or 'privileged_context') {why}")
         if self.num_auxiliary and "auxiliary_prompts" not in present:
@@ -76,13 +90,16 @@ class RowViews:
 
     def named(self) -> list[tuple[str, list[Prompt]]]:
         """Pairs (name for messages, prompts) of every view besides the student's, teacher first."""
-        views = [("teacher prompt", self.teacher)]
+        views = [("teacher prompt", self.teacher)] if self.teacher else []
         views += [(f"auxiliary prompt {k}", prompts) for k, prompts in enumerate(self.auxiliary)]
         return views if self.negative is None else [*views, ("negative prompt", self.negative)]
 
 
-def build_teacher_prompt(prompt: Prompt, privileged_context: str) -> Prompt:
-    """`TEACHER_TEMPLATE` filled in: a string for a string, messages for messages.
+def build_teacher_prompt(
+    prompt: Prompt, privileged_context: str, template: TeacherTemplate = TeacherTemplate()
+) -> Prompt:
+    """The template filled in: a string for a string, messages for messages. In a conversation the text takes the place
+    of the content of the last message, which must be the user's; earlier messages stay as they are.
 
     Raises:
         ValueError: a conversation that does not end with a user message of plain text.
@@ -93,7 +110,7 @@ def build_teacher_prompt(prompt: Prompt, privileged_context: str) -> Prompt:
     if not privileged_context.strip():
         raise ValueError("privileged_context is empty")
     if isinstance(prompt, str):
-        return TEACHER_TEMPLATE.format(prompt=prompt, privileged_context=privileged_context)
+        return template.fill(prompt, privileged_context)
     if not is_conversation(prompt):
         raise TypeError(f"prompt must be a string or a non-empty list of messages, got {prompt!r}")
     *earlier, last = prompt
@@ -103,8 +120,7 @@ def build_teacher_prompt(prompt: Prompt, privileged_context: str) -> Prompt:
             f"role {last.get('role')!r} with content of type {type(last.get('content')).__name__}; give the column "
             "'teacher_prompt' instead"
         )
-    content = TEACHER_TEMPLATE.format(prompt=last["content"], privileged_context=privileged_context)
-    return [*earlier, {**last, "content": content}]
+    return [*earlier, {**last, "content": template.fill(last["content"], privileged_context)}]
 
 
 def views_of_row(row: Mapping[str, Any], spec: ContextSpec, frame: PromptFrame) -> dict[str, Prompt]:
@@ -117,8 +133,12 @@ def views_of_row(row: Mapping[str, Any], spec: ContextSpec, frame: PromptFrame) 
     """
     # A column that is there, but empty in this row, is missing just the same.
     spec.check_columns((name for name, value in row.items() if value is not None), "the row")
+    if spec.supervised:
+        if not isinstance(row["demonstration"], str) or not row["demonstration"].strip():
+            raise ValueError(f"the demonstration must be a text, got {row['demonstration']!r:.60}")
+        return frame.apply({"prompt": row["prompt"]})
     given = row.get("teacher_prompt")
-    teacher = build_teacher_prompt(row["prompt"], row["privileged_context"]) if given is None else given
+    teacher = build_teacher_prompt(row["prompt"], row["privileged_context"], spec.template) if given is None else given
     views = {"prompt": row["prompt"], "teacher prompt": teacher}
     if spec.num_auxiliary:
         prompts = row["auxiliary_prompts"]
@@ -147,12 +167,17 @@ def collect_views(rows: Sequence[Mapping[str, Any]], spec: ContextSpec, frame: P
         except (ValueError, TypeError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"row {position} of the batch: {error}") from None
-    student, teacher, *others = ([views[name] for views in framed] for name in view_names(spec))
+    student, *rest = ([views[name] for views in framed] for name in view_names(spec))
+    if spec.supervised:
+        return RowViews(student, [], [], None)
+    teacher, *others = rest
     negative = others.pop() if spec.negative else None
     return RowViews(student, teacher, others, negative)
 
 
 def view_names(spec: ContextSpec) -> list[str]:
     """Names of the views that `views_of_row` gives, in its order."""
+    if spec.supervised:
+        return ["prompt"]
     names = ["prompt", "teacher prompt", *(f"auxiliary prompt {k}" for k in range(spec.num_auxiliary))]
     return [*names, "negative prompt"] if spec.negative else names

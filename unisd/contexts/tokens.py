@@ -109,7 +109,8 @@ def tokenize_views(
     pad = partial(padded, value=pad_token_id, side="left", multiple=pad_to_multiple_of)
     batch, num_auxiliary = len(views.teacher), len(views.auxiliary)
     out: dict[str, torch.Tensor] = {}
-    out["teacher_prompt_ids"], out["teacher_prompt_mask"] = pad(ids[0])
+    if views.teacher:
+        out["teacher_prompt_ids"], out["teacher_prompt_mask"] = pad(ids[0])
     if num_auxiliary:
         flat = [ids[1 + k][b] for b in range(batch) for k in range(num_auxiliary)]
         for name, tensor in zip(("auxiliary_prompt_ids", "auxiliary_prompt_mask"), pad(flat), strict=True):

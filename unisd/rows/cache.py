@@ -13,7 +13,6 @@ import numpy as np
 import tokenizers
 import transformers
 
-from unisd.contexts import TEACHER_TEMPLATE
 from unisd.rows.check import Measured, RowChecker
 from unisd_kernels.cache import cache_directory
 from unisd_kernels.files import replacing
@@ -36,7 +35,7 @@ def cache_file(dataset: Any, checker: RowChecker, tokenizer: Any, template_optio
         "dataset": [fingerprint, len(dataset), str(getattr(dataset, "features", ""))],
         "tokenizer": _tokenizer_key(tokenizer),
         "template": repr(sorted(template_options.items(), key=lambda item: item[0])),
-        "views": [checker.spec.num_auxiliary, checker.spec.negative, checker.spec.preset, TEACHER_TEMPLATE],
+        "views": [checker.spec.num_auxiliary, checker.spec.negative, checker.spec.preset, str(checker.spec.template)],
         "frame": repr(checker.frame.name),
         "num_embeddings": checker.num_embeddings,
     }
