@@ -49,6 +49,11 @@ class CompletionRows:
         rows = hidden.flatten(0, 1).index_select(0, self.positions.to(hidden.device))
         return rows.to(self.ids.device)
 
+    def put(self, rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """[N, H] to [B, T, H] = [*shape, H], with zeros at the other positions."""
+        hidden = rows.new_zeros(shape.numel(), rows.shape[1]).index_copy(0, self.positions, rows)
+        return hidden.view(*shape, -1)
+
 
 def padded(
     rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"], multiple: int | None = None

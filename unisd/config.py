@@ -14,6 +14,7 @@ from unisd.config_ranges import check_ranges
 from unisd.contexts import FRAMES
 from unisd.presets import Preset, get_preset
 from unisd.rows import OVERLONG
+from unisd.views import VIEW_PASSES
 from unisd_kernels import available
 from unisd_kernels.config import LossConfig, check_choice, check_number
 
@@ -74,6 +75,10 @@ class UniSDConfig(DistillationConfig):
             turns it off.
         on_nonfinite: what a NaN or infinite loss or gradient does: "stop" raises FloatingPointError before the
             optimizer step, "skip" leaves that step out (docs/training.md, "When something is not finite").
+        view_passes: how the teacher's views are run: "padded" (a pass a view), "packed" (all in one, without padding),
+            "prefix" (and what rows share from their beginning once), "auto" ("prefix" where the model can; says once
+            where it cannot). The same states but for rounding (docs/training.md, "Views").
+        view_cache_bytes: bound on the keys and values of shared prefixes that are kept between updates of the weights.
         impl: implementation of the kernels by name (`unisd_kernels.available()`); None chooses.
         workspace_bytes: bound on the logits held at a time; None for the kernels' default.
 
@@ -154,6 +159,12 @@ class UniSDConfig(DistillationConfig):
     on_nonfinite: str = field(
         default="stop",
         metadata={"help": "A NaN or infinite loss or gradient: stop (before the optimizer step) or skip that step."},
+    )
+    view_passes: str = field(
+        default="auto", metadata={"help": "Passes over the teacher's views: auto, padded, packed or prefix."}
+    )
+    view_cache_bytes: int = field(
+        default=2**30, metadata={"help": "Bound in bytes on the keys and values of shared prefixes that are kept."}
     )
     impl: str | None = field(default=None, metadata={"help": "Implementation of the kernels by name; None chooses."})
     workspace_bytes: int | None = field(
@@ -240,6 +251,7 @@ class UniSDConfig(DistillationConfig):
         if self.impl is not None:
             check_choice("impl", self.impl, tuple(available("cpu")))
         check_choice("normalization", self.normalization, ("sequence", "token"))
+        check_choice("view_passes", self.view_passes, VIEW_PASSES)
         check_choice("overlong", self.overlong, OVERLONG)
         check_choice("prompt_frame", self.prompt_frame, FRAMES)
         for name in ("divergence_weight", "agreement_gamma", "contrastive_weight", "feature_weight", "clip_cap"):
@@ -250,7 +262,7 @@ class UniSDConfig(DistillationConfig):
         check_number("ema_decay", self.ema_decay, low=0.0, high=1.0)  # type: ignore[arg-type]
         check_number("temperature", self.temperature, low=0.0, open_low=True)
         check_ranges(self)
-        for name, low in (("num_auxiliary", 1), ("sync_steps", 1), ("drift_probe_every", 0)):
+        for name, low in (("num_auxiliary", 1), ("sync_steps", 1), ("drift_probe_every", 0), ("view_cache_bytes", 0)):
             _check_integer(name, getattr(self, name), low)
         if self.agreement != "none" and self.num_auxiliary == 1:
             raise ValueError(
