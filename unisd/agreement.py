@@ -9,7 +9,7 @@ that every process does the same work.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ def selective_weights(
     inputs: dict[str, Any],
     rows: CompletionRows,
     mask: torch.Tensor,
-    views: Callable[[dict[str, Any]], Iterator[torch.Tensor]],
+    views: Callable[[dict[str, Any], CompletionRows], Sequence[torch.Tensor]],
     logprobs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     *,
     always_run: bool,
@@ -77,7 +77,7 @@ def selective_weights(
 
     Args:
         rows, mask: the N counted tokens and their [B, T] mask.
-        views: from a batch to the [B, T, H] hidden states under each auxiliary context.
+        views: from a batch and its n counted tokens to their hidden states [n, H] under each auxiliary context.
         logprobs: from packed hidden states [n, H] and ids [n] to log-probabilities [n] at temperature 1, which is
             that of the agreement whatever the training temperature.
         always_run: make the passes for one sequence if none is to be scored: with sharded weights a pass is a
@@ -89,14 +89,15 @@ def selective_weights(
     num_scored = chosen.numel()
     if num_scored == 0:
         if always_run:
-            for _ in views(_selected(inputs, torch.zeros(1, dtype=torch.long))):
-                pass
+            first = torch.zeros(1, dtype=torch.long)
+            batch = _selected(inputs, first)
+            views(batch, CompletionRows.of(mask[first.to(mask.device)], batch["completion_ids"].to(mask.device)))
         ones = torch.ones(rows.ids.numel(), device=rows.ids.device)
         return SelectiveWeights(ones, ones[:0], 0)
     batch = _selected(inputs, chosen)
     chosen = chosen.to(mask.device)
     chosen_rows = CompletionRows.of(mask[chosen], batch["completion_ids"].to(mask.device))
-    scores = torch.stack([logprobs(chosen_rows.take(view), chosen_rows.ids) for view in views(batch)])
+    scores = torch.stack([logprobs(view, chosen_rows.ids) for view in views(batch, chosen_rows)])
     agreement = agreement_weights(scores, chosen_rows.cu_seqlens, **settings)
     weights = agreement.weights.new_ones(mask.shape)
     of_chosen = weights[chosen].flatten().index_copy(0, chosen_rows.positions, agreement.weights)

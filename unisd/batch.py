@@ -41,6 +41,14 @@ class CompletionRows:
         positions, ids, cu_seqlens = pack_rows(mask, positions, completion_ids)
         return cls(positions, ids, cu_seqlens)
 
+    def subset(self, kept: torch.Tensor) -> CompletionRows:
+        """The rows at the ascending places `kept` [n], of the same sequences."""
+        return CompletionRows(
+            self.positions[kept],
+            self.ids[kept],
+            torch.searchsorted(kept, self.cu_seqlens.to(kept.dtype)).to(self.cu_seqlens.dtype),
+        )
+
     @property
     def num_sequences(self) -> int:
         return self.cu_seqlens.numel() - 1
@@ -52,6 +60,11 @@ class CompletionRows:
         """[B, T, H] to [N, H], on the device of the rows: a model split over devices may end elsewhere."""
         rows = hidden.flatten(0, 1).index_select(0, self.positions.to(hidden.device))
         return rows.to(self.ids.device)
+
+    def put(self, rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """[N, H] to [B, T, H] = [*shape, H], with zeros at the other positions."""
+        hidden = rows.new_zeros(shape.numel(), rows.shape[1]).index_copy(0, self.positions, rows)
+        return hidden.view(*shape, -1)
 
 
 def padded(

@@ -15,6 +15,7 @@ from unisd.contexts import FRAMES
 from unisd.contexts.template import TEACHER_TEMPLATE, TeacherTemplate
 from unisd.presets import get_preset, preset_fields
 from unisd.rows import OVERLONG
+from unisd.views import VIEW_PASSES
 from unisd_kernels import available
 from unisd_kernels.config import LossConfig, check_choice, check_number
 
@@ -81,6 +82,10 @@ class UniSDConfig(DistillationConfig):
             turns it off.
         on_nonfinite: what a NaN or infinite loss or gradient does: "stop" raises FloatingPointError before the
             optimizer step, "skip" leaves that step out (docs/training.md, "When something is not finite").
+        view_passes: how the teacher's views are run: "padded" (a pass a view), "packed" (all in one, without padding),
+            "prefix" (and what rows share from their beginning once), "auto" ("prefix" where the model can; says once
+            where it cannot). The same states but for rounding (docs/training.md, "Views").
+        view_cache_bytes: bound on the keys and values of shared prefixes that are kept between updates of the weights.
         impl: implementation of the kernels by name (`unisd_kernels.available()`); None chooses.
         workspace_bytes: bound on the logits held at a time; None for the kernels' default.
 
@@ -170,6 +175,12 @@ class UniSDConfig(DistillationConfig):
     on_nonfinite: str = field(
         default="stop",
         metadata={"help": "A NaN or infinite loss or gradient: stop (before the optimizer step) or skip that step."},
+    )
+    view_passes: str = field(
+        default="auto", metadata={"help": "Passes over the teacher's views: auto, padded, packed or prefix."}
+    )
+    view_cache_bytes: int = field(
+        default=2**30, metadata={"help": "Bound in bytes on the keys and values of shared prefixes that are kept."}
     )
     impl: str | None = field(default=None, metadata={"help": "Implementation of the kernels by name; None chooses."})
     workspace_bytes: int | None = field(
@@ -263,6 +274,7 @@ class UniSDConfig(DistillationConfig):
         if self.impl is not None:
             check_choice("impl", self.impl, tuple(available("cpu")))
         check_choice("normalization", self.normalization, ("sequence", "token"))
+        check_choice("view_passes", self.view_passes, VIEW_PASSES)
         check_choice("overlong", self.overlong, OVERLONG)
         check_choice("prompt_frame", self.prompt_frame, FRAMES)
         for name in ("divergence_weight", "agreement_gamma", "contrastive_weight", "feature_weight", "clip_cap"):
@@ -280,6 +292,7 @@ class UniSDConfig(DistillationConfig):
             ("sync_steps", 1),
             ("drift_probe_every", 0),
             ("skip_first_tokens", 0),
+            ("view_cache_bytes", 0),
             ("max_completion_length", 1),
         ):
             _check_integer(name, getattr(self, name), low)

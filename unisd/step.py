@@ -1,13 +1,13 @@
 """One micro-batch: its views, their hidden states, and the loss of those.
 
-The teacher's passes come first, one a view, since a teacher may borrow the student's module (`unisd.teachers`); then
-the student's; then `unisd_loss`, from the packed hidden states of both.
+The teacher's passes over the views come first (`unisd.views`), since a teacher may borrow the student's module
+(`unisd.teachers`); then the student's; then `unisd_loss`, from the packed hidden states of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,12 @@ from unisd.batch import SCORED, TEACHER_HIDDEN, CompletionRows, counted_mask, cr
 from unisd.config import UniSDConfig
 from unisd.contexts import ContextSpec
 from unisd.head import fitted_head, gathered_head, head_device
+from unisd.masks import most_entropic
 from unisd.modules import HiddenStates, model_head
 from unisd.sft import supervised_loss
 from unisd.teachers import Teacher
+from unisd.views import ViewScorer
+from unisd.views.scorer import View, padded_view
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, linear_logprobs, unisd_loss
 from unisd_kernels.config import LossInputs
 
@@ -59,6 +62,7 @@ class LossStep:
         contexts: the views of a row.
         teacher: scores the views.
         hidden_states: runs a backbone.
+        views: scores the views.
         num_processes: data-parallel processes.
         is_sharded: whether a forward pass is a collective.
         fixed_shapes: whether batches keep their padding.
@@ -69,6 +73,7 @@ class LossStep:
     contexts: ContextSpec
     teacher: Teacher
     hidden_states: HiddenStates
+    views: ViewScorer
     num_processes: int = 1
     is_sharded: bool = False
     fixed_shapes: bool = False
@@ -92,20 +97,30 @@ class LossStep:
         rows = CompletionRows.of(mask, batch["completion_ids"]).to(head_device(student))
         if self.args.is_supervised:
             return self._supervised(student, batch, rows, num_items_in_batch)
-        auxiliary: tuple[torch.Tensor, ...] = ()
-        negative = selective = None
+        selective = None
+        version = self.teacher.version(student)
         with self.teacher.scoring(student) as scorer:
             own_head = self.teacher.head(student)
-            kept = batch[TEACHER_HIDDEN] if self.is_selective else None
-            teacher = rows.take(self._view(scorer, batch, "teacher_prompt") if kept is None else kept)
-            if self.contexts.negative:
-                negative = rows.take(self._view(scorer, batch, "negative_prompt"))
+            views: list[View] = [("negative_prompt", None)] if self.contexts.negative else []
+            if not self.is_selective:
+                views = [("teacher_prompt", None), *views, *self._auxiliary]
+            hidden_of = dict(zip(views, self.views(scorer, batch, rows, views, version), strict=True))
             if self.is_selective:
-                selective = self._selective_weights(student, scorer, own_head, batch, rows, mask)
-            else:
-                auxiliary = tuple(rows.take(view) for view in self._auxiliary_views(scorer, batch))
-        hidden = rows.take(self._view(student, batch, "prompt"))
+                hidden_of["teacher_prompt", None] = rows.take(batch[TEACHER_HIDDEN])
+                selective = self._selective_weights(student, scorer, own_head, batch, rows, mask, version)
+        teacher, negative = hidden_of["teacher_prompt", None], hidden_of.get(("negative_prompt", None))
+        auxiliary = () if self.is_selective else tuple(hidden_of[view] for view in self._auxiliary)
+        hidden = rows.take(padded_view(self.hidden_states, student, batch, ("prompt", None)))
         num_items = self._num_items(batch, num_items_in_batch)
+        if self.args.top_entropy_quantile < 1.0:
+            kept = self._most_entropic(student, hidden, rows)
+            rows, hidden, teacher = rows.subset(kept), hidden[kept], teacher[kept]
+            auxiliary = tuple(view[kept] for view in auxiliary)
+            negative = None if negative is None else negative[kept]
+            if selective is not None:
+                selective = replace(selective, weights=selective.weights[kept])
+            if num_items is not None and self.args.normalization == "token":
+                num_items = num_items * self.args.top_entropy_quantile
         with gathered_head(student):
             head = fitted_head(model_head(student), hidden)
             if not torch.is_grad_enabled():
@@ -126,11 +141,26 @@ class LossStep:
             loss = self.functions.unisd_loss(**inputs.arguments(), **self.args.loss_settings())
         return StepResult(batch, inputs, loss, selective)
 
+    def _most_entropic(self, student: Any, hidden: torch.Tensor, rows: CompletionRows) -> torch.Tensor:
+        """Places [n] of the tokens at which the student is least sure, by its own head."""
+        with torch.no_grad(), gathered_head(student):
+            entropy = self.functions.linear_logprobs(
+                hidden.detach(),
+                fitted_head(model_head(student).detach(), hidden),
+                rows.ids,
+                temperature=self.args.temperature,
+                return_entropy=True,
+                impl=self.args.impl,
+                workspace_bytes=self.args.workspace_bytes,
+            ).entropy
+        assert entropy is not None
+        return most_entropic(entropy, self.args.top_entropy_quantile)
+
     def _supervised(
         self, student: Any, batch: dict[str, Any], rows: CompletionRows, num_items_in_batch: torch.Tensor | None
     ) -> StepResult:
         """The cross-entropy of demonstrations (`unisd.sft`)."""
-        hidden = rows.take(self._view(student, batch, "prompt"))
+        hidden = rows.take(padded_view(self.hidden_states, student, batch, ("prompt", None)))
         num_items = self._num_items(batch, num_items_in_batch)
         with gathered_head(student):
             head = fitted_head(model_head(student), hidden)
@@ -161,6 +191,7 @@ class LossStep:
         """
         size, length = window["completion_ids"].shape
         hidden, entropies = [], []
+        version = self.teacher.version(student)
         with self.teacher.scoring(student) as scorer:
             own_head = self.teacher.head(student)
             for start in range(0, size, batch_size):
@@ -168,13 +199,14 @@ class LossStep:
                 batch = batch if self.fixed_shapes else crop(batch)
                 mask = counted_mask(batch)
                 rows = CompletionRows.of(mask, batch["completion_ids"]).to(head_device(student))
-                view = self._view(scorer, batch, "teacher_prompt")
+                (view,) = self.views(scorer, batch, rows, [("teacher_prompt", None)], version)
                 entropy = self._score(
-                    student, own_head, rows.take(view), rows.ids, temperature=self.args.temperature, return_entropy=True
+                    student, own_head, view, rows.ids, temperature=self.args.temperature, return_entropy=True
                 ).entropy
                 assert entropy is not None
                 entropies.append(sequence_means(entropy, rows, mask))
-                hidden.append(nn.functional.pad(view, (0, 0, 0, length - view.shape[1])))
+                placed = rows.put(view, mask.shape)
+                hidden.append(nn.functional.pad(placed, (0, 0, 0, length - placed.shape[1])))
         return {TEACHER_HIDDEN: torch.cat(hidden), SCORED: most_uncertain(torch.cat(entropies), count)}
 
     def _num_items(self, batch: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> torch.Tensor | None:
@@ -187,22 +219,9 @@ class LossStep:
             return num_items_in_batch
         return batch["num_sequences_in_batch"].clamp(min=1) / self.num_processes
 
-    def _view(self, model: Any, batch: dict[str, Any], name: str, k: int | None = None) -> torch.Tensor:
-        """[B, T, H] hidden states of the completions under the context of that name, the k-th if there are several."""
-        ids, mask = batch[f"{name}_ids"], batch[f"{name}_mask"]  # [B, L], or [B, K, L]
-        if k is not None:
-            ids, mask = ids[:, k], mask[:, k]
-        completion_ids, completion_mask = batch["completion_ids"], batch["completion_mask"]
-        return self.hidden_states(
-            model,
-            torch.cat([ids, completion_ids], dim=1),
-            torch.cat([mask, completion_mask], dim=1),
-            completion_ids.shape[1],
-        )
-
-    def _auxiliary_views(self, scorer: Any, batch: dict[str, Any]) -> Iterator[torch.Tensor]:
-        """[B, T, H] hidden states of the completions under each of the K auxiliary contexts."""
-        return (self._view(scorer, batch, "auxiliary_prompt", k) for k in range(self.contexts.num_auxiliary))
+    @property
+    def _auxiliary(self) -> list[View]:
+        return [("auxiliary_prompt", k) for k in range(self.contexts.num_auxiliary)]
 
     def _selective_weights(
         self,
@@ -212,13 +231,14 @@ class LossStep:
         batch: dict[str, Any],
         rows: CompletionRows,
         mask: torch.Tensor,
+        version: Hashable,
     ) -> SelectiveWeights:
         """Agreement weights of a micro-batch, whose counted tokens are `rows` [N] and `mask` [B, T]."""
         return selective_weights(
             batch,
             rows,
             mask,
-            lambda chosen: self._auxiliary_views(scorer, chosen),
+            lambda chosen, of_chosen: self.views(scorer, chosen, of_chosen, self._auxiliary, version),
             lambda hidden, ids: self._score(student, own_head, hidden, ids).logprobs,
             always_run=self.is_sharded,
             level=str(self.args.agreement),

@@ -42,6 +42,7 @@ from unisd.step import LossStep
 from unisd.teachers import EMATeacher, Teacher, TeacherUpdates, load_teacher, make_teacher, save_teacher
 from unisd.text_tokenizer import tokenizer_for
 from unisd.turns import Prompt
+from unisd.views import PrefixCache, ViewScorer
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -148,6 +149,7 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             self._contexts,
             self.teacher,
             self._get_last_hidden_state,
+            self._view_scorer(student),
             num_processes=self.accelerator.num_processes,
             is_sharded=self._is_sharded,
             fixed_shapes=self.pad_to_multiple_of is not None,
@@ -163,8 +165,7 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             scales_loss=self.is_deepspeed_enabled or getattr(self.accelerator, "scaler", None) is not None,
         )
         self._step_loss: torch.Tensor | None = None
-        if isinstance(self.teacher, EMATeacher):
-            self.add_callback(TeacherUpdates(self.teacher, lambda: self.accelerator.unwrap_model(self.model)))
+        self.add_callback(TeacherUpdates(self.teacher, lambda: self.accelerator.unwrap_model(self.model)))
         self.drift: DriftProbe | None = make_drift_probe(self, student, drift_probe)
         if self.drift is not None:
             self.add_callback(DriftSchedule(self))
@@ -172,6 +173,17 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
 
     def _check_head(self, student: nn.Module) -> None:
         check_head(student, self.accelerator, is_fsdp=self._dist.is_fsdp, is_zero3=self._dist.is_zero3)
+
+    def _view_scorer(self, student: nn.Module) -> ViewScorer:
+        reason = None
+        if self._is_sharded:
+            reason = "weights are sharded, where every process has to make the same passes"
+        elif self.pad_to_multiple_of is not None:
+            reason = "pad_to_multiple_of asks for padding"
+        elif not self._takes_position_ids:
+            reason = "the model takes no position_ids"
+        cache = PrefixCache(self.args.view_cache_bytes)
+        return ViewScorer(self.args.view_passes, self._get_last_hidden_state, cache, reason)
 
     @property
     def _is_sharded(self) -> bool:

@@ -109,7 +109,8 @@ def training_steps(result: dict[str, Any]) -> str:
     lines = [f"- {peer}: {note}." for peer, note in notes.items()]
     return (
         f"All that the trainer does for one optimizer step on {result['rows'][0]['case'].removeprefix('steps.')}, the "
-        f"completions the same for all; then with the sampling of them. `plain` is plain self-distillation (in results before 2026-11-25 it is called sdft).\n\n"
+        f"completions the same for all; then with the sampling of them. `plain` is plain self-distillation "
+        "(called sdft in results before 2026-11-25).\n\n"
         f"{steps.table(result['rows'])}\n\n" + "\n".join(lines)
     )
 

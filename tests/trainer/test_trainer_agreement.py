@@ -130,7 +130,7 @@ def test_the_other_sequences_are_not_read_again(tmp_path, fraction, scored):
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: rows_read.append(kwargs["input_ids"].shape[0]), with_kwargs=True
     )
-    step(tmp_path, fraction, "unisd_star", model)
+    step(tmp_path, fraction, "unisd_star", model, view_passes="padded")
     # At construction the head is checked, with a row or two at a time. Then teacher and negative, the K auxiliary
     # contexts, and the student.
     assert sorted(rows_read)[-6:] == sorted([4, 4, *[scored] * 3, 4])

@@ -114,3 +114,28 @@ def test_two_evaluations_of_the_same_weights_are_equal(tmp_path):
     first, second = (run.evaluate(tiny_run.dataset())["eval_loss"] for _ in range(2))
     assert first == second
     assert run.generation_config.do_sample
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+def test_the_most_entropic_tokens_alone_make_the_loss(tmp_path, normalization):
+    from unisd_kernels import linear_logprobs, unisd_loss
+
+    run = tiny_run.trainer(tmp_path, preset="plain", normalization=normalization, top_entropy_quantile=0.5)
+    run.train()
+    items, model = tiny_run.rows(), tiny_run.llama()
+    whole = tiny_run.reference_inputs(model, items, 0, False)
+    scores = linear_logprobs(
+        whole.student_hidden,
+        whole.student_head,
+        whole.target_ids,
+        temperature=0.7,
+        return_entropy=True,
+        impl="reference",
+    )
+    chosen = torch.zeros(whole.target_ids.numel(), dtype=torch.bool)
+    chosen[scores.entropy.topk(-(-chosen.numel() // 2)).indices] = True
+    keep = [part.tolist() for part in chosen.split(whole.cu_seqlens.diff().tolist())]
+    inputs = tiny_run.reference_inputs(model, items, 0, False, keep=keep)
+    expected = unisd_loss(**inputs.arguments(), temperature=0.7, normalization=normalization, impl="reference").loss
+    share = chosen.sum() / (0.5 * chosen.numel()) if normalization == "token" else 1.0
+    assert tiny_run.losses(run)[0] == pytest.approx(float(expected * share), rel=1e-5)

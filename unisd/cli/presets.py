@@ -32,8 +32,6 @@ def main(arguments: list[str]) -> int:
     if is_paper(options.name):
         for name, value in PAPER_LORA.items():
             print(f"  {name:<22} {', '.join(value) if isinstance(value, list) else value}  *")
-        print(
-            f"  {'contexts':<22} retrieval  *\n  {'micro-batch':<22} 16, 8 or 4 by the model's size, halved for UniSD*  *"
-        )
+        print(f"  {'contexts':<22} retrieval  *\n  {'micro-batch':<22} 16, 8 or 4 by size, halved for UniSD*  *")
     print("\n* differs from plain self-distillation")
     return 0

@@ -6,7 +6,6 @@ import math
 import os
 import textwrap
 from collections.abc import Sequence
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ import yaml
 from trl.trainer.utils import get_config_model_id
 
 from unisd.modules import is_peft
-from unisd.presets import Preset
+from unisd.presets import preset_fields
 from unisd.run.settings import FILE_NAME
 from unisd.smollm2 import SMOLLM2, SMOLLM2_HUB_ID
 
@@ -37,16 +36,12 @@ PAPER = {
 
 _PACKAGES = ("unisd-kernels", "torch", "transformers", "trl", "peft", "datasets")
 _RECIPE = (
-    *(field.name for field in fields(Preset) if field.name != "description"),
-    "beta",
+    *sorted(preset_fields()),
     "temperature",
-    "teacher",
-    "sync_steps",
     "num_auxiliary",
     "agreement_statistic",
     "agreement_fraction",
     "clip_quantile",
-    "normalization",
 )
 _OPTIMIZATION = (
     "learning_rate",

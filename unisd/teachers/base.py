@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -40,6 +40,21 @@ class Teacher(ABC):
             stack.enter_context(evaluating(scorer))
             yield scorer
 
+    def version(self, model: nn.Module) -> Hashable:
+        """Something that is equal at two moments only if the weights that score are: what was computed with them may
+        be used again. Outside of `scoring`.
+
+        Writing into `parameter.data` leaves no trace in a tensor, so whoever does that calls `weights_moved`, as the
+        trainer does at every optimizer step.
+        """
+        return (self._moves, *marks(model.parameters()))
+
+    _moves = 0
+
+    def weights_moved(self) -> None:
+        """Say that the student's weights are others now."""
+        self._moves += 1
+
     def follow(self, model: nn.Module) -> None:  # noqa: B027 (nothing to do for a teacher without weights)
         """Go where the student is: a model may be moved, or cast, after its teacher was made (DeepSpeed,
         `bf16_full_eval`, `device_map`). Before each use; costs a comparison per tensor."""
@@ -75,6 +90,13 @@ class EMATeacher(Teacher):
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.updates = 0
+
+    def version(self, model: nn.Module) -> Hashable:
+        # Of the student only what the average does not replace; the average itself is a part of a resumed run.
+        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        return (self._loads, self.updates, *marks(self.tensors().values()), *marks(frozen))
+
+    _loads = 0
 
     def update(self, model: nn.Module) -> None:
         """Move the average towards the student's weights, once."""
@@ -122,10 +144,16 @@ class EMATeacher(Teacher):
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
         self.updates = int(state["updates"])
+        self._loads += 1
         self._after_load()
 
     def _after_load(self) -> None:
         """Bring what is derived from the averages up to date."""
+
+
+def marks(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
+    """Where tensors are and how often they were written to in place."""
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

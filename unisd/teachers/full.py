@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from unisd.modules import head_is_trained, is_peft, model_head
-from unisd.teachers.base import EMATeacher, Teacher, named_parameters, trained_parameters
+from unisd.teachers.base import EMATeacher, Teacher, marks, named_parameters, trained_parameters
 from unisd_kernels import LMHead, ema_update_
 
 
@@ -26,6 +26,10 @@ class BaseTeacher(Teacher):
         self._copy = None if is_peft(model) else _frozen_copy(model)
         # Asked now: while the adapter is off, nothing is trained.
         self._head_is_trained = head_is_trained(model)
+
+    def version(self, model: nn.Module) -> Hashable:
+        scoring = model if self._copy is None else self._copy
+        return tuple(marks(parameter for parameter in scoring.parameters() if not parameter.requires_grad))
 
     def follow(self, model: nn.Module) -> None:
         if self._copy is not None:
