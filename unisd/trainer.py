@@ -42,7 +42,7 @@ from unisd.step import LossStep
 from unisd.teachers import EMATeacher, Teacher, TeacherUpdates, load_teacher, make_teacher, save_teacher
 from unisd.text_tokenizer import tokenizer_for
 from unisd.turns import Prompt
-from unisd.views import PrefixCache, ViewScorer
+from unisd.views import view_scorer
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -149,7 +149,13 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             self._contexts,
             self.teacher,
             self._get_last_hidden_state,
-            self._view_scorer(student),
+            view_scorer(
+                args,
+                self._get_last_hidden_state,
+                is_sharded=self._is_sharded,
+                pads=self.pad_to_multiple_of is not None,
+                takes_positions=self._takes_position_ids,
+            ),
             num_processes=self.accelerator.num_processes,
             is_sharded=self._is_sharded,
             fixed_shapes=self.pad_to_multiple_of is not None,
@@ -173,17 +179,6 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
 
     def _check_head(self, student: nn.Module) -> None:
         check_head(student, self.accelerator, is_fsdp=self._dist.is_fsdp, is_zero3=self._dist.is_zero3)
-
-    def _view_scorer(self, student: nn.Module) -> ViewScorer:
-        reason = None
-        if self._is_sharded:
-            reason = "weights are sharded, where every process has to make the same passes"
-        elif self.pad_to_multiple_of is not None:
-            reason = "pad_to_multiple_of asks for padding"
-        elif not self._takes_position_ids:
-            reason = "the model takes no position_ids"
-        cache = PrefixCache(self.args.view_cache_bytes)
-        return ViewScorer(self.args.view_passes, self._get_last_hidden_state, cache, reason)
 
     @property
     def _is_sharded(self) -> bool:

@@ -96,7 +96,7 @@ class PrefixCache:
         return found
 
     def get(self, prefixes: Sequence[Ids]) -> list[KeyValues]:
-        """Of each layer, the keys and values of the prefixes, one after another."""
+        """Keys and values of the prefixes in each layer, one prefix after another."""
         found = []
         for prefix in prefixes:
             self._values.move_to_end(prefix)

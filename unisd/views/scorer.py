@@ -120,7 +120,7 @@ class ViewScorer:
         return out
 
     def _run(self, model: Any, contexts: list[Ids], items: list[Ids], share: bool) -> Iterator[torch.Tensor]:
-        """Of each item, which begins with its context, the states from the last token of the context on."""
+        """States of each item from the last token of its context, with which it begins, on."""
         prefixes, of_row = self.cache.match(contexts) if share else ([], [None] * len(items))
         missing = self.cache.missing(contexts) if share else {}
         tree = PrefixTree.of(items, prefixes, of_row, share=share)
@@ -136,6 +136,28 @@ class ViewScorer:
         for context, path in zip(contexts, tree.paths, strict=True):
             # A cached prefix is shorter than the context, so these tokens have been run.
             yield hidden.index_select(0, (path[len(context) - 1 :] - tree.num_cached).to(hidden.device))
+
+
+def view_scorer(
+    args: Any, hidden_states: HiddenStates, *, is_sharded: bool, pads: bool, takes_positions: bool
+) -> ViewScorer:
+    """The scorer of a run.
+
+    Args:
+        args: the `UniSDConfig`.
+        hidden_states: a padded pass.
+        is_sharded: whether a pass is a collective.
+        pads: whether batches keep their padding.
+        takes_positions: whether the backbone takes `position_ids`.
+    """
+    reason = None
+    if is_sharded:
+        reason = "weights are sharded, where every process has to make the same passes"
+    elif pads:
+        reason = "pad_to_multiple_of asks for padding"
+    elif not takes_positions:
+        reason = "the model takes no position_ids"
+    return ViewScorer(args.view_passes, hidden_states, PrefixCache(args.view_cache_bytes), reason)
 
 
 def padded_view(hidden_states: HiddenStates, model: Any, batch: dict[str, Any], view: View) -> torch.Tensor:
