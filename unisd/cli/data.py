@@ -9,10 +9,11 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from unisd.cli.errors import CommandError
+from unisd.cli.rows_to_prepare import prepared_rows
 from unisd.config import UniSDConfig
 from unisd.data.procedural import procedural_dataset
-
-_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+from unisd.prepare.folder import is_prepared, load_prepared
+from unisd.prepare.sources import FORMATS, is_local, load_rows
 
 
 @dataclass
@@ -21,7 +22,10 @@ class DataArguments:
 
     dataset: str = field(
         default="procedural",
-        metadata={"help": "'procedural' (generated), a .json/.jsonl/.parquet/.csv file, or a dataset id of the hub."},
+        metadata={
+            "help": "'procedural' (generated), a .json/.jsonl/.parquet/.csv file, a folder (of `unisd prepare`, of "
+            "`datasets`, of files), or a dataset id of the hub. Rows of questions and answers are prepared first."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split to train on; a file has none."})
@@ -34,6 +38,29 @@ class DataArguments:
     eval_file: str | None = field(
         default=None, metadata={"help": "A .json/.jsonl/.parquet/.csv file with the rows to evaluate on."}
     )
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of the question; None to find it."})
+    answer_column: str | None = field(default=None, metadata={"help": "Column of the answer; None to find it."})
+    choices_column: str | None = field(default=None, metadata={"help": "Column of the choices, if there are any."})
+    tests_column: str | None = field(default=None, metadata={"help": "Column of the tests of code, if there are any."})
+    explanation_column: str | None = field(default=None, metadata={"help": "Column that explains the answer."})
+    task: str | None = field(
+        default=None, metadata={"help": "Kind of task: open, choice, code or tools; None to tell it from the columns."}
+    )
+    contexts: str = field(
+        default="random", metadata={"help": "Auxiliary contexts that are made: random, retrieval or induction."}
+    )
+    negatives: str = field(
+        default="model", metadata={"help": "Wrong demonstrations that are made: by the model itself, or other."}
+    )
+    demos_per_context: int = field(default=1, metadata={"help": "Solved examples in each auxiliary context."})
+    context_pool: int = field(
+        default=0,
+        metadata={"help": "Take them from so many fixed sets, computed once between two updates; 0: each row its own."},
+    )
+    generator: str = field(
+        default="transformers", metadata={"help": "What writes negatives: transformers, vllm or the URL of a server."}
+    )
+    isolation: str = field(default="bubblewrap", metadata={"help": "Of code that is run: bubblewrap or process."})
     procedural_rows: int = field(default=512, metadata={"help": "Rows to generate for 'procedural'."})
     procedural_steps: list[int] = field(
         default_factory=lambda: [1, 2, 3], metadata={"help": "Numbers of steps, which rows take in turn."}
@@ -71,20 +98,20 @@ def has_evaluation(data: DataArguments) -> bool:
     return data.eval_split is not None or data.eval_file is not None
 
 
-def training_rows(data: DataArguments, config: UniSDConfig) -> Dataset:
-    """The rows to train on."""
-    return _rows(data, data.train_split, config)
+def training_rows(data: DataArguments, config: UniSDConfig, model: str) -> Dataset:
+    """The rows to train on; `model` writes what they lack."""
+    return _rows(data, data.dataset, data.train_split, config, model)
 
 
-def evaluation_rows(data: DataArguments, config: UniSDConfig) -> Dataset | None:
+def evaluation_rows(data: DataArguments, config: UniSDConfig, model: str) -> Dataset | None:
     """The rows to evaluate on, if any."""
     if data.eval_file is not None:
-        return _of_file(data.eval_file)
-    return None if data.eval_split is None else _rows(data, data.eval_split, config)
+        return _rows(data, data.eval_file, "train", config, model)
+    return None if data.eval_split is None else _rows(data, data.dataset, data.eval_split, config, model)
 
 
-def _rows(data: DataArguments, split: str, config: UniSDConfig) -> Any:
-    if data.dataset == "procedural":
+def _rows(data: DataArguments, source: str, split: str, config: UniSDConfig, model: str) -> Any:
+    if source == "procedural":
         return procedural_dataset(
             data.procedural_rows,
             seed=config.seed,
@@ -93,24 +120,27 @@ def _rows(data: DataArguments, split: str, config: UniSDConfig) -> Any:
             look_back=data.procedural_look_back,
             num_auxiliary=config.num_auxiliary,
         )
-    if _is_file(data.dataset):
-        return _of_file(data.dataset)
-    return load_dataset(data.dataset, data.dataset_config, split=split)
-
-
-def _of_file(file: str) -> Any:
-    path = Path(file).expanduser()
-    return load_dataset(_FORMATS[path.suffix.lower()], data_files=str(path), split="train")
+    if is_prepared(source):
+        return load_prepared(source)
+    if not is_local(source):
+        rows = load_dataset(source, data.dataset_config, split=split)
+        if "prompt" in rows.column_names and {"teacher_prompt", "privileged_context"} & set(rows.column_names):
+            return rows
+    raw = load_rows(source, split=split, config=data.dataset_config)
+    names = {name for row in raw for name in row}
+    if "prompt" in names and names & {"teacher_prompt", "privileged_context"}:
+        return Dataset.from_list(raw)
+    return prepared_rows(raw, data, config, model)
 
 
 def _is_file(source: str) -> bool:
     path = Path(source).expanduser()
-    return path.suffix.lower() in _FORMATS or path.is_file()
+    return path.suffix.lower() in FORMATS or path.is_file()
 
 
 def _check_file(name: str, file: str) -> None:
     path = Path(file).expanduser()
-    if path.suffix.lower() not in _FORMATS:
-        raise CommandError(f"{name}={file} is not one of {', '.join(_FORMATS)}")
+    if path.suffix.lower() not in FORMATS:
+        raise CommandError(f"{name}={file} is not one of {', '.join(FORMATS)}")
     if not path.is_file():
         raise CommandError(f"{name}={file}: there is no such file")

@@ -93,11 +93,12 @@ def build(settings: Settings) -> UniSDTrainer:
     for name in settings.derived:
         del recorded[name]  # so that the file serves on another machine too
     model = model_to_train(settings.model, settings.config)
+    name = str(settings.model.model_name_or_path)
     trainer = UniSDTrainer(
         model=model.source,
         args=settings.config,
-        train_dataset=training_rows(settings.data, settings.config),
-        eval_dataset=evaluation_rows(settings.data, settings.config),
+        train_dataset=training_rows(settings.data, settings.config, name),
+        eval_dataset=evaluation_rows(settings.data, settings.config, name),
         processing_class=model.tokenizer,
         quantization_config=model.quantization_config,
         peft_config=model.peft_config,

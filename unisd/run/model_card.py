@@ -36,7 +36,7 @@ PAPER = {
 
 _PACKAGES = ("unisd-kernels", "torch", "transformers", "trl", "peft", "datasets")
 _RECIPE = (
-    *sorted(preset_fields()),
+    *sorted(preset_fields() - {"num_train_epochs", "max_prompt_length", "max_completion_length"}),
     "temperature",
     "num_auxiliary",
     "agreement_statistic",

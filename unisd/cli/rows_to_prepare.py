@@ -1,0 +1,104 @@
+"""Rows of questions and answers given to `unisd train`: prepared with what the preset needs, once, in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+
+from unisd.cli.errors import CommandError
+from unisd.config import UniSDConfig
+from unisd.contexts.template import TEACHER_TEMPLATE, TeacherTemplate
+from unisd.generation import make_generator
+from unisd.models import load_model
+from unisd.prepare.folder import is_prepared, load_prepared, save_prepared
+from unisd.prepare.pipeline import prepare
+from unisd.prepare.settings import PrepareSettings
+from unisd.tasks import Columns
+from unisd_kernels.cache import cache_directory
+from unisd_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from unisd.cli.data import DataArguments
+
+
+def prepared_rows(raw: Sequence[dict[str, Any]], data: DataArguments, config: UniSDConfig, model: str) -> Dataset:
+    """The rows with the views that the preset reads.
+
+    Args:
+        raw: rows of questions and answers.
+        model: writes the negatives: the model before training.
+
+    Raises:
+        CommandError: several processes, of which none has prepared the rows before.
+        ValueError: see `unisd.prepare.pipeline.prepare`.
+    """
+    settings = settings_of_run(data, config)
+    folder = cached_folder(raw, settings, model if settings.needs_model else "", data.generator)
+    if is_prepared(folder):
+        say(config, f"the rows were prepared before: {folder}")
+        return load_prepared(folder)
+    if config.world_size > 1:
+        raise CommandError(
+            "the rows are questions and answers, which one process has to prepare first: unisd prepare FILE -o FOLDER, "
+            "then --dataset FOLDER"
+        )
+    made = [f"{settings.num_auxiliary} {settings.contexts} contexts"] if settings.num_auxiliary else []
+    made += ["negatives by the model itself"] if settings.negatives == "model" else []
+    made += ["negatives from other rows"] if settings.negatives == "other" else []
+    say(config, f"preparing {len(raw)} rows" + (f": {' and '.join(made)}" if made else ""))
+    loaded = load_model(model) if settings.needs_model and data.generator == "transformers" else None
+    chats = loaded is None or loaded[1].chat_template is not None
+    prepared = prepare(
+        raw,
+        settings,
+        generator=lambda: make_generator(data.generator, model, loaded=loaded),
+        chats=chats,
+        progress=not config.disable_tqdm,
+    )
+    for line in prepared.report.lines():
+        say(config, line)
+    if not folder.parent.is_dir():
+        folder.parent.mkdir(parents=True)
+    rows = save_prepared(prepared, folder, {"dataset": data.dataset, "model": model})
+    say(config, f"kept for the next run: {folder} (unisd show {folder} --row 0)")
+    return rows
+
+
+def settings_of_run(data: DataArguments, config: UniSDConfig) -> PrepareSettings:
+    """What the preset, as it was configured, needs of each row."""
+    return PrepareSettings(
+        contexts=data.contexts,
+        negatives=data.negatives if config.uses_contrastive and not config.is_supervised else "none",
+        num_auxiliary=config.num_auxiliary if config.uses_agreement and not config.is_supervised else 0,
+        demos_per_context=data.demos_per_context,
+        context_pool=data.context_pool if config.uses_agreement else 0,
+        columns=Columns(
+            data.prompt_column, data.answer_column, data.choices_column, data.tests_column, data.explanation_column
+        ),
+        kind=data.task,
+        template=TeacherTemplate(config.teacher_template or TEACHER_TEMPLATE, config.study_sentence),
+        seed=config.seed,
+        isolation=data.isolation,
+    )
+
+
+def cached_folder(raw: Sequence[dict[str, Any]], settings: PrepareSettings, model: str, generator: str) -> Path:
+    """Folder of the prepared rows in the user's cache, by all that decides them."""
+    if Path(model).expanduser().is_dir():
+        weights = sorted(Path(model).expanduser().glob("*.safetensors"))
+        model = f"{model} {[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]}"
+    parts = [raw, repr(settings), model, generator, __version__]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    return cache_directory() / "prepared" / digest
+
+
+def say(config: UniSDConfig, line: str) -> None:
+    """A line on stderr, of the first process."""
+    if config.process_index == 0:
+        print(f"unisd train: {line}", file=sys.stderr, flush=True)
