@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch import distributed
 
@@ -169,11 +170,12 @@ def test_a_split_of_the_hub_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch
     from unisd.cli import data
 
     asked = []
-    monkeypatch.setattr(data, "load_dataset", lambda *names, split: asked.append((*names, split)))
+    rows = Dataset.from_list([{"prompt": "a", "teacher_prompt": "b"}])
+    monkeypatch.setattr(data, "load_dataset", lambda *names, split: asked.append((*names, split)) or rows)
     flags = ["--dataset", "someone/rows", "--dataset_config", "small", "--train_split", "a", "--eval_split", "b"]
     settings = parse(flags)
-    data.training_rows(settings.data, settings.config)
-    data.evaluation_rows(settings.data, settings.config)
+    data.training_rows(settings.data, settings.config, "model")
+    data.evaluation_rows(settings.data, settings.config, "model")
     assert asked == [("someone/rows", "small", "a"), ("someone/rows", "small", "b")]
 
 

@@ -19,7 +19,7 @@ import trl
 
 from unisd.cli import main
 from unisd.cli import train as train_command
-from unisd.cli.checks import NEEDS, WITHOUT_EFFECT
+from unisd.cli.checks import NEEDS, RAW_ROWS, WITHOUT_EFFECT
 from unisd.cli.data import DataArguments
 from unisd.cli.errors import CommandError
 from unisd.cli.model import ModelArguments, model_to_train
@@ -62,6 +62,8 @@ VALUES = {
     "preset": "plain",
     "prompt_frame": "chat",
     "teacher_model_init_kwargs": "{}",
+    "teacher_template": "{demonstration} {prompt} {study}",
+    "view_passes": "packed",
     "weight_normalization": "count",
 }
 # Flags that a setting is refused without.
@@ -87,6 +89,7 @@ _BY_PREFIX = {
     ("num_completions", "log_unique"): ["--log_completions"],
     ("dataloader_",): ["--dataloader_num_workers", "2"],
 }
+WITH |= {name: ["--dataset", "someone/rows"] for name in RAW_ROWS}
 for prefixes, switch in _BY_PREFIX.items():
     WITH |= {name: switch for name in FIELDS if name.startswith(prefixes) and name != switch[0].strip("-")}
 # Settings that cannot be walked through a parse on this machine, with the reason; each is transformers' own and reaches

@@ -14,6 +14,7 @@ COMMANDS = {
     "show": ("unisd.cli.show", "what each model reads of a prepared row, in the terminal and as a page"),
     "train": ("unisd.cli.train", "train a model; settings from a YAML file and the command line"),
     "presets": ("unisd.cli.presets", "every recipe by name, and what it sets"),
+    "export": ("unisd.cli.export", "the moving-average teacher of a run as a model or an adapter"),
     "eval": ("unisd.cli.evaluate", "evaluate a model or an adapter: procedural tasks, retention"),
     "doctor": ("unisd.cli.doctor", "versions, devices, implementations with reasons, a numeric self-test"),
     "bench": ("unisd.cli.bench", "time, memory and error of this package and others; needs a clone of the repository"),

@@ -53,7 +53,24 @@ def _needs(name: str, value: object = True) -> tuple[str, Callable[[Mapping[str,
     return text, lambda settings: settings[name] is True if value is True else settings[name] == value
 
 
+RAW_ROWS = (
+    "prompt_column",
+    "answer_column",
+    "choices_column",
+    "tests_column",
+    "explanation_column",
+    "task",
+    "contexts",
+    "negatives",
+    "demos_per_context",
+    "context_pool",
+    "generator",
+    "isolation",
+)
+"""Settings of how rows of questions and answers are prepared."""
+
 NEEDS = {
+    **dict.fromkeys(RAW_ROWS, ("a dataset of questions and answers", lambda s: s["dataset"] != "procedural")),
     **dict.fromkeys(
         (
             "lora_r",

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from unisd.cli.checks import RAW_ROWS
 from unisd.cli.errors import CommandError
 from unisd.cli.rows_to_prepare import prepared_rows
 from unisd.config import UniSDConfig
@@ -121,16 +122,29 @@ def _rows(data: DataArguments, source: str, split: str, config: UniSDConfig, mod
             num_auxiliary=config.num_auxiliary,
         )
     if is_prepared(source):
+        _check_idle(data, source)
         return load_prepared(source)
     if not is_local(source):
         rows = load_dataset(source, data.dataset_config, split=split)
         if "prompt" in rows.column_names and {"teacher_prompt", "privileged_context"} & set(rows.column_names):
+            _check_idle(data, source)
             return rows
     raw = load_rows(source, split=split, config=data.dataset_config)
     names = {name for row in raw for name in row}
     if "prompt" in names and names & {"teacher_prompt", "privileged_context"}:
+        _check_idle(data, source)
         return Dataset.from_list(raw)
     return prepared_rows(raw, data, config, model)
+
+
+def _check_idle(data: DataArguments, source: str) -> None:
+    """Raise CommandError for settings of how rows are prepared where they have their views already."""
+    defaults = DataArguments()
+    for name in RAW_ROWS:
+        if getattr(data, name) != getattr(defaults, name) and name != "contexts":
+            raise CommandError(
+                f"{name}={getattr(data, name)} has no effect: the rows of {source} have their views already"
+            )
 
 
 def _is_file(source: str) -> bool:

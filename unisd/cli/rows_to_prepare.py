@@ -1,4 +1,4 @@
-"""Rows of questions and answers given to `unisd train`: prepared with what the preset needs, once, in the user's cache."""
+"""Rows of questions and answers given to `unisd train`: prepared with what the preset needs, and kept."""
 
 from __future__ import annotations
 

@@ -24,9 +24,11 @@ from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.model import ModelArguments, model_to_train
 from unisd.cli.preset_defaults import preset_defaults
 from unisd.cli.settings import SettingsParser
+from unisd.cli.summary import summary
 from unisd.config import UniSDConfig
 from unisd.run.processes import ending_process_group
 from unisd.run.settings import resolved_settings
+from unisd.teachers import EMATeacher, save_teacher
 from unisd.trainer import UniSDTrainer
 
 
@@ -119,15 +121,38 @@ def _train(arguments: list[str]) -> int:
         _prepare_output_dir(settings)
         trainer = build(settings)
     trainer.train(resume_from_checkpoint=settings.resume)
+    scores = {}
     if has_evaluation(settings.data) and settings.config.eval_strategy == "no":
         scores = trainer.evaluate()
-        if settings.config.process_index == 0:
-            print(", ".join(f"{name} {value:.4g}" for name, value in sorted(scores.items())))
     trainer.save_model(settings.config.output_dir)
+    save_teacher_of(trainer)
     trainer.create_model_card()
     if settings.config.process_index == 0:
-        print(f"saved to {settings.config.output_dir}", file=sys.stderr)
+        print("\n".join(summary(trainer, settings.data.dataset, scores)))
+    if settings.config.push_to_hub:
+        push(trainer)
     return 0
+
+
+def save_teacher_of(trainer: UniSDTrainer) -> None:
+    """Keep the moving average beside the model, for `unisd export --ema`."""
+    if isinstance(trainer.teacher, EMATeacher) and trainer.is_world_process_zero():
+        save_teacher(trainer.teacher, str(trainer.args.output_dir), trainer.state.global_step)
+
+
+def push(trainer: UniSDTrainer) -> None:
+    """Push the saved model to the hub.
+
+    Raises:
+        CommandError: it cannot be pushed; what was saved stays.
+    """
+    try:
+        trainer.push_to_hub()
+    except Exception as error:  # of the network, the hub or git: whatever it is, the run is not lost
+        raise CommandError(
+            f"the model is saved in {trainer.args.output_dir} but could not be pushed to the hub "
+            f"({type(error).__name__}: {error}); push that folder later: hf upload"
+        ) from error
 
 
 def _prepare_output_dir(settings: Settings) -> None:

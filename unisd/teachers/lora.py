@@ -89,6 +89,18 @@ class MergedEMATeacher(EMATeacher):
     def head(self, model: nn.Module) -> LMHead | None:
         return model_head(model).detach() if head_is_trained(model) else None
 
+    @torch.no_grad()
+    def merge_into(self, model: Any) -> Any:
+        """The base of a PEFT model with the averages in its weights; the adapter is gone."""
+        parameters = named_parameters(model)
+        for name, value in self._others.items():
+            parameters[name].copy_(value)
+        for name, layer in _lora_layers(model).items():
+            layer.get_base_layer().weight.add_(self._deltas[name])
+            for adapter in _adapters(layer):
+                layer.lora_B[adapter].weight.zero_()
+        return model.merge_and_unload()
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return {**{f"{name}.delta": delta for name, delta in self._deltas.items()}, **self._others}
 
