@@ -86,6 +86,7 @@ class UniSDConfig(DistillationConfig):
             "prefix" (and what rows share from their beginning once), "auto" ("prefix" where the model can; says once
             where it cannot). The same states but for rounding (docs/training.md, "Views").
         view_cache_bytes: bound on the keys and values of shared prefixes that are kept between updates of the weights.
+        profile: measure where a step's time and memory go (docs/training.md, "What a step costs").
         impl: implementation of the kernels by name (`unisd_kernels.available()`); None chooses.
         workspace_bytes: bound on the logits held at a time; None for the kernels' default.
 
@@ -181,6 +182,10 @@ class UniSDConfig(DistillationConfig):
     )
     view_cache_bytes: int = field(
         default=2**30, metadata={"help": "Bound in bytes on the keys and values of shared prefixes that are kept."}
+    )
+    profile: bool = field(
+        default=False,
+        metadata={"help": "Measure where a step's time and memory go: a table at the end, profile.png, profile.json."},
     )
     impl: str | None = field(default=None, metadata={"help": "Implementation of the kernels by name; None chooses."})
     workspace_bytes: int | None = field(

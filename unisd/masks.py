@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from unisd.batch import counted_mask
+from unisd.generation import end_token_ids
+
+if TYPE_CHECKING:
+    from unisd.trainer import UniSDTrainer
 
 
 def loss_mask(
@@ -45,3 +52,28 @@ def most_entropic(entropies: torch.Tensor, share: float) -> torch.Tensor:
     count = max(1, -int(-share * entropies.numel() // 1)) if entropies.numel() else 0
     order = torch.sort(entropies, descending=True, stable=True).indices
     return order[:count].sort().values
+
+
+def mask_rollout(trainer: UniSDTrainer, output: dict[str, Any]) -> None:
+    """Take the tokens that do not count out of a rollout: its `loss_mask`, and its number of tokens; log how many."""
+    args = trainer.args
+    if not args.mask_truncated_completions and not args.skip_first_tokens:
+        return
+    ids, mask = output["completion_ids"], output["completion_mask"]
+    end_ids = end_token_ids(trainer.accelerator.unwrap_model(trainer.model), trainer._tokenizer)
+    before = counted_mask(output).sum()
+    output["loss_mask"] = loss_mask(
+        ids,
+        mask,
+        end_ids=end_ids,
+        mask_truncated=args.mask_truncated_completions,
+        skip_first=args.skip_first_tokens,
+    )
+    cut = truncated(ids, mask, end_ids).sum() if args.mask_truncated_completions else before.new_zeros(())
+    counts = torch.stack([before - counted_mask(output).sum(), before, cut])
+    removed, tokens, cut = trainer.accelerator.gather(counts.unsqueeze(0)).sum(0)
+    output["num_items_in_batch"] = output["num_items_in_batch"] - removed
+    metrics = trainer._metrics[trainer._mode]
+    metrics["unisd/masked_share"].append((removed / tokens.clamp(min=1)).item())
+    if args.mask_truncated_completions:
+        metrics["unisd/masked_completions"].append(cut.item())

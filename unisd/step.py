@@ -20,6 +20,7 @@ from unisd.contexts import ContextSpec
 from unisd.head import fitted_head, gathered_head, head_device
 from unisd.masks import most_entropic
 from unisd.modules import HiddenStates, model_head
+from unisd.profile.phases import NoProfile, StepProfile
 from unisd.sft import supervised_loss
 from unisd.teachers import Teacher
 from unisd.views import ViewScorer
@@ -67,6 +68,7 @@ class LossStep:
         is_sharded: whether a forward pass is a collective.
         fixed_shapes: whether batches keep their padding.
         functions: what is called on the hidden states.
+        profile: measures the parts.
     """
 
     args: UniSDConfig
@@ -78,6 +80,7 @@ class LossStep:
     is_sharded: bool = False
     fixed_shapes: bool = False
     functions: LossFunctions = LossFunctions()
+    profile: StepProfile | NoProfile = NoProfile()
 
     @property
     def is_selective(self) -> bool:
@@ -99,7 +102,7 @@ class LossStep:
             return self._supervised(student, batch, rows, num_items_in_batch)
         selective = None
         version = self.teacher.version(student)
-        with self.teacher.scoring(student) as scorer:
+        with self.profile.phase("other views"), self.teacher.scoring(student) as scorer:
             own_head = self.teacher.head(student)
             views: list[View] = [("negative_prompt", None)] if self.contexts.negative else []
             if not self.is_selective:
@@ -110,7 +113,8 @@ class LossStep:
                 selective = self._selective_weights(student, scorer, own_head, batch, rows, mask, version)
         teacher, negative = hidden_of["teacher_prompt", None], hidden_of.get(("negative_prompt", None))
         auxiliary = () if self.is_selective else tuple(hidden_of[view] for view in self._auxiliary)
-        hidden = rows.take(padded_view(self.hidden_states, student, batch, ("prompt", None)))
+        with self.profile.phase("student"):
+            hidden = rows.take(padded_view(self.hidden_states, student, batch, ("prompt", None)))
         num_items = self._num_items(batch, num_items_in_batch)
         if self.args.top_entropy_quantile < 1.0:
             kept = self._most_entropic(student, hidden, rows)
@@ -121,7 +125,7 @@ class LossStep:
                 selective = replace(selective, weights=selective.weights[kept])
             if num_items is not None and self.args.normalization == "token":
                 num_items = num_items * self.args.top_entropy_quantile
-        with gathered_head(student):
+        with self.profile.phase("head and loss"), gathered_head(student):
             head = fitted_head(model_head(student), hidden)
             if not torch.is_grad_enabled():
                 head = head.detach()  # else evaluation would pay for the head's gradient

@@ -18,20 +18,20 @@ from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
 from unisd.agreement import scored_count
-from unisd.batch import counted_mask
 from unisd.config import UniSDConfig, config_for
 from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, collect_views, tokenize_views
 from unisd.drift import DriftProbe
 from unisd.drift.schedule import DriftSchedule, make_drift_probe
-from unisd.generation import end_token_ids, own_distribution
+from unisd.generation import own_distribution
 from unisd.generation.empty import EmptyCompletions
 from unisd.generation.greedy import greedy_rollouts
 from unisd.guards import check_columns, check_end_token, check_no_teacher_model, check_sharding, check_trainable
 from unisd.head import check_head
-from unisd.masks import loss_mask, truncated
+from unisd.masks import mask_rollout
 from unisd.metrics import LossMetrics
 from unisd.modules import hidden_before, takes_position_ids
 from unisd.nonfinite import NonFiniteGuard, on_any_process
+from unisd.profile import NoProfile, ProfiledRun, StepProfile
 from unisd.rows import EpochSampler, RowGate
 from unisd.run.checkpointed import CheckpointedTrainer
 from unisd.run.model_card import PAPER
@@ -117,6 +117,7 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
         self._contexts = ContextSpec.of_run(args)
         self._empty = EmptyCompletions()
         self._given: list[list[int]] = []
+        self._profile: StepProfile | NoProfile = NoProfile()
         check_columns(self._contexts, train_dataset, eval_dataset)
         check_end_token(processing_class)
         super().__init__(
@@ -132,6 +133,8 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        if args.profile:
+            self._profile = StepProfile(self.accelerator.device)
         student = self.accelerator.unwrap_model(self.model)
         self._takes_position_ids = takes_position_ids(student)
         check_trainable(student)
@@ -159,6 +162,7 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             num_processes=self.accelerator.num_processes,
             is_sharded=self._is_sharded,
             fixed_shapes=self.pad_to_multiple_of is not None,
+            profile=self._profile,
         )
         self._loss_metrics = LossMetrics(
             args, self.accelerator, agrees=self._contexts.num_auxiliary > 0, teacher=self.teacher.mode
@@ -176,6 +180,8 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
         if self.drift is not None:
             self.add_callback(DriftSchedule(self))
         self.add_callback(RunRecord(self))
+        if isinstance(self._profile, StepProfile):
+            self.add_callback(ProfiledRun(self, self._profile))
 
     def _check_head(self, student: nn.Module) -> None:
         check_head(student, self.accelerator, is_fsdp=self._dist.is_fsdp, is_zero3=self._dist.is_zero3)
@@ -220,22 +226,24 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # Before the rollout, so that a bad row costs nothing.
         views = collect_views(inputs, self._contexts, self.rows.checker.frame)
-        contexts = tokenize_views(
-            views,
-            self._prompt_ids,
-            self.rows.limit,
-            pad_token_id=self._tokenizer.pad_token_id,
-            pad_to_multiple_of=self.pad_to_multiple_of,  # type: ignore[arg-type]
-        )
+        with self._profile.phase("contexts"):
+            contexts = tokenize_views(
+                views,
+                self._prompt_ids,
+                self.rows.limit,
+                pad_token_id=self._tokenizer.pad_token_id,
+                pad_to_multiple_of=self.pad_to_multiple_of,  # type: ignore[arg-type]
+            )
         inputs = [{**row, "prompt": prompt} for row, prompt in zip(inputs, views.student, strict=True)]
         if self.args.is_supervised:
             options: Any = self.chat_template_kwargs
             self._given = demonstration_ids(inputs, views.student, self._tokenizer, self.chat_template, options)
         self._empty.begin()
-        output = super()._generate_and_score_completions(inputs)
+        with self._profile.phase("rollout"):
+            output = super()._generate_and_score_completions(inputs)
         output.update({name: tensor.to(self.accelerator.device) for name, tensor in contexts.items()})
         self._empty.take_out(output, self.accelerator)
-        self._mask_tokens(output)
+        mask_rollout(self, output)
         if self.step.is_selective:
             # A window is an optimizer step. Of an evaluation batch the share is rounded up.
             size, is_training = len(inputs), self._mode == "train"
@@ -243,29 +251,6 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             batch_size = self.args.per_device_train_batch_size if is_training else size
             output.update(self.run_on_student(self.step.rank, output, count=count, batch_size=batch_size))
         return output
-
-    def _mask_tokens(self, output: dict[str, Any]) -> None:
-        """Take the tokens that do not count out of a rollout: `loss_mask`, and its number of tokens."""
-        if not self.args.mask_truncated_completions and not self.args.skip_first_tokens:
-            return
-        ids, mask = output["completion_ids"], output["completion_mask"]
-        end_ids = end_token_ids(self.accelerator.unwrap_model(self.model), self._tokenizer)
-        before = counted_mask(output).sum()
-        output["loss_mask"] = loss_mask(
-            ids,
-            mask,
-            end_ids=end_ids,
-            mask_truncated=self.args.mask_truncated_completions,
-            skip_first=self.args.skip_first_tokens,
-        )
-        cut = truncated(ids, mask, end_ids).sum() if self.args.mask_truncated_completions else before.new_zeros(())
-        counts = torch.stack([before - counted_mask(output).sum(), before, cut])
-        removed, tokens, cut = self.accelerator.gather(counts.unsqueeze(0)).sum(0)
-        output["num_items_in_batch"] = output["num_items_in_batch"] - removed
-        metrics = self._metrics[self._mode]
-        metrics["unisd/masked_share"].append((removed / tokens.clamp(min=1)).item())
-        if self.args.mask_truncated_completions:
-            metrics["unisd/masked_completions"].append(cut.item())
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
         if self.args.is_supervised:
