@@ -36,14 +36,18 @@ def summary(trainer: UniSDTrainer, dataset: str, scores: Mapping[str, float]) ->
         )
     drift = [entry[DRIFT] for entry in history if DRIFT in entry]
     if drift:
-        lines.append(f"  drift   {drift[-1]:.3g} nats a token from the model before training, on chat")
-    lines += [f"  {name:<7} {value:.4g}" for name, value in sorted(scores.items()) if name == "eval_loss"]
-    lines += ["", "where things are", f"  {'adapter' if adapter else 'model':<8}{folder}"]
-    lines += [f"  card    {folder / 'README.md'}", f"  settings {folder / FILE_NAME}".replace("settings ", "settings")]
+        lines.append(f"  drift     {drift[-1]:.3g} nats a token from the model before training, on chat")
+    lines += [f"  {name:<9} {value:.4g}" for name, value in sorted(scores.items()) if name == "eval_loss"]
+    places: dict[str, object] = {
+        "adapter" if adapter else "model": folder,
+        "card": folder / "README.md",
+        "settings": folder / FILE_NAME,
+    }
     if isinstance(trainer.teacher, EMATeacher):
-        lines.append(f"  teacher {folder} (its moving average)")
+        places["teacher"] = f"{folder} (its moving average)"
     if args.report_to:
-        lines.append(f"  logs    {', '.join(args.report_to)}")
+        places["logs"] = ", ".join(args.report_to)
+    lines += ["", "where things are", *(f"  {name:<9} {place}" for name, place in places.items())]
     lines += ["", "next", f"  unisd eval retention --model {folder}"]
     if isinstance(trainer.teacher, EMATeacher):
         lines.append(f"  unisd export --ema {folder} -o {folder}-teacher")

@@ -143,14 +143,13 @@ def _tree_attention(
         k, v = torch.cat([layout.cached[layer][0], k]), torch.cat([layout.cached[layer][1], v])
     if layout.captured is not None:
         layout.kept.append((k.index_select(0, layout.captured), v.index_select(0, layout.captured)))
-    groups = q.shape[1] // k.shape[1]
     outputs = []
     for stack in layout.stacks:
         queries, keys, values = _stacked(q, stack.queries), _stacked(k, stack.keys), _stacked(v, stack.keys)
-        if groups > 1:
-            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
         mask = stack.mask if sliding_window is None else stack.mask & (stack.distance < sliding_window)
-        output = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+        output = functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True
+        )
         outputs.append(output.transpose(1, 2).flatten(0, 1).index_select(0, stack.rows))
     return torch.cat(outputs).index_select(0, layout.order).unsqueeze(0), None
 
