@@ -16,6 +16,8 @@ COMMANDS = {
     "suite": ("bench.measuring.suite", "many cases within a deadline, most important first; can be resumed"),
     "scaling": ("bench.studies.scaling", "time and memory against N, V, H and K, with fitted exponents"),
     "steps": ("bench.studies.steps", "whole training steps of every preset, ours and dense"),
+    "pooled-steps": ("bench.studies.pooled_steps", "steps whose auxiliary contexts come from a pool of fixed sets"),
+    "recipes": ("bench.studies.recipes", "every recipe on real rows, from the file to the falling loss"),
     "ema": ("bench.studies.ema", "the moving average: time, and error after a thousand steps"),
     "numerics": ("bench.studies.numerics", "the digits of a small divergence"),
     "tensor-parallel": ("bench.studies.tensor_parallel", "a head in shards: bytes and messages, by formula"),

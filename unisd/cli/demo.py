@@ -102,6 +102,12 @@ def main(arguments: list[str]) -> int:
     (options.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"\n{_verdict(before.overall, after.overall)}; {minutes:.1f} minutes")
     print(f"report: {report}\nadapter: {adapter} (unisd eval procedural --model {adapter})")
+    print(
+        "\nthe same with your own questions and answers (JSON lines, CSV, Parquet; the columns are found):\n"
+        f"  unisd train --dataset FILE --model_name_or_path {SMOLLM2} --output_dir runs/mine\n"
+        "what each model would read of them:\n"
+        "  unisd prepare FILE -o prepared && unisd show prepared --row 0"
+    )
     return 0
 
 

@@ -55,6 +55,8 @@ class Settings:
     run: RunArguments
     # Settings that follow from this machine.
     derived: tuple[str, ...] = ()
+    # Names of those that the user gave.
+    given: frozenset[str] = frozenset()
 
     @property
     def resume(self) -> str | bool | None:
@@ -79,7 +81,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     instances, given = parser.parse(arguments, defaults)
     check_settings(instances, given)
     data, config, model, run = instances
-    settings = Settings(data, config, model, run, derived=tuple(derived.keys() - given.keys()))
+    settings = Settings(data, config, model, run, derived=tuple(derived.keys() - given.keys()), given=frozenset(given))
     check_data(settings.data, settings.config)
     asked = settings.config.resume_from_checkpoint
     if isinstance(settings.resume, str) and not Path(settings.resume).is_dir():
@@ -96,10 +98,12 @@ def build(settings: Settings) -> UniSDTrainer:
         del recorded[name]  # so that the file serves on another machine too
     model = model_to_train(settings.model, settings.config)
     name = str(settings.model.model_name_or_path)
+    rows = training_rows(settings.data, settings.config, name)
+    fit_step(settings, rows)
     trainer = UniSDTrainer(
         model=model.source,
         args=settings.config,
-        train_dataset=training_rows(settings.data, settings.config, name),
+        train_dataset=rows,
         eval_dataset=evaluation_rows(settings.data, settings.config, name),
         processing_class=model.tokenizer,
         quantization_config=model.quantization_config,
@@ -107,6 +111,30 @@ def build(settings: Settings) -> UniSDTrainer:
     )
     trainer.recorded_settings = recorded
     return trainer
+
+
+def fit_step(settings: Settings, rows: Any) -> None:
+    """Make the optimizer step no larger than the rows, by settings that nobody gave, and say so.
+
+    A preset's step is made for thousands of rows; twenty shall train too.
+    """
+    config, count = settings.config, len(rows) if hasattr(rows, "__len__") else 0
+    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    free = {"per_device_train_batch_size", "gradient_accumulation_steps"} - settings.given
+    if not count or count >= batch * accumulation * config.world_size or not free:
+        return
+    share = count // config.world_size
+    if "per_device_train_batch_size" in free:
+        config.per_device_train_batch_size = max(1, min(batch, share // min(accumulation, share or 1) or 1))
+        if "gradient_accumulation_steps" in free:
+            config.per_device_train_batch_size = max(1, min(batch, share))
+    if "gradient_accumulation_steps" in free:
+        config.gradient_accumulation_steps = max(1, min(accumulation, share // config.per_device_train_batch_size))
+    print(
+        f"unisd train: {count} rows are fewer than a step of {batch} x {accumulation} takes: it is "
+        f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} here",
+        file=sys.stderr,
+    )
 
 
 def main(arguments: list[str]) -> int:
