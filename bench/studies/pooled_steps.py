@@ -3,8 +3,8 @@ fixed sets (`--context_pool`), whose keys and values are kept between two update
 
 Contexts are `--ratio` times as long as the completion: the solved examples before the question, and the teacher's text
 as well. No rollout; completions are given. The teacher is the base, whose weights never move; with a moving average
-each set is read once more after every update. Each round runs plain self-distillation and every variant in turn; figures are
-medians over rounds of the ratio to plain within a round. By count of tokens read (forward 1, backward 2):
+each set is read once more after every update. Each round runs plain self-distillation and every variant in turn;
+figures are medians over rounds of the ratio to plain within a round. By count of tokens (forward 1, backward 2):
 
     plain           c + T + 3 (p + T)                        c context, T completion, p prompt
     K contexts      plain + K (c + p + T)

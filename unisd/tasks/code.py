@@ -83,6 +83,11 @@ class Code(Task):
             for outcome in outcomes
         ]
 
+    def reply_tokens(self, example: Example) -> int:
+        # Wrong code is about as long as the right one, with a few words around it. A power of two, so that many
+        # requests are alike.
+        return min(self.negative_tokens, 1 << (96 + len(example.answer) // 2).bit_length())
+
     def solved(self, example: Example) -> str:
         tests = "\n".join(example.tests)
         return f"Task: {example.question}\nTests:\n{tests}\nSolution:\n```python\n{example.demonstration}\n```"
