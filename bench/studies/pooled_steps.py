@@ -25,7 +25,7 @@ import torch
 
 from bench.parser import command_parser
 from bench.records.environment import chosen_device, environment
-from bench.studies.step_runs import NUM_AUXILIARY, OURS, PLAIN, VARIANTS, Workbench, make_workbench
+from bench.studies.step_runs import NUM_AUXILIARY, OURS, PLAIN, VARIANTS, Workbench, fresh_rows, make_workbench
 from unisd.models import SMOLLM2
 from unisd_kernels.files import replacing
 
@@ -66,10 +66,12 @@ def measure(bench: Workbench, ratio: int, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     completions = bench.trainer(PLAIN, OURS).rollout(bench.rows)
     length = ratio * bench.new_tokens
-    rows = {name: _rows(bench, length, pooled=name.startswith("pool")) for name in CASES}
+    # Every round has questions of its own: what one round's rows begin with must not help the next, but for the pool.
+    fresh = [fresh_rows(len(bench.rows), number) for number in range(rounds + 1)]
+    rows = {name: [_rows(bench, each, n, length, name == "pool") for n, each in enumerate(fresh)] for name in CASES}
     runs = {}
     for name, (variant, passes) in CASES.items():
-        own = Workbench(bench.model, bench.tokenizer, rows[name], bench.new_tokens, bench.folder)
+        own = Workbench(bench.model, bench.tokenizer, rows[name][0], bench.new_tokens, bench.folder)
         VARIANTS[name] = {**VARIANTS[variant], "view_passes": passes, "teacher": "base"}
         runs[name] = own.trainer(name, OURS, completions)
     ratios: dict[str, list[float]] = {name: [] for name in CASES}
@@ -77,7 +79,7 @@ def measure(bench: Workbench, ratio: int, rounds: int) -> dict[str, Any]:
     for number in range(rounds + 1):
         for name, run in runs.items():
             started = time.perf_counter()
-            run.optimizer_step(rows[name])
+            run.optimizer_step(rows[name][number])
             if bench.model.device.type == "cuda":
                 torch.cuda.synchronize()
             if number:  # the first fills caches
@@ -87,7 +89,7 @@ def measure(bench: Workbench, ratio: int, rounds: int) -> dict[str, Any]:
                 ratios[name].append(seconds[name][-1] / seconds["plain"][-1])
     return {
         "ratio_to_plain": {name: statistics.median(values) for name, values in ratios.items()},
-        "by_count": _counts(bench, rows, completions),
+        "by_count": _counts(bench, {name: each[-1] for name, each in rows.items()}, completions),
         "samples_seconds": seconds,
         "bar": BAR,
     }
@@ -101,26 +103,29 @@ def table(result: dict[str, Any]) -> list[str]:
     return [*lines, f"bar for the pool: {result['bar']}"]
 
 
-def _rows(bench: Workbench, length: int, *, pooled: bool) -> list[dict[str, Any]]:
-    """Rows whose teacher's text and solved examples have about `length` tokens before what follows them."""
-    texts = [row["auxiliary_prompts"][k] for row in bench.rows for k in range(NUM_AUXILIARY)]
+def _rows(bench: Workbench, base: list[dict[str, Any]], number: int, length: int, pooled: bool) -> list[dict[str, Any]]:
+    """Rows whose teacher's text and solved examples have about `length` tokens before what follows them; the sets of
+    a pool are the same in every round, other examples are the round's own."""
+    source = bench.rows if pooled else base
+    texts = [row["auxiliary_prompts"][k] for row in source for k in range(NUM_AUXILIARY)]
+    own = [row["auxiliary_prompts"][k] for row in base for k in range(NUM_AUXILIARY)]
 
-    def filled(start: int, end: str) -> str:
+    def filled(examples: list[str], start: int, end: str) -> str:
         text, place = "", start
         while len(bench.tokenizer(text)["input_ids"]) < length:
-            text += texts[place % len(texts)] + "\n\n"
+            text += examples[place % len(examples)] + "\n\n"
             place += 1
         ids = bench.tokenizer(text)["input_ids"][:length]
         return bench.tokenizer.decode(ids) + "\n\n" + end
 
     made = []
-    for number, row in enumerate(bench.rows):
-        sets = [(number + k) % SETS if pooled else SETS + NUM_AUXILIARY * number + k for k in range(NUM_AUXILIARY)]
+    for place, row in enumerate(base):
+        sets = [(place + k) % SETS if pooled else NUM_AUXILIARY * place + k for k in range(NUM_AUXILIARY)]
         made.append(
             {
                 **row,
-                "teacher_prompt": filled(5 * number + 1, row["teacher_prompt"]),
-                "auxiliary_prompts": [filled(one, row["prompt"]) for one in sets],
+                "teacher_prompt": filled(own, 5 * place + number + 1, row["teacher_prompt"]),
+                "auxiliary_prompts": [filled(texts, one, row["prompt"]) for one in sets],
             }
         )
     return made

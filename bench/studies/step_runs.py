@@ -244,10 +244,7 @@ def make_workbench(name: str, device: torch.device, batch_size: int, new_tokens:
     """A model with LoRA as in the demo, bfloat16 on an accelerator; rows are the demo's tasks of one step, as plain
     text: the chat template's system prompt would be most of each context."""
     disable_progress_bar()
-    rows = []
-    for row in procedural_rows(batch_size, num_steps=1, num_auxiliary=NUM_AUXILIARY):
-        views = {view: row[view][0]["content"] for view in ("prompt", "teacher_prompt", "negative_prompt")}
-        rows.append({**views, "auxiliary_prompts": [messages[0]["content"] for messages in row["auxiliary_prompts"]]})
+    rows = fresh_rows(batch_size, 0)
     torch.manual_seed(0)
     if name == TINY:
         model, tokenizer = _tiny([row["auxiliary_prompts"][0] for row in rows])
@@ -255,6 +252,15 @@ def make_workbench(name: str, device: torch.device, batch_size: int, new_tokens:
         model, tokenizer = load_model(name, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     return Workbench(get_peft_model(model.to(device), lora), tokenizer, rows, new_tokens, folder)
+
+
+def fresh_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of the demo's tasks of one step, as plain text; others for each seed."""
+    rows = []
+    for row in procedural_rows(count, seed=seed, num_steps=1, num_auxiliary=NUM_AUXILIARY):
+        views = {view: row[view][0]["content"] for view in ("prompt", "teacher_prompt", "negative_prompt")}
+        rows.append({**views, "auxiliary_prompts": [messages[0]["content"] for messages in row["auxiliary_prompts"]]})
+    return rows
 
 
 def _tiny(texts: list[str]) -> tuple[Any, Any]:
