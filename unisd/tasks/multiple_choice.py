@@ -73,7 +73,11 @@ class MultipleChoice(Task):
             reasoning = re.sub(r"^\W*(reasoning|explanation)\W*", "", reasoning, flags=re.IGNORECASE)
         reasoning = re.sub(r"\s+", " ", reasoning).strip(" \"'{}")
         if letter is None:
-            raise Rejected("the reply names no choice")
+            # An argument for the letter that was asked for need not name it, if it names the choice.
+            asked = self._wrong_letter(example, place)
+            if not _names(reasoning, example.choices[LETTERS.index(asked)]):
+                raise Rejected("the reply names no choice")
+            letter = asked
         if letter == example.answer:
             raise Rejected("the answer is the right one")
         if letter not in LETTERS[: len(example.choices)]:
@@ -94,6 +98,10 @@ class MultipleChoice(Task):
     def _wrong_letter(self, example: Example, place: int) -> str:
         wrong = [letter for letter in LETTERS[: len(example.choices)] if letter != example.answer]
         return wrong[place % len(wrong)]
+
+
+def _names(text: str, choice: str) -> bool:
+    return f" {' '.join(words(choice))} " in f" {' '.join(words(text))} "
 
 
 def _options(choices: Sequence[str]) -> str:
