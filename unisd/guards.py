@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def prepare_liger(args: UniSDConfig) -> None:
     """Raise ValueError where Liger's model kernels cannot run; else leave its losses out, which this trainer never
     calls (norms, RoPE and SwiGLU stay)."""
-    if importlib.util.find_spec("liger_kernel") is None:
+    if not importlib.util.find_spec("liger_kernel"):
         raise ValueError("use_liger_kernel needs the package liger-kernel: pip install liger-kernel")
     if args.use_cpu or not torch.accelerator.is_available():
         raise ValueError("use_liger_kernel: Liger's kernels are Triton's and need a GPU; leave it out on a CPU")

@@ -72,6 +72,15 @@ def load_model(
     return peft_model.eval(), AutoTokenizer.from_pretrained(tokenizer_source)
 
 
+def weights_stamp(name_or_path: str) -> str:
+    """The name of a model, with sizes and times of the files where it is a local folder: for caches."""
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        return name_or_path
+    files = sorted(folder.glob("*.safetensors"))
+    return f"{name_or_path} {[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]}"
+
+
 def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Whether it is the folder of a PEFT adapter."""
     return (Path(path).expanduser() / "adapter_config.json").is_file()

@@ -36,7 +36,9 @@ PLAIN = "plain"
 NUM_AUXILIARY = 3
 FRACTION = 0.25
 # Every preset, and K = 3 for the most uncertain quarter of the sequences only.
-VARIANTS: dict[str, dict[str, Any]] = {name: {"preset": name} for name in PRESETS if not is_paper(name)} | {
+VARIANTS: dict[str, dict[str, Any]] = {
+    name: {"preset": name} for name, preset in PRESETS.items() if not is_paper(name) and preset.method == "unisd"
+} | {
     f"{name}-q{FRACTION}": {"preset": name, "agreement_fraction": FRACTION}
     for name in ("agreement_token", "unisd_star")
 }

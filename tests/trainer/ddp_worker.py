@@ -51,7 +51,7 @@ class BadOnTheLast(tiny_run.FixedRollouts):
 
 def not_finite(folder: str) -> None:
     """Skip the step, then stop at it; either way both processes do the same."""
-    settings = {"per_device_train_batch_size": 2, "max_steps": 3, "preset": "plain"}
+    settings = {"per_device_train_batch_size": 2, "max_steps": 3, "preset": "plain", "view_passes": "padded"}
     run = tiny_run.trainer(folder, cls=BadOnTheLast, on_nonfinite="skip", **settings)
     run.train()
     out = {"losses": tiny_run.losses(run), "weights": [p.detach() for p in run.model.parameters()]}

@@ -44,7 +44,8 @@ class Poisoned(tiny_run.FixedRollouts):
 
 def poisoned(tmp_path, view="prompt", steps=(1,), value=math.nan, model=None, **overrides):
     cls = type("PoisonedView", (Poisoned,), {"view": view, "steps": steps, "value": value})
-    return tiny_run.trainer(tmp_path, model, cls=cls, **{**SETTINGS, **overrides})
+    # A pass a view: that is where the view is spoilt.
+    return tiny_run.trainer(tmp_path, model, cls=cls, **{"view_passes": "padded", **SETTINGS, **overrides})
 
 
 def weights(run) -> dict:

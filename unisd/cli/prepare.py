@@ -20,13 +20,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from unisd.cli.device import choose_device
 from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.parser import CommandParser, natural, positive
 from unisd.contexts import LengthLimit
 from unisd.contexts.template import TEACHER_TEMPLATE, TeacherTemplate
 from unisd.generation import make_generator
 from unisd.models import SMOLLM2, resolve_model
-from unisd.prepare.folder import save_prepared
+from unisd.prepare.folder import is_prepared, save_prepared
 from unisd.prepare.pipeline import prepare
 from unisd.prepare.settings import CONTEXTS, NEGATIVES, PrepareSettings
 from unisd.prepare.sources import is_local, load_rows
@@ -40,6 +41,8 @@ def main(arguments: list[str]) -> int:
     folder: Path = options.output
     if folder.exists() and not options.overwrite:
         raise CommandError(f"{folder} exists: give --overwrite to replace it, or another -o FOLDER")
+    if folder.exists() and not is_prepared(folder):
+        raise CommandError(f"{folder} was not written by unisd prepare and is not replaced; give another -o FOLDER")
     with setting_up():
         settings = settings_of(options)
         raw = load_rows(options.data, split=options.split, config=options.dataset_config)
@@ -49,7 +52,12 @@ def main(arguments: list[str]) -> int:
         prepared = prepare(
             raw,
             settings,
-            generator=lambda: make_generator(options.generator, _served_name(options), batch_size=options.batch_size),
+            generator=lambda: make_generator(
+                options.generator,
+                _served_name(options),
+                batch_size=options.batch_size,
+                device=choose_device(options.device),
+            ),
             chats=options.generator != "transformers" or getattr(tokenizer, "chat_template", None) is not None,
             tokenizer=tokenizer,
             limit=LengthLimit(options.max_prompt_length, None, options.max_completion_length),
@@ -131,6 +139,7 @@ def _parser() -> CommandParser:
     model.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
     model.add_argument("--generator", default="transformers", help="transformers, vllm, or the URL of a server")
     model.add_argument("--served_model", help="the model's name at the server (default: the only one there)")
+    model.add_argument("--device", default="auto", help="of the model, for --generator transformers")
     model.add_argument("--batch_size", type=positive, help="prompts generated together")
     model.add_argument("--isolation", choices=ISOLATIONS, default="bubblewrap", help="of code that is run")
     model.add_argument("--max_prompt_length", type=positive, help="rows with a longer view are dropped, in tokens")

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset
 
 from unisd.cli.errors import CommandError
 from unisd.config import UniSDConfig
 from unisd.contexts.template import TEACHER_TEMPLATE, TeacherTemplate
 from unisd.generation import make_generator
-from unisd.models import load_model
+from unisd.models import load_model, weights_stamp
 from unisd.prepare.folder import is_prepared, load_prepared, save_prepared
 from unisd.prepare.pipeline import prepare
 from unisd.prepare.settings import PrepareSettings
@@ -35,24 +36,43 @@ def prepared_rows(raw: Sequence[dict[str, Any]], data: DataArguments, config: Un
         model: writes the negatives: the model before training.
 
     Raises:
-        CommandError: several processes, of which none has prepared the rows before.
+        CommandError: another process than the first, which has failed.
         ValueError: see `unisd.prepare.pipeline.prepare`.
     """
     settings = settings_of_run(data, config)
     folder = cached_folder(raw, settings, model if settings.needs_model else "", data.generator)
-    if is_prepared(folder):
-        say(config, f"the rows were prepared before: {folder}")
-        return load_prepared(folder)
-    if config.world_size > 1:
-        raise CommandError(
-            "the rows are questions and answers, which one process has to prepare first: unisd prepare FILE -o FOLDER, "
-            "then --dataset FOLDER"
-        )
+    # The others wait for the first process, `ddp_timeout` seconds at most.
+    with config.main_process_first(local=False, desc="preparing rows"):
+        if is_prepared(folder):
+            say(config, f"the rows were prepared before: {folder}")
+            return load_prepared(folder)
+        if config.process_index > 0:
+            raise CommandError(
+                f"the first process has not put the prepared rows into {folder}; on several machines, let all share "
+                "UNISD_CACHE, or give --dataset a folder of `unisd prepare`"
+            )
+        rows = _prepare_and_keep(raw, settings, data, config, model, folder)
+        if config.device.type != "cpu":
+            torch.accelerator.empty_cache()  # the model that wrote is gone; vLLM counts what is free
+        return rows
+
+
+def _prepare_and_keep(
+    raw: Sequence[dict[str, Any]],
+    settings: PrepareSettings,
+    data: DataArguments,
+    config: UniSDConfig,
+    model: str,
+    folder: Path,
+) -> Dataset:
     made = [f"{settings.num_auxiliary} {settings.contexts} contexts"] if settings.num_auxiliary else []
     made += ["negatives by the model itself"] if settings.negatives == "model" else []
     made += ["negatives from other rows"] if settings.negatives == "other" else []
     say(config, f"preparing {len(raw)} rows" + (f": {' and '.join(made)}" if made else ""))
-    loaded = load_model(model) if settings.needs_model and data.generator == "transformers" else None
+    loaded = None
+    if settings.needs_model and data.generator == "transformers":
+        dtype = "float32" if config.device.type == "cpu" else "auto"
+        loaded = load_model(model, dtype=dtype, device=config.device)
     chats = loaded is None or loaded[1].chat_template is not None
     prepared = prepare(
         raw,
@@ -63,8 +83,6 @@ def prepared_rows(raw: Sequence[dict[str, Any]], data: DataArguments, config: Un
     )
     for line in prepared.report.lines():
         say(config, line)
-    if not folder.parent.is_dir():
-        folder.parent.mkdir(parents=True)
     rows = save_prepared(prepared, folder, {"dataset": data.dataset, "model": model})
     say(config, f"kept for the next run: {folder} (unisd show {folder} --row 0)")
     return rows
@@ -90,10 +108,7 @@ def settings_of_run(data: DataArguments, config: UniSDConfig) -> PrepareSettings
 
 def cached_folder(raw: Sequence[dict[str, Any]], settings: PrepareSettings, model: str, generator: str) -> Path:
     """Folder of the prepared rows in the user's cache, by all that decides them."""
-    if Path(model).expanduser().is_dir():
-        weights = sorted(Path(model).expanduser().glob("*.safetensors"))
-        model = f"{model} {[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]}"
-    parts = [raw, repr(settings), model, generator, __version__]
+    parts = [raw, repr(settings), weights_stamp(model), generator, __version__]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
     return cache_directory() / "prepared" / digest
 

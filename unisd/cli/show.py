@@ -50,9 +50,10 @@ def main(arguments: list[str]) -> int:
 
         views = views_to_show(rows[options.row], count)
     width = options.width or shutil.get_terminal_size((100, 24)).columns
-    print(side_by_side(views, width))
     file = options.html or options.folder / f"row-{options.row}.html"
+    # Before anything is printed: whoever reads may stop at the first lines (`| head`).
     with replacing(file) as new:
         new.write_text(page(views, f"Row {options.row} of {options.folder.name}"), encoding="utf-8")
+    print(side_by_side(views, width))
     print(f"\nas a page: {file}")
     return 0

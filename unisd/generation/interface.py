@@ -26,7 +26,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
             raise ValueError(
-                f"temperature must be >= 0, top_p in ]0, 1] and max_new_tokens >= 1, got {self.temperature}, "
+                f"temperature must be >= 0, top_p in ]0, 1] and max_new_tokens at least 1, got {self.temperature}, "
                 f"{self.top_p} and {self.max_new_tokens}"
             )
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from unisd.generation.interface import Generator
 
 
-def make_generator(kind: str, model: str, *, batch_size: int | None = None, loaded: Any = None) -> Generator:
+def make_generator(
+    kind: str, model: str, *, batch_size: int | None = None, device: torch.device | str = "cpu", loaded: Any = None
+) -> Generator:
     """The generator that `kind` means.
 
     Args:
         kind: "transformers", "vllm", or a URL that begins with http:// or https://.
         model: as in `unisd.load_model`; of a server, the name there, or "" for the only one.
         batch_size: None for the kind's own.
+        device: for "transformers": on the CPU float32 weights, elsewhere those of the checkpoint.
         loaded: `(model, tokenizer)` that are loaded already, for "transformers".
 
     Raises:
@@ -33,5 +38,6 @@ def make_generator(kind: str, model: str, *, batch_size: int | None = None, load
         from unisd.generation.transformers import TransformersGenerator
         from unisd.models import load_model
 
-        return TransformersGenerator(*(loaded or load_model(model)), **size)
+        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+        return TransformersGenerator(*(loaded or load_model(model, dtype=dtype, device=device)), **size)
     raise ValueError(f"the generator must be transformers, vllm or a URL (http://...), got {kind!r}")

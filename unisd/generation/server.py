@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -65,10 +66,13 @@ class ServerGenerator:
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "max_tokens": sampling.max_new_tokens,
-                "seed": request.seed,
+                "seed": request.seed % 2**31,  # what every server takes
             },
         )
-        return str(answer["choices"][0]["message"]["content"] or "")
+        try:
+            return str(answer["choices"][0]["message"]["content"] or "")
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"{self._base} answered without a message; is it a server of chat completions?") from None
 
     def _only_model(self) -> str:
         names = [str(entry["id"]) for entry in self._call("/models", None)["data"]]
@@ -91,7 +95,9 @@ class ServerGenerator:
                 if last or error.code not in _AGAIN:
                     detail = error.read(300).decode(errors="replace")
                     raise ValueError(f"{self._base}{path} answered {error.code} {error.reason}: {detail}") from None
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except json.JSONDecodeError:
+                raise ValueError(f"{self._base}{path} answered something else than JSON; is the URL right?") from None
+            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
                 if last:
                     reason = getattr(error, "reason", error)
                     raise ValueError(

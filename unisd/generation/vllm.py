@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from unisd.generation.interface import Request, Sampling
+from unisd.models import weights_stamp
 
 
 class VLLMGenerator:
@@ -33,7 +34,7 @@ class VLLMGenerator:
         self._vllm = vllm
         self._llm = vllm.LLM(model=model, **options)
         self.batch_size = batch_size
-        self.identity: str = f"vllm:{model}"
+        self.identity: str = f"vllm:{weights_stamp(model)}"
 
     def batches(self, requests: Sequence[Request]) -> list[list[int]]:
         """The requests in their order: vLLM schedules them itself."""

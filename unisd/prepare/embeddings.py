@@ -52,7 +52,8 @@ def nearest_rows(
 ) -> np.ndarray:
     """[N, count] int64: of each row the other rows of the largest cosine, the largest first; exact.
 
-    Rows of a row's own group are left out; -1 where fewer than `count` are left. Memory: a block times N similarities.
+    Rows of a row's own group are left out, and of every other group all but the first: the same question twice would
+    be no second context. -1 where fewer than `count` are left. Memory: a block times N similarities.
 
     Args:
         vectors: [N, D] of length 1.
@@ -61,13 +62,15 @@ def nearest_rows(
     """
     table = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))
     group = torch.tensor(list(groups))
+    first = {number: row for row, number in reversed(list(enumerate(groups)))}
+    repeated = torch.tensor([first[number] != row for row, number in enumerate(groups)])
     found = torch.full((len(table), count), -1, dtype=torch.long)
     kept = min(count, len(table))
     starts = range(0, len(table), block)
     for start in tqdm(starts, desc="nearest questions", unit="block", disable=not progress or len(starts) < 4):
         rows = slice(start, start + block)
         similarities = table[rows] @ table.T
-        similarities.masked_fill_(group[rows, None] == group[None, :], float("-inf"))
+        similarities.masked_fill_((group[rows, None] == group[None, :]) | repeated, float("-inf"))
         values, places = similarities.topk(kept, dim=1)
         found[rows, :kept] = places.masked_fill(values == float("-inf"), -1)
     return found.numpy()

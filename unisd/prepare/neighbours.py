@@ -10,7 +10,7 @@ Contexts = list[list[list[int]]]
 
 
 def random_contexts(groups: Sequence[int], num_contexts: int, per_context: int, seed: int) -> Contexts:
-    """Distinct other rows, drawn without replacement; with it only where there are fewer than are needed.
+    """Other rows with different questions, drawn without replacement; with it only where there are too few.
 
     Args:
         groups: see `question_groups`: rows of a row's own group are never drawn.
@@ -21,24 +21,22 @@ def random_contexts(groups: Sequence[int], num_contexts: int, per_context: int, 
         ValueError: all rows are one group.
     """
     rng, needed, count = random.Random(seed), num_contexts * per_context, len(groups)
-    sizes: dict[int, int] = {}
-    for group in groups:
-        sizes[group] = sizes.get(group, 0) + 1
-    if count and len(sizes) < 2:
+    others = len(set(groups)) - 1
+    if others == 0:
         raise ValueError(
             f"all {count} rows ask the same question: there is no other solved example to show; give more rows, or "
             "--contexts induction"
         )
     contexts = []
     for group in groups:
-        others = count - sizes[group]
         chosen: list[int] = []
+        shown = {group}
         while len(chosen) < needed:
             # By rejection while few are taken, so that 100,000 rows cost no pool of their own each.
             drawn = rng.randrange(count)
-            fresh = drawn not in chosen or len(chosen) >= others
-            if groups[drawn] != group and fresh:
+            if groups[drawn] not in shown or (groups[drawn] != group and len(chosen) >= others):
                 chosen.append(drawn)
+                shown.add(groups[drawn])
         contexts.append(_sliced(chosen, per_context))
     return contexts
 
@@ -72,7 +70,7 @@ def fixed_sets(groups: Sequence[int], num_sets: int, per_set: int, seed: int) ->
 
 
 def drawn_sets(groups: Sequence[int], sets: Sequence[Sequence[int]], num_contexts: int, seed: int) -> list[list[int]]:
-    """For each row K distinct numbers of sets that do not hold its question, in rising order of use.
+    """For each row K distinct numbers of sets that do not hold its question.
 
     Raises:
         ValueError: a row has fewer than K such sets.

@@ -240,6 +240,7 @@ def _fitting(
     )
     measured = checker.measure_all(rows, "lengths", progress)
     kept = []
+    too_long: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         if place in measured.faults:
             report.dropped[measured.faults[place]] += 1
@@ -247,12 +248,14 @@ def _fitting(
         lengths = dict(zip(checker.views, map(int, measured.lengths[place]), strict=True))
         excess = next((text for view, size in lengths.items() if (text := limit.excess(view, size))), None)
         if excess is not None:
-            report.dropped[f"a view is too long ({excess})"] += 1
+            too_long.setdefault(excess, []).append(max(lengths.values()))
             continue
         kept.append(row)
         for view, size in lengths.items():
             name = view.partition(" prompt")[0] if view != "prompt" else "student"
             report.longest[name] = max(report.longest.get(name, 0), size)
+    for excess, sizes in too_long.items():
+        report.dropped[f"a view is too long ({excess}; the longest has {max(sizes)} tokens)"] = len(sizes)
     return kept
 
 

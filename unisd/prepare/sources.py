@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,25 @@ def _of_file(path: Path) -> list[dict[str, Any]]:
     if path.suffix.lower() in (".json", ".jsonl"):
         # Not through `datasets`, which wants one type in a column: an answer may be a text here and messages there.
         return _of_json(path)
+    if path.suffix.lower() == ".csv":
+        return _of_csv(path)
     return _listed(load_dataset(FORMATS[path.suffix.lower()], data_files=str(path), split="train"))
+
+
+def _of_csv(path: Path) -> list[dict[str, Any]]:
+    # Not through `datasets`, which guesses types: the answers 007, None and NA would be 7 and two missing ones.
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        rows = []
+        for row in reader:
+            if None in row:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: more values than the first line has columns "
+                    f"({len(reader.fieldnames or ())}); put texts with commas into double quotes"
+                )
+            rows.append(dict(row))
+    return rows
 
 
 def _of_json(path: Path) -> list[dict[str, Any]]:
@@ -67,7 +87,8 @@ def _of_json(path: Path) -> list[dict[str, Any]]:
         if isinstance(value, list):
             return _checked(value, path)
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not `splitlines`, which also breaks at characters that may stand inside of a text (U+2028, U+0085).
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))

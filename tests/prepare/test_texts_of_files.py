@@ -1,0 +1,67 @@
+"""Texts come out of every kind of file as they went in."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from unisd.prepare.sources import load_rows
+
+ROWS = [
+    {"question": "Which agent of\u2028two lines, \u0085 and \u201cquotes\u201d?", "answer": "007"},
+    {"question": "Which gas, if any?", "answer": "None"},
+    {"question": "A line\nmore?", "answer": "NA"},
+]
+
+
+def write(folder, name):
+    path = folder / name
+    if name.endswith(".jsonl"):
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n\n", encoding="utf-8-sig")
+    elif name == "table.json":
+        path.write_text(json.dumps({"version": 1, "data": ROWS}))
+    elif name.endswith(".json"):
+        path.write_text(json.dumps(ROWS))
+    elif name.endswith(".csv"):
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            table = csv.DictWriter(stream, ROWS[0])
+            table.writeheader()
+            table.writerows(ROWS)
+    elif name.endswith(".parquet"):
+        Dataset.from_list(ROWS).to_parquet(path)
+    elif name == "saved":
+        Dataset.from_list(ROWS).save_to_disk(path)
+    elif name == "splits":
+        DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}).save_to_disk(path)
+    else:
+        path.mkdir()
+        write(path, "train-0.jsonl")
+        write(path, "test.json")
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.json", "table.json", "rows.csv", "rows.parquet", "saved", "splits", "files"]
+)
+def test_every_source_gives_the_rows(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    assert load_rows(str(write(tmp_path, name))) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", '{"question": 1}\n{"question"\n', "line 2: not JSON"),
+        ("a.json", "[1, 2]", "row 1 is no object"),
+        ("a.jsonl", "\n", "has no rows"),
+        ("a.txt", "x", "is not one of .json"),
+        ("a.csv", "question,answer\na,b\nc,d,e\n", "line 3: more values than the first line has columns"),
+    ],
+)
+def test_what_cannot_be_read(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load_rows(str(tmp_path / name))
