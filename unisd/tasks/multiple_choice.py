@@ -21,7 +21,7 @@ class MultipleChoice(Task):
     """A question with options, of which one is right."""
 
     name = "choice"
-    negative_tokens = 256
+    negative_tokens = 192
 
     def read(self, row: Mapping[str, Any], columns: Columns, rng: Random | None = None) -> Example:
         if row.get("image") is not None:

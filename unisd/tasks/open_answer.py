@@ -37,7 +37,7 @@ class OpenAnswer(Task):
     def reply_tokens(self, example: Example) -> int:
         # A wrong answer is about as long as the right one; a token is seldom shorter than half a word. A power of two,
         # so that many requests are alike.
-        return min(self.negative_tokens, 1 << (48 + 3 * len(words(example.answer))).bit_length())
+        return min(self.negative_tokens, 1 << (24 + 3 * len(words(example.answer))).bit_length())
 
     def solved(self, example: Example) -> str:
         return f"Question: {example.question}\nAnswer: {example.demonstration}"
