@@ -13,7 +13,7 @@ from trl.trainer.utils import get_config_model_id
 from unisd.config_ranges import check_ranges
 from unisd.contexts import FRAMES
 from unisd.contexts.template import TEACHER_TEMPLATE, TeacherTemplate
-from unisd.guards import prepare_liger
+from unisd.liger import liger_settings
 from unisd.presets import get_preset, preset_fields
 from unisd.rows import OVERLONG
 from unisd.views import VIEW_PASSES
@@ -196,6 +196,8 @@ class UniSDConfig(DistillationConfig):
     def __post_init__(self) -> None:
         self._resolve_preset()
         self._validate()
+        if self.use_liger_kernel:
+            self.liger_kernel_config = liger_settings(self.liger_kernel_config)
         super().__post_init__()
 
     @property
@@ -291,8 +293,6 @@ class UniSDConfig(DistillationConfig):
         check_number("ema_decay", self.ema_decay, low=0.0, high=1.0)  # type: ignore[arg-type]
         check_number("temperature", self.temperature, low=0.0, open_low=True)
         check_ranges(self)
-        if self.use_liger_kernel:
-            prepare_liger(self)
         check_number("top_entropy_quantile", self.top_entropy_quantile, low=0.0, high=1.0, open_low=True)
         TeacherTemplate(self.teacher_template or TEACHER_TEMPLATE, self.study_sentence)
         for name, low in (

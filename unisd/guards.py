@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from unisd.contexts import ContextSpec
@@ -17,20 +15,6 @@ if TYPE_CHECKING:
     from unisd.config import UniSDConfig
 
 logger = logging.getLogger(__name__)
-
-
-def prepare_liger(args: UniSDConfig) -> None:
-    """Raise ValueError where Liger's model kernels cannot run; else leave its losses out, which this trainer never
-    calls (norms, RoPE and SwiGLU stay)."""
-    if not importlib.util.find_spec("liger_kernel"):
-        raise ValueError("use_liger_kernel needs the package liger-kernel: pip install liger-kernel")
-    if args.use_cpu or not torch.accelerator.is_available():
-        raise ValueError("use_liger_kernel: Liger's kernels are Triton's and need a GPU; leave it out on a CPU")
-    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    args.liger_kernel_config = {**losses, **(args.liger_kernel_config or {})}
-    asked = [name for name in losses if args.liger_kernel_config[name]]
-    if asked:
-        raise ValueError(f"liger_kernel_config has {asked[0]}=true, but the loss is UniSD's own; leave it out")
 
 
 def check_no_teacher_model(teacher_model: object) -> None:

@@ -22,6 +22,7 @@ def load_model(
     *,
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Causal language model in eval mode, and its tokenizer.
 
@@ -33,6 +34,7 @@ def load_model(
         dtype: of the weights; "auto" for that of the checkpoint.
         device: where to put it; None leaves it where `from_pretrained` does, on the CPU.
         attn_implementation: as in `from_pretrained`; None for the model's default.
+        trust_remote_code: run code that comes with the model; else such a model is an error.
 
     Returns:
         `(model, tokenizer)`; the model is a `PeftModel` where there is an adapter. The tokenizer comes from the
@@ -49,27 +51,29 @@ def load_model(
                 "given too. Pass the base model as the first argument, or only one adapter."
             )
         adapter = name_or_path
-        base = _base_of(adapter)
+        base = base_of(adapter)
     elif adapter is not None and not is_adapter(adapter):
         raise ValueError(f"adapter={os.fspath(adapter)!r} is not a local folder with adapter_config.json.")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve_model(base)
+    # Where it is not given, transformers asks at the terminal.
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attention)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attention, **trust)
     if device is not None:
         model = model.to(device)  # type: ignore[arg-type]
     tokenizer_source = source
     if adapter is None:
-        return model.eval(), AutoTokenizer.from_pretrained(tokenizer_source)
+        return model.eval(), AutoTokenizer.from_pretrained(tokenizer_source, **trust)
     from peft import PeftModel
 
     adapter_path = Path(adapter).expanduser()
     if (adapter_path / "tokenizer_config.json").is_file():
         tokenizer_source = str(adapter_path)
     peft_model = PeftModel.from_pretrained(model, str(adapter_path))
-    return peft_model.eval(), AutoTokenizer.from_pretrained(tokenizer_source)
+    return peft_model.eval(), AutoTokenizer.from_pretrained(tokenizer_source, **trust)
 
 
 def weights_stamp(name_or_path: str) -> str:
@@ -86,7 +90,12 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     return (Path(path).expanduser() / "adapter_config.json").is_file()
 
 
-def _base_of(adapter: str | os.PathLike[str]) -> str:
+def base_of(adapter: str | os.PathLike[str]) -> str:
+    """Name of the model that an adapter belongs on, as its folder has it.
+
+    Raises:
+        ValueError: the folder names none.
+    """
     config = json.loads((Path(adapter).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base:

@@ -27,6 +27,7 @@ from unisd.generation.empty import EmptyCompletions
 from unisd.generation.greedy import greedy_rollouts
 from unisd.guards import check_columns, check_end_token, check_no_teacher_model, check_sharding, check_trainable
 from unisd.head import check_head
+from unisd.liger import use_liger
 from unisd.masks import mask_rollout
 from unisd.metrics import LossMetrics
 from unisd.modules import hidden_before, takes_position_ids
@@ -136,6 +137,8 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
         if args.profile:
             self._profile = StepProfile(self.accelerator.device)
         student = self.accelerator.unwrap_model(self.model)
+        if args.use_liger_kernel:
+            use_liger(student, args.liger_kernel_config or {}, use_cpu=args.use_cpu)
         self._takes_position_ids = takes_position_ids(student)
         check_trainable(student)
         check_sharding(args, student, is_sharded=self._is_sharded, is_deepspeed=self.is_deepspeed_enabled)

@@ -94,6 +94,7 @@ class Run:
     world_size, device, disable_tqdm, seed = 2, torch.device("cpu"), True, 42
     uses_contrastive, uses_agreement, is_supervised, num_auxiliary = False, True, False, 2
     teacher_template = study_sentence = None
+    trust_remote_code = False
 
     def __init__(self, process_index: int, done: threading.Event) -> None:
         self.process_index, self._done = process_index, done

@@ -103,7 +103,7 @@ ELSEWHERE = {
     "ds3_gather_for_generation": "needs deepspeed",
     "tf32": "needs a GPU",
     "fp16": "refused on a CPU by transformers",
-    "use_liger_kernel": "needs a GPU, see test_liger_is_refused_with_the_reason",
+    "use_liger_kernel": "needs a GPU, see tests/trainer/test_trainer_liger.py",
     "fp16_full_eval": "as fp16",
     "liger_kernel_config": "a mapping, from a file only",
     "config": "the parser's",
@@ -141,9 +141,10 @@ def other_value(name: str) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _with_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def _with_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "bitsandbytes" or found(name, *rest))
+    monkeypatch.setattr("unisd.cli.checks.get_available_reporting_integrations", lambda: ["tensorboard", "trackio"])
 
 
 @functools.cache
@@ -154,15 +155,6 @@ def settings_of(*flags: str) -> dict[str, Any]:
         for instance in (parsed.data, parsed.config, parsed.model, parsed.run)
         for field in dataclasses.fields(instance)
     }
-
-
-def test_liger_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ValueError, match="need a GPU"):
-        parse(["--use_liger_kernel"])
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name != "liger_kernel" and found(name, *rest))
-    with pytest.raises(ValueError, match="pip install liger-kernel"):
-        parse(["--use_liger_kernel"])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,7 +9,7 @@ from unisd.generation import make_generator
 
 
 def test_vllm_tells_weights_in_the_same_folder_apart(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda model: None))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda model, **options: None))
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"one")
     before = make_generator("vllm", str(tmp_path)).identity

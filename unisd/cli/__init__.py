@@ -57,6 +57,7 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(COMMANDS[name][0])
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA_TRAIN:
+        missing = str(error.name).partition(".")[0]
+        if missing not in _EXTRA_TRAIN:
             raise
-        raise CommandError(f"{error.name} is not installed: pip install 'unisd-kernels[train]'") from error
+        raise CommandError(f"{missing} is not installed: pip install 'unisd-kernels[train]'") from error

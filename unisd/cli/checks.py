@@ -11,7 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations import get_available_reporting_integrations
+
 from unisd.cli.errors import CommandError
+from unisd.liger import why_no_liger
+from unisd.run.checkpoints import is_checkpoint
 from unisd.smollm2 import SMOLLM2
 
 _NO_PREDICTIONS = "an evaluation computes losses only; use `unisd eval` for scores of replies"
@@ -46,6 +50,19 @@ WITHOUT_EFFECT = {
     "use_cache": "training passes never use a cache, rollouts always do",
 }
 """Setting -> why a value other than the default does nothing here, and what to do instead."""
+
+# Tracker -> its package. Those that the list leaves out are transformers' to check.
+_TRACKERS = {
+    "clearml": "clearml",
+    "codecarbon": "codecarbon",
+    "comet_ml": "comet-ml",
+    "dvclive": "dvclive",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
 
 
 def _needs(name: str, value: object = True) -> tuple[str, Callable[[Mapping[str, Any]], bool]]:
@@ -161,6 +178,15 @@ def check_settings(instances: list[Any], given: Mapping[str, Any]) -> None:
         if old in given and new in given and given[old] != given[new]:
             raise CommandError(f"{old}={given[old]} and {new}={given[new]} contradict each other: they are one setting")
     _check_model(settings)
+    _check_trackers(settings["report_to"])
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Raise CommandError for a tracker whose package is missing."""
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name in _TRACKERS and name not in installed:
+            raise CommandError(f"report_to={name} needs a package that is not installed: pip install {_TRACKERS[name]}")
 
 
 def _check_model(settings: Mapping[str, Any]) -> None:
@@ -175,6 +201,8 @@ def _check_model(settings: Mapping[str, Any]) -> None:
     ):
         if not holds:
             raise CommandError(f"{number} must be {wanted}, got {settings[number]}")
+    if settings["use_liger_kernel"] and (reason := why_no_liger(settings["use_cpu"])):
+        raise CommandError(f"use_liger_kernel: {reason}")
     quantized = [bits for bits in ("load_in_4bit", "load_in_8bit") if settings[bits]]
     if quantized:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -213,9 +241,3 @@ def claim_output_dir(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"output_dir {folder} is not empty (it holds {held}): give --resume to go on from its newest checkpoint, "
             "--overwrite_output_dir to replace the run, or another --output_dir"
         )
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether its name is that of a checkpoint."""
-    prefix, _, step = folder.name.partition("-")
-    return prefix == "checkpoint" and step.isdigit() and folder.is_dir()

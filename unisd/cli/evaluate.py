@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int:
         help="of the weights; auto: bfloat16 on CUDA where it can, else float32",
     )
     parser.add_argument("--attn_implementation", "--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--count", type=positive, default=30, help="procedural: number of tasks")
     parser.add_argument(
         "--steps", type=positive, nargs="+", default=[1, 2, 3], help="procedural: numbers of steps, in turn"
@@ -58,6 +59,7 @@ def main(arguments: list[str]) -> int:
             "dtype": choose_dtype(options.dtype, device),
             "device": device,
             "attn_implementation": options.attn_implementation,
+            "trust_remote_code": options.trust_remote_code,
         }
         model, tokenizer = load_model(options.model, adapter=options.adapter, **loading)
         base = None if options.base is None else load_model(options.base, **loading)[0]

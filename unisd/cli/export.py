@@ -1,10 +1,11 @@
-"""`unisd export --ema`: the moving-average teacher of a run, as a model or an adapter of its own.
+"""`unisd export`: a checkpoint of a run as a model for others.
 
-    unisd export --ema runs/mine -o teacher
-    unisd export --ema runs/mine/checkpoint-200 -o teacher --merge
+    unisd export runs/a --ema -o teacher            # the moving-average teacher, as the run holds it
+    unisd export runs/a --ema --merge -o teacher    # an adapter added to its base
+    unisd export runs/a/checkpoint-100 --merge -o student
 
-The folder is a run's or a checkpoint's. Averages of all weights become a model; those of an adapter's factors an
-adapter, or with --merge a model; those of products (ema=merged) a model.
+Of a run its newest weights are taken. Without --ema it is the student.
+The average of ema=merged is always a whole model.
 """
 
 from __future__ import annotations
@@ -12,25 +13,37 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from unisd.cli.errors import CommandError, setting_up
+from unisd.cli.errors import setting_up
 from unisd.cli.parser import CommandParser
-from unisd.teachers.export import export_teacher
+from unisd.run.export import describe, export_model
 
 
 def main(arguments: list[str]) -> int:
     parser = CommandParser(
         prog="unisd export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="of a run, or of a checkpoint")
-    parser.add_argument("--ema", action="store_true", required=True, help="export the moving average")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--merge", action="store_true", help="an adapter's average as a whole model")
-    parser.add_argument("--base", help="the model below the adapter, where the adapter's own note of it does not hold")
+    parser.add_argument("source", type=Path, help="folder of a run, or of one of its checkpoints")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="new folder for the model")
+    parser.add_argument("--ema", action="store_true", help="the moving-average teacher instead of the student")
+    parser.add_argument("--merge", action="store_true", help="add an adapter to its base: a model of its own")
+    parser.add_argument("--base", help="the model below an adapter, where the adapter's own note of it does not hold")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of a whole model's weights; auto: as they were saved",
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     options = parser.parse_args(arguments)
-    if options.output.exists():
-        raise CommandError(f"{options.output} exists: give another -o FOLDER")
     with setting_up():
-        what = export_teacher(options.folder, options.output, merge=options.merge, base=options.base)
-    print(f"{what}: {options.output}")
-    print(f"next: unisd eval retention --model {options.output}")
+        exported = export_model(
+            options.source,
+            options.output,
+            ema=options.ema,
+            merge=options.merge,
+            base=options.base,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+        )
+    print(describe(exported))
     return 0

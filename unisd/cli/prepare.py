@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         raw = load_rows(options.data, split=options.split, config=options.dataset_config)
         if options.limit:
             raw = raw[: options.limit]
-        tokenizer = _tokenizer(options.model)
+        tokenizer = _tokenizer(options.model, options.trust_remote_code)
         prepared = prepare(
             raw,
             settings,
@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
                 _served_name(options),
                 batch_size=options.batch_size,
                 device=choose_device(options.device),
+                trust_remote_code=options.trust_remote_code,
             ),
             chats=options.generator != "transformers" or getattr(tokenizer, "chat_template", None) is not None,
             tokenizer=tokenizer,
@@ -140,6 +141,7 @@ def _parser() -> CommandParser:
     model.add_argument("--generator", default="transformers", help="transformers, vllm, or the URL of a server")
     model.add_argument("--served_model", help="the model's name at the server (default: the only one there)")
     model.add_argument("--device", default="auto", help="of the model, for --generator transformers")
+    model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     model.add_argument("--batch_size", type=positive, help="prompts generated together")
     model.add_argument("--isolation", choices=ISOLATIONS, default="bubblewrap", help="of code that is run")
     model.add_argument("--max_prompt_length", type=positive, help="rows with a longer view are dropped, in tokens")
@@ -151,10 +153,10 @@ def _served_name(options: argparse.Namespace) -> str:
     return (options.served_model or "") if options.generator.startswith("http") else options.model
 
 
-def _tokenizer(model: str) -> Any:
+def _tokenizer(model: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     source = resolve_model(model)
     if not is_local(source) and "/" not in source:
         print(f"unisd prepare: reading the tokenizer of {source} from the hub", file=sys.stderr)
-    return AutoTokenizer.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)

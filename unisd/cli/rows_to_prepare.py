@@ -69,15 +69,15 @@ def _prepare_and_keep(
     made += ["negatives by the model itself"] if settings.negatives == "model" else []
     made += ["negatives from other rows"] if settings.negatives == "other" else []
     say(config, f"preparing {len(raw)} rows" + (f": {' and '.join(made)}" if made else ""))
-    loaded = None
+    loaded, trust = None, config.trust_remote_code
     if settings.needs_model and data.generator == "transformers":
         dtype = "float32" if config.device.type == "cpu" else "auto"
-        loaded = load_model(model, dtype=dtype, device=config.device)
+        loaded = load_model(model, dtype=dtype, device=config.device, trust_remote_code=trust)
     chats = loaded is None or loaded[1].chat_template is not None
     prepared = prepare(
         raw,
         settings,
-        generator=lambda: make_generator(data.generator, model, loaded=loaded),
+        generator=lambda: make_generator(data.generator, model, loaded=loaded, trust_remote_code=trust),
         chats=chats,
         progress=not config.disable_tqdm,
     )

@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--row", type=natural, default=0, help="number of the row, from 0")
     parser.add_argument("--html", type=Path, help="write the page there (default: FOLDER/row-N.html)")
     parser.add_argument("--model", help="count the tokens of each view with this model's tokenizer")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with --model")
     parser.add_argument("--width", type=natural, help="columns of the terminal")
     options = parser.parse_args(arguments)
     if not is_prepared(options.folder):
@@ -42,7 +43,9 @@ def main(arguments: list[str]) -> int:
             from unisd.models import resolve_model
             from unisd.turns import encode_prompt
 
-            tokenizer = AutoTokenizer.from_pretrained(resolve_model(options.model))
+            tokenizer = AutoTokenizer.from_pretrained(
+                resolve_model(options.model), trust_remote_code=options.trust_remote_code
+            )
             chats = tokenizer.chat_template is not None
 
             def count(text: str) -> int:

@@ -2,56 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unisd.drift.schedule import NAME as DRIFT
 from unisd.modules import is_peft
-from unisd.prepare.folder import is_prepared
 from unisd.presets import get_preset
+from unisd.run.checkpoints import newest_complete
 from unisd.run.settings import FILE_NAME
 from unisd.teachers import EMATeacher
 
 if TYPE_CHECKING:
     from unisd.trainer import UniSDTrainer
 
+_LOG = "trainer_state.json"
 
-def summary(trainer: UniSDTrainer, dataset: str, scores: Mapping[str, float]) -> list[str]:
+
+def summary(trainer: UniSDTrainer, model: str, prepared: Path | None = None) -> str:
     """Lines for a terminal.
 
     Args:
-        dataset: as it was given.
-        scores: of the evaluation after training, if there was one.
+        model: name of the model before training.
+        prepared: folder of the rows, where `unisd show` can read them.
     """
-    args, history = trainer.args, trainer.state.log_history
+    sections = [
+        (f"{trainer.args.preset}: {get_preset(trainer.args.preset).description}", _results(trainer)),
+        ("where things are", _places(trainer, prepared)),
+        ("next", _commands(trainer, model, prepared)),
+    ]
+    width = max(len(name) for _, lines in sections for name in lines)
+    texts = []
+    for head, lines in sections:
+        texts += ["", head, *(f"  {name:<{width}}  {text}" for name, text in lines.items())]
+    return "\n".join(texts)
+
+
+def _results(trainer: UniSDTrainer) -> dict[str, str]:
+    history = trainer.state.log_history
+    lines = {}
+    for name, key, unit in (
+        ("loss", "loss", ""),
+        ("eval loss", "eval_loss", ""),
+        ("drift", DRIFT, " nats a token from the model before training, on chat"),
+    ):
+        values = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if values:
+            (_, begin), (last, end) = values[0], values[-1]
+            first = "" if key == DRIFT or len(values) == 1 else f"{begin:.4g} -> "
+            lines[name] = f"{first}{end:.4g}{unit} (step {last} of {trainer.state.max_steps})"
+    return lines
+
+
+def _places(trainer: UniSDTrainer, prepared: Path | None) -> dict[str, str]:
+    args = trainer.args
     folder = Path(str(args.output_dir))
-    adapter = is_peft(trainer.accelerator.unwrap_model(trainer.model))
-    lines = ["", f"{args.preset}: {get_preset(args.preset).description}"]
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    if losses:
-        (first, begin), (last, end) = losses[0], losses[-1]
-        lines.append(
-            f"  loss    {begin:.4g} (step {first}) -> {end:.4g} (step {last}), {trainer.state.global_step} steps"
-        )
-    drift = [entry[DRIFT] for entry in history if DRIFT in entry]
-    if drift:
-        lines.append(f"  drift     {drift[-1]:.3g} nats a token from the model before training, on chat")
-    lines += [f"  {name:<9} {value:.4g}" for name, value in sorted(scores.items()) if name == "eval_loss"]
-    places: dict[str, object] = {
-        "adapter" if adapter else "model": folder,
-        "card": folder / "README.md",
-        "settings": folder / FILE_NAME,
+    lines = {"adapter" if _is_adapter(trainer) else "model": str(folder)}
+    if isinstance(trainer.teacher, EMATeacher):
+        lines["teacher"] = f"{folder} (its moving average)"
+    newest = newest_complete(folder)
+    if newest is not None:
+        lines["checkpoint"] = str(newest)
+    lines |= {"card": str(folder / "README.md"), "settings": str(folder / FILE_NAME), "log": str(folder / _LOG)}
+    if args.log_completions:
+        lines["completions"] = str(folder / "completions")
+    if prepared is not None:
+        lines["rows"] = str(prepared)
+    others = [name for name in _trackers(trainer) if name not in ("tensorboard", "trackio")]
+    if others:
+        lines["tracker"] = ", ".join(others)
+    return lines
+
+
+def _commands(trainer: UniSDTrainer, model: str, prepared: Path | None) -> dict[str, str]:
+    args = trainer.args
+    folder = str(args.output_dir)
+    quoted = shlex.quote(folder)
+    against = "" if _is_adapter(trainer) else f" --base {shlex.quote(model)}"
+    lines = {
+        "evaluate": f"unisd eval procedural --model {quoted}",
+        "compare": f"unisd eval retention --model {quoted}{against}",
     }
     if isinstance(trainer.teacher, EMATeacher):
-        places["teacher"] = f"{folder} (its moving average)"
-    if args.report_to:
-        places["logs"] = ", ".join(args.report_to)
-    lines += ["", "where things are", *(f"  {name:<9} {place}" for name, place in places.items())]
-    lines += ["", "next", f"  unisd eval retention --model {folder}"]
-    if isinstance(trainer.teacher, EMATeacher):
-        lines.append(f"  unisd export --ema {folder} -o {folder}-teacher")
-    if is_prepared(dataset):
-        lines.append(f"  unisd show {dataset} --row 0")
-    lines.append(f"  python -c \"from unisd import load_model; model, tokenizer = load_model('{folder}')\"")
+        lines["teacher"] = f"unisd export --ema {quoted} -o {shlex.quote(folder.rstrip('/') + '-teacher')}"
+    if _is_adapter(trainer):
+        lines["merge"] = f"unisd export --merge {quoted} -o {shlex.quote(folder.rstrip('/') + '-merged')}"
+    if prepared is not None:
+        lines["look"] = f"unisd show {shlex.quote(str(prepared))} --row 0"
+    if "tensorboard" in _trackers(trainer):
+        lines["plots"] = f"tensorboard --logdir {shlex.quote(str(Path(folder) / 'runs'))}"
+    if "trackio" in _trackers(trainer):
+        lines["plots"] = f"trackio show --project {shlex.quote(str(args.project))}"
+    lines["load"] = f'from unisd import load_model; model, tokenizer = load_model("{folder}")'
     return lines
+
+
+def _trackers(trainer: UniSDTrainer) -> list[str]:
+    return list(trainer.args.report_to or ())
+
+
+def _is_adapter(trainer: UniSDTrainer) -> bool:
+    return is_peft(trainer.accelerator.unwrap_model(trainer.model))

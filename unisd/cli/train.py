@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from unisd.cli.checks import check_settings, claim_output_dir, is_checkpoint
+from unisd.cli.checks import check_settings, claim_output_dir
 from unisd.cli.data import DataArguments, check_data, evaluation_rows, has_evaluation, training_rows
 from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.model import ModelArguments, model_to_train
@@ -26,9 +26,13 @@ from unisd.cli.preset_defaults import preset_defaults
 from unisd.cli.settings import SettingsParser
 from unisd.cli.summary import summary
 from unisd.config import UniSDConfig
+from unisd.prepare.folder import folder_of
+from unisd.run.checkpoints import is_checkpoint
+from unisd.run.final_evaluation import FinalEvaluation
+from unisd.run.hub import keep_token_out, push_run
 from unisd.run.processes import ending_process_group
 from unisd.run.settings import resolved_settings
-from unisd.teachers import EMATeacher, save_teacher
+from unisd.teachers import STATE_FILE
 from unisd.trainer import UniSDTrainer
 
 
@@ -146,41 +150,18 @@ def main(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     with setting_up():
         settings = parse(arguments)
+        keep_token_out(settings.config)
         _prepare_output_dir(settings)
         trainer = build(settings)
-    trainer.train(resume_from_checkpoint=settings.resume)
-    scores = {}
     if has_evaluation(settings.data) and settings.config.eval_strategy == "no":
-        scores = trainer.evaluate()
-    trainer.save_model(settings.config.output_dir)
-    save_teacher_of(trainer)
-    trainer.create_model_card()
+        trainer.add_callback(FinalEvaluation())
+    trainer.train(resume_from_checkpoint=settings.resume)
+    trainer.save_finished()
     if settings.config.process_index == 0:
-        print("\n".join(summary(trainer, settings.data.dataset, scores)))
-    if settings.config.push_to_hub:
-        push(trainer)
+        print(summary(trainer, str(settings.model.model_name_or_path), folder_of(trainer.train_dataset)))
+    if settings.config.push_to_hub and (url := push_run(trainer)):
+        print(f"\npushed to {url}")
     return 0
-
-
-def save_teacher_of(trainer: UniSDTrainer) -> None:
-    """Keep the moving average beside the model, for `unisd export --ema`."""
-    if isinstance(trainer.teacher, EMATeacher) and trainer.is_world_process_zero():
-        save_teacher(trainer.teacher, str(trainer.args.output_dir), trainer.state.global_step)
-
-
-def push(trainer: UniSDTrainer) -> None:
-    """Push the saved model to the hub.
-
-    Raises:
-        CommandError: it cannot be pushed; what was saved stays.
-    """
-    try:
-        trainer.push_to_hub()
-    except Exception as error:  # of the network, the hub or git: whatever it is, the run is not lost
-        raise CommandError(
-            f"the model is saved in {trainer.args.output_dir} but could not be pushed to the hub "
-            f"({type(error).__name__}: {error}); push that folder later: hf upload"
-        ) from error
 
 
 def _prepare_output_dir(settings: Settings) -> None:
@@ -196,4 +177,5 @@ def _prepare_output_dir(settings: Settings) -> None:
         for checkpoint in checkpoints:
             print(f"deleting {checkpoint}, of the run that is overwritten", file=sys.stderr)
             shutil.rmtree(checkpoint)
+        (folder / STATE_FILE).unlink(missing_ok=True)  # it belongs to weights that will be gone
     folder.mkdir(parents=True, exist_ok=True)

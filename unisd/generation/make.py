@@ -10,7 +10,13 @@ from unisd.generation.interface import Generator
 
 
 def make_generator(
-    kind: str, model: str, *, batch_size: int | None = None, device: torch.device | str = "cpu", loaded: Any = None
+    kind: str,
+    model: str,
+    *,
+    batch_size: int | None = None,
+    device: torch.device | str = "cpu",
+    loaded: Any = None,
+    trust_remote_code: bool = False,
 ) -> Generator:
     """The generator that `kind` means.
 
@@ -20,6 +26,7 @@ def make_generator(
         batch_size: None for the kind's own.
         device: for "transformers": on the CPU float32 weights, elsewhere those of the checkpoint.
         loaded: `(model, tokenizer)` that are loaded already, for "transformers".
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         ValueError: another kind, or one that is not there.
@@ -33,11 +40,12 @@ def make_generator(
         from unisd.generation.vllm import VLLMGenerator
         from unisd.models import resolve_model
 
-        return VLLMGenerator(resolve_model(model), **size)
+        return VLLMGenerator(resolve_model(model), **size, trust_remote_code=trust_remote_code)
     if kind == "transformers":
         from unisd.generation.transformers import TransformersGenerator
         from unisd.models import load_model
 
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-        return TransformersGenerator(*(loaded or load_model(model, dtype=dtype, device=device)), **size)
+        loaded = loaded or load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return TransformersGenerator(*loaded, **size)
     raise ValueError(f"the generator must be transformers, vllm or a URL (http://...), got {kind!r}")

@@ -58,6 +58,13 @@ def load_prepared(folder: str | Path) -> Dataset:
     return load_from_disk(str(Path(folder).expanduser()))
 
 
+def folder_of(rows: Any) -> Path | None:
+    """The folder of prepared rows that a dataset, or a choice of its rows, was read from; None for any other."""
+    files = getattr(rows, "cache_files", None) or [{"filename": ""}]
+    folder = Path(files[0]["filename"]).parent
+    return folder if is_prepared(folder) else None
+
+
 def record_of(folder: str | Path) -> dict[str, Any]:
     """The record in a prepared folder."""
     return json.loads((Path(folder).expanduser() / RECORD).read_text(encoding="utf-8"))

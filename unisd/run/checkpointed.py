@@ -9,7 +9,7 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from unisd.run.checkpoints import keeping_all, mark_complete, resumable, rotate, unmark
-from unisd.run.disk import checkpoint_bytes, wait_for_room, weight_bytes
+from unisd.run.disk import beside_bytes, checkpoint_bytes, wait_for_room, weight_bytes
 from unisd.run.model_card import model_card, write_model_card
 from unisd.run.settings import write_settings
 
@@ -48,6 +48,18 @@ class CheckpointedTrainer(_Base):
         if self.args.should_save and not _internal_call:
             wait_for_room(output_dir or str(self.args.output_dir), weight_bytes(self), "the model")
         super().save_model(output_dir, _internal_call)
+
+    def save_finished(self) -> None:
+        """Save a finished run into its folder: the model, what a checkpoint of this trainer holds beside it, the log
+        (trainer_state.json) and the card. Pushes nothing (see `unisd.run.hub`)."""
+        folder = str(self.args.output_dir)
+        if self.args.should_save:
+            wait_for_room(folder, weight_bytes(self) + beside_bytes(self), "the model")
+        super().save_model(folder, _internal_call=True)
+        if self.args.should_save:
+            self.write_beside(folder)
+        self.save_state()
+        self.create_model_card()
 
     def create_model_card(  # type: ignore[override]  # TRL's signature, which is not transformers'
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

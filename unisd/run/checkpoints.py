@@ -131,12 +131,17 @@ def rotate(run_folder: str | os.PathLike[str], limit: int | None, keep: set[str]
         surplus -= 1
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it is a folder with the name of a checkpoint."""
+    return folder.is_dir() and _NAME.fullmatch(folder.name) is not None
+
+
 def _checkpoints(run_folder: str | os.PathLike[str]) -> list[Path]:
     """Folders of checkpoints by step, oldest first."""
     run_folder = Path(run_folder)
     if not run_folder.is_dir():
         return []
-    return sorted((path for path in run_folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)), key=_step)
+    return sorted(filter(is_checkpoint, run_folder.iterdir()), key=_step)
 
 
 def _step(folder: Path) -> int:

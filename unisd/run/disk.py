@@ -45,8 +45,6 @@ def checkpoint_bytes(trainer: Trainer) -> int:
 
     Before its first step the optimizer is taken for one with two numbers a trained weight, as Adam has.
     """
-    from unisd.teachers import EMATeacher
-
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = [
@@ -56,9 +54,15 @@ def checkpoint_bytes(trainer: Trainer) -> int:
         if isinstance(tensor, torch.Tensor)
     ]
     optimizer = _bytes(state) if state else 2 * _bytes(trained)
+    return weight_bytes(trainer) + optimizer + beside_bytes(trainer)
+
+
+def beside_bytes(trainer: Trainer) -> int:
+    """Size of the teacher's average, which is saved beside the model."""
+    from unisd.teachers import EMATeacher
+
     teacher = getattr(trainer, "teacher", None)
-    average = _bytes(teacher.tensors().values()) if isinstance(teacher, EMATeacher) else 0
-    return weight_bytes(trainer) + optimizer + average
+    return _bytes(teacher.tensors().values()) if isinstance(teacher, EMATeacher) else 0
 
 
 def check_room(folder: str | os.PathLike[str], needed: int, what: str) -> None:
@@ -66,8 +70,8 @@ def check_room(folder: str | os.PathLike[str], needed: int, what: str) -> None:
     free = free_bytes(folder)
     if free < needed:
         raise ValueError(
-            f"{what} takes {_shown(needed)}, but the disk of {folder} has {_shown(free)} left: make room, or choose "
-            "another output_dir"
+            f"{what} takes {shown_size(needed)}, but the disk of {folder} has {shown_size(free)} left: make room, or "
+            "choose another output_dir"
         )
 
 
@@ -84,8 +88,8 @@ def wait_for_room(
         waited = time.monotonic() - started
         if waited > 60 * minutes:
             raise OSError(
-                f"{what} takes {_shown(needed)}, but the disk of {folder} has {_shown(free)} left after {minutes:g} "
-                "minutes of waiting; what was saved before is untouched: make room and go on with --resume"
+                f"{what} takes {shown_size(needed)}, but the disk of {folder} has {shown_size(free)} left after "
+                f"{minutes:g} minutes of waiting; what was saved before is untouched: make room and go on with --resume"
             )
         if waited - told >= 60:
             told = waited
@@ -94,8 +98,8 @@ def wait_for_room(
                 "is lost yet",
                 folder,
                 what,
-                _shown(needed),
-                _shown(free),
+                shown_size(needed),
+                shown_size(free),
                 minutes,
             )
         time.sleep(poll_seconds)
@@ -105,5 +109,5 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _shown(size: int) -> str:
+def shown_size(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

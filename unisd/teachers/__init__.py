@@ -8,6 +8,7 @@ refer to weights that are swapped underneath it.
 
 from unisd.teachers.base import EMATeacher, SelfTeacher, Teacher, trained_parameters
 from unisd.teachers.checkpoint import STATE_FILE, load_teacher, save_teacher
+from unisd.teachers.export import Average, put_average, read_average
 from unisd.teachers.full import BaseTeacher, FullEMATeacher
 from unisd.teachers.lora import AdapterEMATeacher, MergedEMATeacher
 from unisd.teachers.make import make_teacher
@@ -16,6 +17,7 @@ from unisd.teachers.updates import TeacherUpdates
 __all__ = [
     "STATE_FILE",
     "AdapterEMATeacher",
+    "Average",
     "BaseTeacher",
     "EMATeacher",
     "FullEMATeacher",
@@ -25,6 +27,8 @@ __all__ = [
     "TeacherUpdates",
     "load_teacher",
     "make_teacher",
+    "put_average",
+    "read_average",
     "save_teacher",
     "trained_parameters",
 ]

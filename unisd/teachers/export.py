@@ -1,82 +1,116 @@
-"""The moving average of a run as a model, or an adapter, that `from_pretrained` loads."""
+"""The moving average of a checkpoint, put into a model for good."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from unisd.modules import is_peft
-from unisd.teachers.base import EMATeacher
-from unisd.teachers.checkpoint import STATE_FILE, load_teacher
-from unisd.teachers.lora import MergedEMATeacher
-from unisd.teachers.make import make_teacher
-from unisd_kernels.files import replacing
+from unisd.teachers.base import named_parameters, trained_parameters
+from unisd.teachers.checkpoint import STATE_FILE
+from unisd.teachers.lora import lora_layers
+
+_DELTA = ".delta"
 
 
-def export_teacher(folder: Path, output: Path, *, merge: bool = False, base: str | None = None) -> str:
-    """Write the average in `folder` to `output`, in one step.
+@dataclass(frozen=True)
+class Average:
+    """What a checkpoint says of its moving average.
 
-    Args:
-        folder: of a run or of a checkpoint, with the model and its average.
-        merge: of an adapter's factors: a whole model.
-        base: of an adapter; None for the one it names.
+    Attributes:
+        mode: "full", "adapter" or "merged".
+        updates: number of updates it was made of.
+        global_step: optimizer steps before it was saved.
+    """
 
-    Returns:
-        What was written, in words.
+    mode: str
+    updates: int
+    global_step: int
+
+
+def read_average(folder: str | os.PathLike[str]) -> Average:
+    """The description of the average in a checkpoint folder.
 
     Raises:
-        ValueError: no average there, or one of another model.
+        ValueError: the checkpoint has none.
     """
     from safetensors import safe_open
 
-    from unisd.models import is_adapter, load_model
-
-    file = folder / STATE_FILE
-    if not file.is_file():
+    path = Path(folder) / STATE_FILE
+    if not path.is_file():
         raise ValueError(
-            f"{folder} holds no moving average ({STATE_FILE}): train with ema=full, adapter or merged, or name one of "
-            "the run's checkpoints"
+            f"{folder} holds no moving-average teacher ({STATE_FILE}): the run had ema='none', so that its teacher was "
+            "the model itself, or the weights before training"
         )
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    mode, step = metadata["mode"], int(metadata["global_step"])
-    source: Any = (base, folder) if base is not None and is_adapter(folder) else (folder, None)
-    model, tokenizer = load_model(source[0], adapter=source[1])
-    _set_trainable(model)
-    teacher = make_teacher(model, teacher="self", ema=mode, decay=0.0)
-    assert isinstance(teacher, EMATeacher)
-    load_teacher(teacher, folder, step)
-    with replacing(output) as new:
-        if mode == "adapter" and not merge:
-            _put(model, teacher)
-            model.save_pretrained(str(new))
-            what = "adapter of the teacher's averages"
-        else:
-            _merged(model, teacher).save_pretrained(str(new))
-            what = "model with the teacher's weights"
-        tokenizer.save_pretrained(str(new))
-    return what
-
-
-def _set_trainable(model: Any) -> None:
-    """Make those weights require a gradient that did in training, by which a teacher finds them."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not is_peft(model) or "lora_" in name or "modules_to_save" in name)
+    with safe_open(path, framework="pt") as reader:
+        metadata = reader.metadata()
+    return Average(metadata["mode"], int(metadata["updates"]), int(metadata["global_step"]))
 
 
 @torch.no_grad()
-def _put(model: Any, teacher: EMATeacher) -> None:
-    parameters = dict(model.named_parameters())
-    for name, average in teacher.tensors().items():
-        parameters[name].copy_(average)
+def put_average(model: Any, folder: str | os.PathLike[str]) -> Any:
+    """Give a model the weights of the average in a checkpoint, rounded to its own dtype.
+
+    Args:
+        model: the student of the checkpoint, with its adapter where it has one; changed in place.
+
+    Returns:
+        The model. For the mode "merged", whose average no adapter can hold, that is its base with the average added to
+        the weights.
+
+    Raises:
+        ValueError: no average, or one of another model.
+    """
+    from safetensors import safe_open
+
+    average = read_average(folder)
+    if (average.mode != "full") != is_peft(model):
+        raise ValueError(
+            f"{folder} holds the average of ema={average.mode!r}, which does not fit a model "
+            f"{'with' if is_peft(model) else 'without'} an adapter"
+        )
+    with safe_open(Path(folder) / STATE_FILE, framework="pt") as reader:
+        names = set(reader.keys())
+        layers = lora_layers(model) if average.mode == "merged" else {}
+        deltas = {f"{name}{_DELTA}": layer for name, layer in layers.items()}
+        parameters = trained_parameters(model) if average.mode == "adapter" else named_parameters(model)
+        # Frozen weights are those of the checkpoint; with LoRA every trained one has an average.
+        known = names & parameters.keys() if average.mode == "full" else {*deltas, *(names & parameters.keys())}
+        missing = parameters.keys() - names if average.mode == "adapter" else deltas.keys() - names
+        _check_names([*(names - known), *missing], folder)
+        for name in sorted(names):
+            # One tensor at a time: the average of a large model is twice its size.
+            tensor = reader.get_tensor(name)
+            if name in deltas:
+                weight = deltas[name].get_base_layer().weight
+                _check_shape(name, tensor, weight)
+                weight.copy_(weight.float() + tensor.to(weight.device))
+            else:
+                _check_shape(name, tensor, parameters[name])
+                parameters[name].copy_(tensor)
+    if average.mode != "merged":
+        return model
+    for layer in layers.values():  # what they add is in the weights
+        for part in layer.lora_B.values():
+            part.weight.zero_()
+    return model.merge_and_unload()
 
 
-@torch.no_grad()
-def _merged(model: Any, teacher: EMATeacher) -> Any:
-    """The whole model with the averages in it."""
-    if isinstance(teacher, MergedEMATeacher):
-        return teacher.merge_into(model)
-    _put(model, teacher)
-    return model.merge_and_unload() if is_peft(model) else model
+def _check_names(differing: Iterable[str], folder: str | os.PathLike[str]) -> None:
+    names = sorted(differing)
+    if names:
+        raise ValueError(
+            f"the average in {folder} belongs to another model or adapter: {len(names)} names differ, the first is "
+            f"{names[0]!r}"
+        )
+
+
+def _check_shape(name: str, tensor: torch.Tensor, weight: nn.Parameter) -> None:
+    if tensor.shape != weight.shape:
+        raise ValueError(f"{name!r} of the average is {tuple(tensor.shape)}, expected {tuple(weight.shape)}")

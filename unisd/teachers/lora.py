@@ -57,7 +57,7 @@ class MergedEMATeacher(EMATeacher):
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(decay)
         _require_peft(model, self.mode)
-        layers = _lora_layers(model)
+        layers = lora_layers(model)
         self._deltas = {name: _product(layer) for name, layer in layers.items()}
         adapter = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
         self._others = {
@@ -67,13 +67,13 @@ class MergedEMATeacher(EMATeacher):
         }
 
     def follow(self, model: nn.Module) -> None:
-        layers = _lora_layers(model)
+        layers = lora_layers(model)
         _move(self._deltas, {name: layer.lora_B[_adapters(layer)[0]].weight for name, layer in layers.items()})
         _move(self._others, named_parameters(model))
 
     @contextmanager
     def _weights(self, model: nn.Module) -> Iterator[nn.Module]:
-        layers = _lora_layers(model)
+        layers = lora_layers(model)
         silenced = {
             f"{name}.lora_B.{adapter}.weight": torch.zeros_like(layer.lora_B[adapter].weight)
             for name, layer in layers.items()
@@ -89,23 +89,11 @@ class MergedEMATeacher(EMATeacher):
     def head(self, model: nn.Module) -> LMHead | None:
         return model_head(model).detach() if head_is_trained(model) else None
 
-    @torch.no_grad()
-    def merge_into(self, model: Any) -> Any:
-        """The base of a PEFT model with the averages in its weights; the adapter is gone."""
-        parameters = named_parameters(model)
-        for name, value in self._others.items():
-            parameters[name].copy_(value)
-        for name, layer in _lora_layers(model).items():
-            layer.get_base_layer().weight.add_(self._deltas[name])
-            for adapter in _adapters(layer):
-                layer.lora_B[adapter].weight.zero_()
-        return model.merge_and_unload()
-
     def tensors(self) -> dict[str, torch.Tensor]:
         return {**{f"{name}.delta": delta for name, delta in self._deltas.items()}, **self._others}
 
     def _update(self, model: nn.Module) -> None:
-        layers = _lora_layers(model)
+        layers = lora_layers(model)
         for name, delta in self._deltas.items():  # one dense product at a time
             ema_update_([delta], [_product(layers[name])], self.decay)
         student = named_parameters(model)
@@ -144,7 +132,7 @@ def _swapped(model: nn.Module, values: dict[str, torch.Tensor]) -> Iterator[None
             parameters[name].data = original
 
 
-def _lora_layers(model: nn.Module) -> dict[str, Any]:
+def lora_layers(model: nn.Module) -> dict[str, Any]:
     """The LoRA layers of a model by name.
 
     Raises:
