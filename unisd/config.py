@@ -23,6 +23,17 @@ from unisd_kernels.config import LossConfig, check_choice, check_number
 _EMA_MODES = ("none", "auto", "full", "adapter", "merged")
 
 
+# With supervised fine-tuning: what a preset sets and acts; other settings that do not act, with their defaults.
+_OF_SFT = {"normalization", "num_train_epochs", "max_prompt_length", "max_completion_length"}
+_WITHOUT_TEACHER = {
+    "agreement_fraction": 1.0,
+    "clip_quantile": 0.0,
+    "mask_truncated_completions": False,
+    "teacher_template": None,
+    "top_entropy_quantile": 1.0,
+}
+
+
 def _from_preset(help_text: str) -> Any:
     """A field that takes its value from the preset unless it is given."""
     return field(default=None, metadata={"help": f"{help_text} Default: from the preset."})
@@ -256,7 +267,19 @@ class UniSDConfig(DistillationConfig):
             setattr(self, name, getattr(preset, name))
         # As the limit is known further on: None for none.
         self.max_prompt_length = self.max_prompt_length or None
+        if preset.method == "sft":
+            self._refuse_teachers(changed)
         self._warn_about_unused(changed)
+
+    def _refuse_teachers(self, changed: set[str]) -> None:
+        """Raise ValueError for settings of a teacher beside supervised fine-tuning, which has none."""
+        given = sorted(changed - _OF_SFT)
+        given += [name for name, idle in _WITHOUT_TEACHER.items() if getattr(self, name) != idle]
+        if given:
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])!r} has no effect with preset={self.preset!r}, whose loss is the "
+                "cross-entropy of the demonstrations: there is no teacher and nothing is sampled"
+            )
 
     def _warn_about_unused(self, changed: set[str]) -> None:
         """Say which settings were given, differ from the preset and still do nothing."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 
+from unisd.batch import counted_mask
 from unisd_kernels import UniSDLoss
 
 if TYPE_CHECKING:
@@ -115,6 +116,9 @@ class LossMetrics:
             num_sequences = result.inputs.num_sequences
             spent = num_sequences if selective is None else selective.num_scored
             window.add("auxiliary_share", torch.tensor(float(spent), device=loss.loss.device), num_sequences)
+        if self._args.top_entropy_quantile < 1.0:
+            kept = torch.tensor(float(result.inputs.num_rows), device=loss.loss.device)
+            window.add("top_entropy_share", kept, counted_mask(result.batch).sum())
         self._has_entropy = loss.student_entropy is not None
 
     def flush(self, mode: str, metrics: dict[str, list[float]], step: int) -> None:

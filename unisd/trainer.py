@@ -226,6 +226,10 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
     def _prompt_ids(self, prompts: list[Prompt]) -> list[list[int]]:
         return self._tokenize_prompts(prompts)[0]
 
+    def _demonstrations(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> list[list[int]]:
+        options: Any = self.chat_template_kwargs
+        return demonstration_ids(rows, prompts, self._tokenizer, self.chat_template, options)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # Before the rollout, so that a bad row costs nothing.
         views = collect_views(inputs, self._contexts, self.rows.checker.frame)
@@ -239,8 +243,7 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             )
         inputs = [{**row, "prompt": prompt} for row, prompt in zip(inputs, views.student, strict=True)]
         if self.args.is_supervised:
-            options: Any = self.chat_template_kwargs
-            self._given = demonstration_ids(inputs, views.student, self._tokenizer, self.chat_template, options)
+            self._given = self._demonstrations(inputs, views.student)
         self._empty.begin()
         with self._profile.phase("rollout"):
             output = super()._generate_and_score_completions(inputs)

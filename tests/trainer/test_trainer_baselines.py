@@ -58,6 +58,16 @@ def test_sft_without_demonstrations_names_the_column(tmp_path):
         tiny_run.trainer(tmp_path, preset="sft")
 
 
+def test_sft_leaves_out_demonstrations_that_are_too_long(tmp_path):
+    items = [{"prompt": "w5 w6", "demonstration": tiny_run.words(3 * i, 3)} for i in range(4)]
+    items[2]["demonstration"] = tiny_run.words(0, 6)  # and its EOS
+    run = tiny_run.trainer(tmp_path, items=items, cls=UniSDTrainer, preset="sft", per_device_train_batch_size=3)
+    assert run.rows.reports["train_dataset"].overlong == {2: "more than max_completion_length=6"}
+    run.train()
+    with pytest.raises(ValueError, match=r"(?s)1 of 4 rows cannot be used.*max_completion_length=6"):
+        tiny_run.trainer(tmp_path, items=items, cls=UniSDTrainer, preset="sft", overlong="error")
+
+
 @pytest.mark.parametrize("preset", ["sdft", "gkd"])
 def test_a_baseline_trains(tmp_path, preset):
     run = tiny_run.trainer(tmp_path, preset=preset, max_steps=4, learning_rate=0.5)
@@ -138,4 +148,24 @@ def test_the_most_entropic_tokens_alone_make_the_loss(tmp_path, normalization):
     inputs = tiny_run.reference_inputs(model, items, 0, False, keep=keep)
     expected = unisd_loss(**inputs.arguments(), temperature=0.7, normalization=normalization, impl="reference").loss
     share = chosen.sum() / (0.5 * chosen.numel()) if normalization == "token" else 1.0
-    assert tiny_run.losses(run)[0] == pytest.approx(float(expected * share), rel=1e-5)
+    assert tiny_run.losses(run)[0] == pytest.approx((expected * share).item(), rel=1e-5)
+    kept = chosen.sum().item() / chosen.numel()
+    assert tiny_run.logged(run, "unisd/top_entropy_share") == [pytest.approx(kept, abs=1e-4)]
+
+
+@pytest.mark.filterwarnings("ignore:unisd_loss got no rows")
+def test_a_step_of_nothing_but_truncated_completions_changes_nothing(tmp_path):
+    class Truncated(tiny_run.FixedRollouts):
+        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+            return [completion_of(ids)[:-1] for ids in prompt_ids]
+
+    model = tiny_run.llama()
+    settings = {"preset": "unisd_star", "ema": "none", "agreement_fraction": 0.5, "per_device_train_batch_size": 2}
+    run = tiny_run.trainer(
+        tmp_path, model, cls=Truncated, mask_truncated_completions=True, gradient_accumulation_steps=2, **settings
+    )
+    run.train()
+    assert tiny_run.losses(run) == [0.0]
+    assert tiny_run.logged(run, "unisd/masked_completions") == [4.0]
+    for name, weight in tiny_run.llama().state_dict().items():
+        assert model.state_dict()[name].equal(weight), name

@@ -63,6 +63,16 @@ def test_preset_holds_the_recipe(tmp_path, preset):
     assert args.normalization == ("token" if name == "sft" else "sequence")
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"agreement": "token"}, {"ema": "full"}, {"teacher": "base"}, {"beta": 0.5}, {"top_entropy_quantile": 0.5}],
+    ids=str,
+)
+def test_supervised_fine_tuning_refuses_what_it_has_not(tmp_path, setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* has no effect with preset='sft'"):
+        tiny_run.config(tmp_path, preset="sft", **setting)
+
+
 def test_default_preset_is_unisd_star(tmp_path):
     assert UniSDConfig(str(tmp_path), use_cpu=True).agreement_gamma == 0.001
 

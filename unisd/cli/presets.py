@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import textwrap
 from dataclasses import fields
 
 from unisd.cli.errors import CommandError
@@ -24,14 +25,22 @@ def main(arguments: list[str]) -> int:
     if options.name not in PRESETS:
         raise CommandError(f"there is no preset {options.name!r}{nearest(options.name, PRESETS)}")
     preset, plain = PRESETS[options.name], Preset("")
-    print(f"{options.name}: {preset.description}\n")
+    columns = shutil.get_terminal_size((80, 24)).columns
+    print(textwrap.fill(f"{options.name}: {preset.description}", columns), end="\n\n")
     for entry in fields(Preset):
         if entry.name in preset_fields():
             value = getattr(preset, entry.name)
-            print(f"  {entry.name:<22} {value}{'' if value == getattr(plain, entry.name) else '  *'}")
+            _print(entry.name, value, differs=value != getattr(plain, entry.name))
     if is_paper(options.name):
         for name, value in PAPER_LORA.items():
-            print(f"  {name:<22} {', '.join(value) if isinstance(value, list) else value}  *")
-        print(f"  {'contexts':<22} retrieval  *\n  {'micro-batch':<22} 16, 8 or 4 by size, halved for UniSD*  *")
+            _print(name, ", ".join(value) if isinstance(value, list) else value, differs=True)
+        _print("contexts", "retrieval", differs=True)
+        _print("micro-batch", "16 below 1B parameters, 8 below 5B, else 4; half of it for UniSD*", differs=True)
     print("\n* differs from plain self-distillation")
     return 0
+
+
+def _print(name: str, value: object, *, differs: bool) -> None:
+    width = max(40, shutil.get_terminal_size((80, 24)).columns)
+    first, *others = textwrap.wrap(f"{value}{'  *' if differs else ''}", width - 26) or [""]
+    print(f"  {name:<22} {first}", *(f"{'':<25}{other}" for other in others), sep="\n")

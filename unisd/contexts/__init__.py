@@ -2,6 +2,7 @@
 
 from unisd.contexts.columns import (
     CONTEXT_COLUMNS,
+    DEMONSTRATION,
     ContextSpec,
     RowViews,
     build_teacher_prompt,
@@ -15,6 +16,7 @@ from unisd.contexts.tokens import LengthLimit, tokenize_views
 
 __all__ = [
     "CONTEXT_COLUMNS",
+    "DEMONSTRATION",
     "FRAMES",
     "TEACHER_TEMPLATE",
     "ContextSpec",

@@ -30,6 +30,9 @@ CONTEXT_COLUMNS = (
 )
 """Columns kept besides `prompt`."""
 
+DEMONSTRATION = "demonstration"
+"""Name, among those of the views, of the gold answer that supervised fine-tuning reads as the completion."""
+
 
 @dataclass(frozen=True)
 class ContextSpec:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from unisd.batch import padded
-from unisd.contexts.columns import RowViews
+from unisd.contexts.columns import DEMONSTRATION, RowViews
 from unisd.turns import Prompt
 
 
@@ -49,7 +49,10 @@ class LengthLimit:
         )
 
     def excess(self, view: str, length: int) -> str | None:
-        """Reason why a context of this view and length is too long, or None if it is not."""
+        """Reason why a context of this view and length (or a demonstration, which is a completion) is too long, or None
+        if it is not."""
+        if view == DEMONSTRATION:
+            return f"more than max_completion_length={self.completion}" if length > self.completion else None
         if self.prompt is not None and length > self.prompt:
             return f"more than max_prompt_length={self.prompt}"
         if self.total is not None and length + self.completion > self.total:

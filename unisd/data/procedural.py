@@ -200,7 +200,7 @@ def procedural_rows(
         - `teacher_prompt`: list of messages, the question with its own correct reply (privileged);
         - `auxiliary_prompts`: K lists of messages, the question after another task with its correct reply;
         - `negative_prompt`: list of messages, as `teacher_prompt`, with a wrong reply;
-        - `completion`: str, the correct reply;
+        - `completion` and `demonstration`: str, the correct reply;
         - `answer`: int; `num_steps`: int; `task_id`: str.
 
     Raises:
@@ -265,6 +265,7 @@ def _row(task: ProceduralTask, others: Sequence[ProceduralTask], wrong_trace: st
         "auxiliary_prompts": [example_prompt(task.question, other.question, other.gold_trace) for other in others],
         "negative_prompt": demonstration_prompt(task.question, wrong_trace),
         "completion": task.gold_trace,
+        "demonstration": task.gold_trace,
         "answer": task.answer,
         "num_steps": len(task.steps),
         "task_id": task.task_id,

@@ -35,7 +35,13 @@ def cache_file(dataset: Any, checker: RowChecker, tokenizer: Any, template_optio
         "dataset": [fingerprint, len(dataset), str(getattr(dataset, "features", ""))],
         "tokenizer": _tokenizer_key(tokenizer),
         "template": repr(sorted(template_options.items(), key=lambda item: item[0])),
-        "views": [checker.spec.num_auxiliary, checker.spec.negative, checker.spec.preset, str(checker.spec.template)],
+        "views": [
+            checker.views,
+            checker.spec.num_auxiliary,
+            checker.spec.negative,
+            checker.spec.preset,
+            str(checker.spec.template),
+        ],
         "frame": repr(checker.frame.name),
         "num_embeddings": checker.num_embeddings,
     }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, PromptFrame, view_names, views_of_row
+from unisd.contexts import CONTEXT_COLUMNS, DEMONSTRATION, ContextSpec, PromptFrame, view_names, views_of_row
 from unisd.turns import Prompt
 
 OVERLONG = ("drop", "error")
@@ -57,17 +57,20 @@ class RowChecker:
         frame: in which they stand.
         tokenize: prompts, all strings or all conversations, to lists of ids.
         num_embeddings: ids must be below it; None if the model does not tell.
+        demonstrations: ids of the demonstrations of some rows, whose student's prompts come second; None where they are
+            not trained on.
     """
 
     spec: ContextSpec
     frame: PromptFrame
     tokenize: Callable[[list[Prompt]], list[list[int]]]
     num_embeddings: int | None = None
+    demonstrations: Callable[[list[Mapping[str, Any]], list[Prompt]], list[list[int]]] | None = None
 
     @property
     def views(self) -> list[str]:
         """Names of the views, as columns of `Measured.lengths`."""
-        return view_names(self.spec)
+        return [*view_names(self.spec), *([DEMONSTRATION] if self.demonstrations is not None else [])]
 
     def measure(self, rows: Sequence[Mapping[str, Any]]) -> Measured:
         """Read the views of some rows and count their tokens."""
@@ -79,7 +82,7 @@ class RowChecker:
                 framed[i] = views_of_row(row, self.spec, self.frame)
             except (ValueError, TypeError) as error:
                 faults[i] = str(error)
-        for column, view in enumerate(self.views):
+        for column, view in enumerate(view_names(self.spec)):
             # A batch for the tokenizer has one form.
             for form in (str, list):
                 chosen = [i for i, views in framed.items() if i not in faults and isinstance(views[view], form)]
@@ -92,6 +95,10 @@ class RowChecker:
                             f"the {view} holds token id {max(ids)}, but the model has {self.num_embeddings} "
                             "embeddings; give the model's own tokenizer, or resize the embeddings"
                         )
+        if self.demonstrations is not None:
+            good = [i for i in framed if i not in faults]
+            replies = self.demonstrations([rows[i] for i in good], [framed[i]["prompt"] for i in good])
+            lengths[good, -1] = [len(ids) for ids in replies]
         lengths[list(faults)] = 0
         return Measured(lengths, faults, np.array([_has_string(row) for row in rows], bool))
 

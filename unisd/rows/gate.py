@@ -81,7 +81,13 @@ class RowGate:
         options = {**options, "chat_template": trainer.chat_template}
         frame = PromptFrame.of(trainer.args.prompt_frame, tokenizer, options)
         return cls(
-            RowChecker(contexts, frame, trainer._prompt_ids, num_embeddings),
+            RowChecker(
+                contexts,
+                frame,
+                trainer._prompt_ids,
+                num_embeddings,
+                trainer._demonstrations if contexts.supervised else None,
+            ),
             LengthLimit.of_run(trainer.args, student.config),
             args=trainer.args,
             accelerator=trainer.accelerator,

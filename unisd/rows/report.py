@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from unisd.contexts import LengthLimit
+from unisd.contexts import DEMONSTRATION, LengthLimit
 from unisd.rows.check import Measured
 
 _SHOWN_ROWS = 20
@@ -49,6 +49,8 @@ class RowReport:
         """Position -> the limit that the row exceeds, of the rows that are good but for their length."""
         lengths = self.measured.lengths
         limits = [n for n in (self.limit.prompt, self.limit.total, self.limit.rollout) if n is not None]
+        if DEMONSTRATION in self.views:
+            limits.append(2 * self.limit.completion)  # it is to be no longer than a completion
         if not limits:
             return {}
         out: dict[int, str] = {}
