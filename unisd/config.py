@@ -12,7 +12,7 @@ from trl.trainer.utils import get_config_model_id
 
 from unisd.config_ranges import check_ranges
 from unisd.contexts import FRAMES
-from unisd.contexts.template import TEACHER_TEMPLATE, TeacherTemplate
+from unisd.contexts.template import TeacherTemplate
 from unisd.liger import liger_settings
 from unisd.presets import get_preset, preset_fields
 from unisd.rows import OVERLONG
@@ -317,7 +317,7 @@ class UniSDConfig(DistillationConfig):
         check_number("temperature", self.temperature, low=0.0, open_low=True)
         check_ranges(self)
         check_number("top_entropy_quantile", self.top_entropy_quantile, low=0.0, high=1.0, open_low=True)
-        TeacherTemplate(self.teacher_template or TEACHER_TEMPLATE, self.study_sentence)
+        TeacherTemplate.of(self)  # refuses what is no template
         for name, low in (
             ("num_auxiliary", 1),
             ("sync_steps", 1),

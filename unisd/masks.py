@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def truncated(completion_ids: torch.Tensor, completion_mask: torch.Tensor, end_i
 
 def most_entropic(entropies: torch.Tensor, share: float) -> torch.Tensor:
     """[n] ascending places of the ceil(share N) largest of N entropies, the first of equal ones."""
-    count = max(1, -int(-share * entropies.numel() // 1)) if entropies.numel() else 0
+    count = math.ceil(share * entropies.numel())
     order = torch.sort(entropies, descending=True, stable=True).indices
     return order[:count].sort().values
 

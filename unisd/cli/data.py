@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,15 +127,19 @@ def _rows(data: DataArguments, source: str, split: str, config: UniSDConfig, mod
         return load_prepared(source)
     if not is_local(source):
         rows = load_dataset(source, data.dataset_config, split=split)
-        if "prompt" in rows.column_names and {"teacher_prompt", "privileged_context"} & set(rows.column_names):
+        if _have_views(rows.column_names):
             _check_idle(data, source)
             return rows
     raw = load_rows(source, split=split, config=data.dataset_config)
-    names = {name for row in raw for name in row}
-    if "prompt" in names and names & {"teacher_prompt", "privileged_context"}:
+    if _have_views({name for row in raw for name in row}):
         _check_idle(data, source)
         return Dataset.from_list(raw)
     return prepared_rows(raw, data, config, model)
+
+
+def _have_views(columns: Collection[str]) -> bool:
+    """Whether rows with these columns are the trainer's own, and not questions and answers."""
+    return "prompt" in columns and not {"teacher_prompt", "privileged_context"}.isdisjoint(columns)
 
 
 def _check_idle(data: DataArguments, source: str) -> None:

@@ -15,7 +15,6 @@ that was killed goes on where it was. No answer is ever printed.
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,16 @@ from unisd.cli.device import choose_device
 from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.parser import CommandParser, natural, positive
 from unisd.contexts import LengthLimit
-from unisd.contexts.template import TEACHER_TEMPLATE, TeacherTemplate
+from unisd.contexts.template import TeacherTemplate
 from unisd.generation import make_generator
 from unisd.models import SMOLLM2, resolve_model
 from unisd.prepare.folder import is_prepared, save_prepared
 from unisd.prepare.pipeline import prepare
 from unisd.prepare.settings import CONTEXTS, NEGATIVES, PrepareSettings
-from unisd.prepare.sources import is_local, load_rows
+from unisd.prepare.sources import load_rows
 from unisd.sandbox import ISOLATIONS
 from unisd.tasks import KINDS, Columns
+from unisd.text_tokenizer import load_tokenizer
 
 
 def main(arguments: list[str]) -> int:
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         raw = load_rows(options.data, split=options.split, config=options.dataset_config)
         if options.limit:
             raw = raw[: options.limit]
-        tokenizer = _tokenizer(options.model, options.trust_remote_code)
+        tokenizer = load_tokenizer(resolve_model(options.model), trust_remote_code=options.trust_remote_code)
         prepared = prepare(
             raw,
             settings,
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
             ),
             chats=options.generator != "transformers" or getattr(tokenizer, "chat_template", None) is not None,
             tokenizer=tokenizer,
-            limit=LengthLimit(options.max_prompt_length, None, options.max_completion_length),
+            limit=LengthLimit(options.max_prompt_length, None),
         )
         given = {name: value for name, value in vars(options).items() if name not in ("output", "overwrite")}
         save_prepared(prepared, folder, given)
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
 
 
 def settings_of(options: Any) -> PrepareSettings:
-    """The settings that some options mean (of this command, or of `unisd train`).
+    """The settings that the options mean.
 
     Raises:
         ValueError: see `PrepareSettings`.
@@ -84,16 +84,10 @@ def settings_of(options: Any) -> PrepareSettings:
         num_auxiliary=options.num_auxiliary,
         demos_per_context=options.demos_per_context,
         context_pool=options.context_pool,
-        columns=Columns(
-            options.prompt_column,
-            options.answer_column,
-            options.choices_column,
-            options.tests_column,
-            options.explanation_column,
-        ),
+        columns=Columns.of(options),
         kind=options.task,
         shuffle_choices=options.shuffle_choices,
-        template=TeacherTemplate(options.teacher_template or TEACHER_TEMPLATE, options.study_sentence),
+        template=TeacherTemplate.of(options),
         seed=options.seed,
         retries=options.retries,
         isolation=options.isolation,
@@ -145,18 +139,8 @@ def _parser() -> CommandParser:
     model.add_argument("--batch_size", type=positive, help="prompts generated together")
     model.add_argument("--isolation", choices=ISOLATIONS, default="bubblewrap", help="of code that is run")
     model.add_argument("--max_prompt_length", type=positive, help="rows with a longer view are dropped, in tokens")
-    model.add_argument("--max_completion_length", type=natural, default=0, help=argparse.SUPPRESS)
     return parser
 
 
 def _served_name(options: argparse.Namespace) -> str:
     return (options.served_model or "") if options.generator.startswith("http") else options.model
-
-
-def _tokenizer(model: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    source = resolve_model(model)
-    if not is_local(source) and "/" not in source:
-        print(f"unisd prepare: reading the tokenizer of {source} from the hub", file=sys.stderr)
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)

@@ -9,8 +9,6 @@ from typing import Any
 from unisd.models import SMOLLM2, is_adapter, resolve_model
 from unisd.presets import PAPER_LORA, is_paper, paper_micro_batch
 
-_ACCUMULATION = 4
-
 
 def preset_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults of settings that nobody gave.
@@ -22,7 +20,7 @@ def preset_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     if not is_paper(preset):
         return {}
     name = str(given.get("model_name_or_path") or SMOLLM2)
-    defaults: dict[str, Any] = {**PAPER_LORA, "contexts": "retrieval", "gradient_accumulation_steps": _ACCUMULATION}
+    defaults: dict[str, Any] = {**PAPER_LORA, "contexts": "retrieval"}
     if given.get("use_peft") is False:
         defaults = {key: value for key, value in defaults.items() if key not in PAPER_LORA}
     if not is_adapter(name):  # which is refused later, with a better message

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from unisd.cli.errors import CommandError
 from unisd.config import UniSDConfig
-from unisd.contexts.template import TEACHER_TEMPLATE, TeacherTemplate
+from unisd.contexts.template import TeacherTemplate
 from unisd.generation import make_generator
 from unisd.models import load_model, weights_stamp
 from unisd.prepare.folder import is_prepared, load_prepared, save_prepared
@@ -96,11 +96,9 @@ def settings_of_run(data: DataArguments, config: UniSDConfig) -> PrepareSettings
         num_auxiliary=config.num_auxiliary if config.uses_agreement and not config.is_supervised else 0,
         demos_per_context=data.demos_per_context,
         context_pool=data.context_pool if config.uses_agreement else 0,
-        columns=Columns(
-            data.prompt_column, data.answer_column, data.choices_column, data.tests_column, data.explanation_column
-        ),
+        columns=Columns.of(data),
         kind=data.task,
-        template=TeacherTemplate(config.teacher_template or TEACHER_TEMPLATE, config.study_sentence),
+        template=TeacherTemplate.of(config),
         seed=config.seed,
         isolation=data.isolation,
     )

@@ -38,14 +38,11 @@ def main(arguments: list[str]) -> int:
             raise CommandError(f"--row {options.row}: {options.folder} has the rows 0 to {len(rows) - 1}")
         count = None
         if options.model is not None:
-            from transformers import AutoTokenizer
-
             from unisd.models import resolve_model
+            from unisd.text_tokenizer import load_tokenizer
             from unisd.turns import encode_prompt
 
-            tokenizer = AutoTokenizer.from_pretrained(
-                resolve_model(options.model), trust_remote_code=options.trust_remote_code
-            )
+            tokenizer = load_tokenizer(resolve_model(options.model), trust_remote_code=options.trust_remote_code)
             chats = tokenizer.chat_template is not None
 
             def count(text: str) -> int:

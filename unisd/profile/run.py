@@ -59,7 +59,7 @@ class ProfiledRun(TrainerCallback):
         self._profile.begin_step()  # the next one: its rollout comes before any other sign of it
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._profile._began = None
+        self._profile.stop()
         if not state.is_world_process_zero or not self._profile.steps:
             return
         numbers, picture = write(self._profile, Path(args.output_dir))

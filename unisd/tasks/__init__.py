@@ -1,6 +1,7 @@
 """Kinds of task: what a row of each kind is, how its views are written, what a wrong answer to it must satisfy.
 
 base.py              `Example`, `Task`, `Rejected`: the interface
+rejected.py          the refusal of a row or of a reply
 columns.py           which column is what, and of which kind rows are
 open_answer.py       any question with an answer in words
 multiple_choice.py   ScienceQA, CoS-E, GPQA, rows with choices

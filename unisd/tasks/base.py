@@ -13,16 +13,12 @@ from random import Random
 from typing import Any, ClassVar
 
 from unisd.contexts.template import STUDY
+from unisd.tasks import instructions
 from unisd.tasks.columns import Columns
+from unisd.tasks.rejected import Rejected
 from unisd.turns import Prompt
 
-
-class Rejected(ValueError):
-    """A row, or a model's reply, that cannot be used.
-
-    The message is a reason that many rows may share ("the answer is not one of the choices"): it is counted, and never
-    holds the content of the row or of the reply.
-    """
+__all__ = ["Example", "Rejected", "Task"]
 
 
 @dataclass(frozen=True)
@@ -117,14 +113,18 @@ class Task(ABC):
                 held.append(reason)
         return held
 
-    @abstractmethod
     def induction_request(self, examples: Sequence[Example]) -> str:
         """Text that asks a model for one general instruction from solved examples."""
+        return instructions.request([self.solved(example) for example in examples])
 
-    @abstractmethod
+    def content(self, example: Example) -> str:
+        """What an instruction must not repeat of an example, besides its demonstration."""
+        return example.question
+
     def read_instruction(self, examples: Sequence[Example], reply: str) -> str:
         """The instruction that a reply holds.
 
         Raises:
             Rejected: one that holds content of an example or an answer, or is none.
         """
+        return instructions.read(reply, [(self.content(example), example.demonstration) for example in examples])

@@ -11,7 +11,6 @@ from random import Random
 from typing import Any
 
 from unisd.sandbox import Program, Sandbox
-from unisd.tasks import instructions
 from unisd.tasks.base import Example, Rejected, Task
 from unisd.tasks.columns import Columns
 from unisd.tasks.open_answer import text_of
@@ -124,12 +123,6 @@ class Code(Task):
                 # Not a wrong answer that anybody sees, and on a busy machine another time none at all.
                 held[place] = Rejected("the code does not end")
         return held
-
-    def induction_request(self, examples: Sequence[Example]) -> str:
-        return instructions.request([self.solved(example) for example in examples])
-
-    def read_instruction(self, examples: Sequence[Example], reply: str) -> str:
-        return instructions.read(reply, [(example.question, example.demonstration) for example in examples])
 
 
 def program(example: Example, code: str) -> Program:

@@ -54,6 +54,11 @@ class Columns:
     tests: str | None = None
     explanation: str | None = None
 
+    @classmethod
+    def of(cls, options: Any) -> Columns:
+        """The names given by options `prompt_column`, `answer_column`, ..."""
+        return cls(**{entry.name: getattr(options, f"{entry.name}_column") for entry in fields(cls)})
+
     def resolve(self, names: Iterable[str]) -> Columns:
         """The same with every column that there is.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from unisd.tasks.base import Rejected
+from unisd.tasks.rejected import Rejected
 from unisd.tasks.text import longest_common_run, plain, words
 
 FEWEST_SENTENCES, MOST_SENTENCES = 3, 4

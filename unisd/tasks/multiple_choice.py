@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
-from unisd.tasks import instructions
 from unisd.tasks.base import Example, Rejected, Task
 from unisd.tasks.columns import WRONG_ANSWERS, Columns
 from unisd.tasks.open_answer import text_of
@@ -88,12 +87,8 @@ class MultipleChoice(Task):
             raise Rejected("the reasoning argues for the right answer")
         return _demonstration(reasoning, letter)
 
-    def induction_request(self, examples: Sequence[Example]) -> str:
-        return instructions.request([self.solved(example) for example in examples])
-
-    def read_instruction(self, examples: Sequence[Example], reply: str) -> str:
-        shown = [(f"{example.question} {' '.join(example.choices)}", example.demonstration) for example in examples]
-        return instructions.read(reply, shown)
+    def content(self, example: Example) -> str:
+        return f"{example.question} {' '.join(example.choices)}"
 
     def _wrong_letter(self, example: Example, place: int) -> str:
         wrong = [letter for letter in LETTERS[: len(example.choices)] if letter != example.answer]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from unisd.tasks import instructions
 from unisd.tasks.base import Example, Rejected, Task
 from unisd.tasks.columns import CONVERSATIONS, Columns
 from unisd.tasks.text import json_object, longest_common_run, plain, words
@@ -75,12 +74,6 @@ class OpenAnswer(Task):
         if plain(wrong) == plain(example.question):
             raise Rejected("the answer is the question")
         return wrong
-
-    def induction_request(self, examples: Sequence[Example]) -> str:
-        return instructions.request([self.solved(example) for example in examples])
-
-    def read_instruction(self, examples: Sequence[Example], reply: str) -> str:
-        return instructions.read(reply, [(example.question, example.demonstration) for example in examples])
 
 
 def _numbers(*texts: str) -> bool:

@@ -9,7 +9,6 @@ from random import Random
 from typing import Any
 
 from unisd.contexts.template import TOOLS_STUDY
-from unisd.tasks import instructions
 from unisd.tasks.base import Example, Rejected, Task
 from unisd.tasks.columns import Columns
 from unisd.tasks.text import json_values, plain
@@ -87,12 +86,6 @@ class Tools(Task):
         if _compared(calls) == _compared(example.details["calls"]):
             raise Rejected("the calls are the right ones")
         return _trace(calls, thought)
-
-    def induction_request(self, examples: Sequence[Example]) -> str:
-        return instructions.request([self.solved(example) for example in examples])
-
-    def read_instruction(self, examples: Sequence[Example], reply: str) -> str:
-        return instructions.read(reply, [(example.question, example.demonstration) for example in examples])
 
 
 def instructions_of(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
