@@ -37,6 +37,7 @@ def test_the_page_escapes_and_needs_nothing_else():
     text = page(views_to_show(ROW), "Row 0 of <mine>")
     assert "<b>" not in text
     assert "A &lt;b&gt;" in text
+    assert text.count("Is 1 &lt; 2?") == 5
     assert "Row 0 of &lt;mine&gt;" in text
     assert "http" not in text.replace("http-equiv", "")
     assert "<mark>Solved:" in text
