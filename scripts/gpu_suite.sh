@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call, the most valuable first: doctor, a smoke test of every kernel, the two
-# ceilings, the headline's four operations with the floor and this package's designs, the tiles, the other tests, the
-# peers, other heads, a memory check, other row counts, torch.compile. Installs nothing from a network.
+# ceilings, the headline's four operations with the floor and this package's designs, their kernels, the tiles, the
+# other tests, the peers, other heads, a memory check, other row counts, torch.compile. Installs nothing from a network.
 #
 #   bash scripts/gpu_suite.sh [--deadline SECONDS]      (default 520; it ends within this, and nine minutes at most)
 #
 # Needs python3 with torch, triton and pytest; pytest-xdist runs the tests side by side and pytest-timeout ends one that
-# hangs. Wheels of peers (trl, liger-kernel, ...) are installed from the folder .whl of the repository if there is
-# one. Results go to $OUT (default: runs/gpu), eight files at most, each written as it grows; the tables are printed last.
+# hangs. Wheels of peers (trl, liger-kernel, ...) are installed from the folder .whl of the repository (or
+# $WHEELS) if there is one. Results go to $OUT (default: runs/gpu), eight files at most, each written as it grows; the tables are printed last.
 # A peer that hangs or takes the process with it costs itself: the next process goes on past it.
 # Status 0: what was built was built, tests passed, and this package's default has a time in every case that was reached.
 #
@@ -27,7 +27,7 @@ OUT="${OUT:-runs/gpu}"
 DEVICE="${DEVICE:-cuda}"
 CASES="${CASES:-gpu}"
 mkdir -p "$OUT"
-rm -f "$OUT"/{setup,tests,sanitizer,bench_log}.txt "$OUT"/{ceilings,bench,tuning}.json "$OUT/tables.md" "$OUT"/*.in_flight
+rm -f "$OUT"/{setup,tests,bench_log}.txt "$OUT"/{ceilings,bench,tuning,kernels}.json "$OUT/tables.md" "$OUT"/*.in_flight
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # On a GPU kernels are compiled: under the interpreter they would be neither tested nor measured.
 [ "$DEVICE" = cpu ] || unset TRITON_INTERPRET
@@ -50,10 +50,11 @@ within() {
 
 failed() { status=1; echo "FAILED: $1"; }
 
-if ls .whl/*.whl >/dev/null 2>&1; then
+WHEELS="${WHEELS:-.whl}"
+if ls "$WHEELS"/*.whl >/dev/null 2>&1; then
     site="$(mktemp -d)"
     trap 'rm -rf "$site"' EXIT
-    within 60 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl || exit 1
+    within 60 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "$WHEELS"/*.whl || exit 1
     export PYTHONPATH="$PYTHONPATH:$site"
 fi
 
@@ -153,7 +154,20 @@ tiles() {
     esac
 }
 
+kernels() {
+    echo "== kernels"
+    if [ "$DEVICE" = cpu ]; then echo "not on a CPU"; return; fi
+    within "$1" python3 -m bench kernels --device "$DEVICE" --output "$OUT/kernels.json" >/dev/null 2>>"$OUT/bench_log.txt"
+    case $? in
+        0) ;;
+        124 | 137) echo "cut off after $1 s" ;;
+        *) failed kernels ;;
+    esac
+}
+
 memory_check() {
+    local log
+    log="$(mktemp)"
     echo "== memory check of one small step of each design"
     if [ "$DEVICE" = cpu ]; then
         echo "not on a CPU"
@@ -172,10 +186,12 @@ memory_check() {
         done
     else
         echo "compute-sanitizer is absent"
-    fi >"$OUT/sanitizer.txt" 2>&1
-    grep -E "^--|FAILED|ERROR SUMMARY|no answer|absent|not on" "$OUT/sanitizer.txt"
+    fi >"$log" 2>&1
+    cat "$log" >>"$OUT/tests.txt"
+    grep -E "^--|FAILED|ERROR SUMMARY|no answer|absent|not on" "$log"
     # The check's output went to the file, with its failures.
-    ! grep -q "^FAILED" "$OUT/sanitizer.txt" || status=1
+    ! grep -q "^FAILED" "$log" || status=1
+    rm -f "$log"
 }
 
 if [ "$CASES" != gpu ]; then # a rehearsal
@@ -190,6 +206,7 @@ else
     echo "== ceilings"
     within 30 python3 -m bench ceilings --device "$DEVICE" --output "$OUT/ceilings.json" || failed ceilings
     cases headline 100 60
+    kernels 40
     tiles 60
     tests 90 tests/gpu -m "gpu and not smoke" tests/gpu
     # Of any device; many compilations. `make test` runs them under the interpreter, and compiles ahead of time.
@@ -211,6 +228,10 @@ echo "== tables"
     if [ "$CASES" = gpu ] && [ -e "$OUT/bench.json" ] && [ -e "$OUT/ceilings.json" ]; then
         echo
         python3 -m bench expected --measured "$OUT/ceilings.json" --results "$OUT/bench.json" || failed expected
+    fi
+    if [ -e "$OUT/kernels.json" ]; then
+        echo
+        python3 -m bench kernels --report "$OUT/kernels.json" || failed "tables of the kernels"
     fi
     if [ -e "$OUT/tuning.json" ]; then
         echo

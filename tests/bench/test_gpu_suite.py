@@ -41,6 +41,7 @@ def rehearse(tmp_path, *arguments, device="cuda", no_xdist=1, kernel_tests="true
         "DEVICE": device,
         "CASES": cases,
         "TRITON_INTERPRET": "1",
+        "WHEELS": str(tmp_path / "no wheels"),
         **more,
     }
     done = subprocess.run(
@@ -61,6 +62,7 @@ def step(call: str) -> str | None:
         ("doctor", "doctor"),
         ("smoke tests", "gpu and smoke"),
         ("ceilings", "bench ceilings"),
+        ("kernels", "bench kernels --device"),
         ("tiles", "bench tuning --device"),
         ("tests", "-m pytest"),
     ):
@@ -78,7 +80,7 @@ def test_the_most_valuable_comes_first(tmp_path):
     assert {call.split()[0] for call in calls} == {"unset"}
     order = [name for name in map(step, calls) if name]
     assert order == [
-        *("doctor", "smoke tests", "ceilings", "headline", "tiles", "tests", "tests"),
+        *("doctor", "smoke tests", "ceilings", "headline", "kernels", "tiles", "tests", "tests"),
         *("peers", "heads", "rows", "compiled"),
     ]
     of_tests = [call for call in calls if "-m pytest" in call]

@@ -1,0 +1,112 @@
+"""`python -m bench kernels --case kl scoring --output FILE`: where the time of a step goes, kernel by kernel, on a GPU.
+
+Of each case and each of this package's designs: every kernel's milliseconds and launches a step, from the profiler of
+torch, and what the device idled between them. Inputs rotate as in every timing here; a step before runs uncounted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench.cases import Case, find_case
+from bench.inputs.sets import make_inputs
+from bench.measuring.suite import DESIGNS
+from bench.parser import command_parser
+from bench.peers import PEERS
+from bench.records import results_file
+from bench.records.environment import environment
+from bench.records.failures import failure_text
+
+CASES = ("kl", "kl_trainable", "unisd_star", "scoring")
+STEPS = 3
+# Of a kernel's name, which for a library's product is a whole type.
+NAME_LENGTH = 100
+
+
+def measure(case: Case, peer: str, device: torch.device, steps: int = STEPS) -> dict[str, Any]:
+    """Milliseconds a step from first launch to last end, and of each kernel, the longest first."""
+    sets = itertools.cycle([make_inputs(case, device, seed) for seed in range(2)])
+    step = PEERS[peer].build(case, case.beta[0], device)
+    step(next(sets))
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as trace:
+        for _ in range(steps):
+            step(next(sets))
+        torch.cuda.synchronize(device)
+    kernels: dict[str, dict[str, Any]] = {}
+    begin, end = float("inf"), 0.0
+    for event in trace.events():
+        if event.device_type != DeviceType.CUDA:
+            continue
+        begin, end = min(begin, event.time_range.start), max(end, event.time_range.end)
+        row = kernels.setdefault(event.name[:NAME_LENGTH], {"launches": 0.0, "milliseconds": 0.0})
+        row["launches"] += 1 / steps
+        row["milliseconds"] += event.time_range.elapsed_us() / 1e3 / steps
+    ordered = sorted(kernels.items(), key=lambda item: -item[1]["milliseconds"])
+    busy = sum(row["milliseconds"] for _, row in ordered)
+    whole = (end - begin) / 1e3 / steps
+    return {
+        "case": case.name,
+        "peer": peer,
+        "milliseconds": whole,
+        "idle_milliseconds": whole - busy,
+        "floor_flops": case.flops,
+        "kernels": [{"name": name, **row} for name, row in ordered],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Kernels that take a hundredth of their step at least."""
+    lines = [f"Kernels of a step on {result['environment']['device']}.", ""]
+    lines += ["| case | design | kernel | launches | ms | share |", "|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        head = f"| {row['case']} | {row['peer']} |"
+        if "failure" in row:
+            lines.append(f"{head} {row['failure']} | | | |")
+            continue
+        lines.append(f"{head} **all** | | {row['milliseconds']:.3f} | idle {row['idle_milliseconds']:.3f} ms |")
+        for kernel in row["kernels"]:
+            share = kernel["milliseconds"] / row["milliseconds"]
+            if share >= 0.01:
+                name = kernel["name"].replace("|", "/")
+                lines.append(
+                    f"{head} `{name}` | {kernel['launches']:.0f} | {kernel['milliseconds']:.3f} | {share:.3f} |"
+                )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = command_parser("kernels", __doc__)
+    parser.add_argument("--case", nargs="+", default=list(CASES))
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(DESIGNS))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--report", type=Path, help="print the table of an earlier --output")
+    parser.add_argument("--output", type=Path, help="JSON file for everything; the table goes to standard output")
+    options = parser.parse_args(arguments)
+    if options.report:
+        print(table(results_file.read(options.report)))
+        return 0
+    device = torch.device(options.device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        parser.error(f"--device {device}: kernels are timed on a CUDA device, and there is none here")
+    result: dict[str, Any] = {"environment": environment(device), "rows": []}
+    for name in options.case:
+        case = find_case(name, device)
+        for peer in options.peers:
+            try:
+                row = measure(case, peer, device)
+            except Exception as error:
+                row = {"case": case.name, "peer": peer, "failure": failure_text(error)}
+            result["rows"].append(row)
+            torch.cuda.empty_cache()
+            if options.output:
+                results_file.write_json(options.output, result)
+    print(table(result))
+    return int(any("failure" in row for row in result["rows"]))
