@@ -118,11 +118,12 @@ SEQUENCE_ROWS = 256
 
 
 def _accelerator_case(shape: str, operation: str, num_rows: int) -> Case:
+    headline = (shape, operation, num_rows) == (HEADLINE_SHAPE, "kl", HEADLINE_ROWS)
     return Case(
         f"{shape}.{operation}.{num_rows}",
         num_rows,
         *HEADS[shape],
-        beta=(0.0,),
+        beta=(0.0, 0.5) if headline else (0.0,),
         dtype=torch.bfloat16,
         num_sequences=num_rows // SEQUENCE_ROWS,
         **OPERATIONS[operation],

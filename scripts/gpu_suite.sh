@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call, the most valuable first: doctor, a smoke test of every kernel, the two
-# ceilings, the headline's four operations with the floor and this package's designs, their kernels, the tiles, the
-# other tests, the peers, other heads, a memory check, other row counts, torch.compile. Installs nothing from a network.
+# Everything that needs a GPU, in one call, the most valuable first: doctor (which tries every implementation), the two
+# ceilings, the headline's four operations with the floor and this package's designs, their kernels, the GPU's tests, the
+# peers, the other tests, other heads, the tiles, other row counts, a memory check, torch.compile. Installs nothing from a
+# network.
 #
 #   bash scripts/gpu_suite.sh [--deadline SECONDS]      (default 520; it ends within this, and nine minutes at most)
 #
@@ -175,7 +176,7 @@ memory_check() {
         for peer in "unisd fused" "unisd chunked"; do
             echo "-- $peer"
             # Without torch's pool, so that an access outside a tensor is one outside an allocation.
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 within 40 compute-sanitizer --tool memcheck --error-exitcode 9 \
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 within 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
                 python3 -m bench --case smoke.bf16 --device "$DEVICE" --one-step-of "$peer"
             code=$?
             case $code in
@@ -201,20 +202,18 @@ if [ "$CASES" != gpu ]; then # a rehearsal
     tiles 60
     memory_check
 else
-    # A first look at every kernel and every operation; the rest of the same files follows when the headline is safe.
-    tests 40 smoke -m "gpu and smoke" tests/gpu
     echo "== ceilings"
     within 30 python3 -m bench ceilings --device "$DEVICE" --output "$OUT/ceilings.json" || failed ceilings
     cases headline 100 60
     kernels 40
-    tiles 60
-    tests 90 tests/gpu -m "gpu and not smoke" tests/gpu
+    tests 90 tests/gpu -m gpu tests/gpu
+    cases peers 110 60
     # Of any device; many compilations. `make test` runs them under the interpreter, and compiles ahead of time.
     tests 60 tests/triton -m "not exhaustive" --ignore=tests/triton/test_ahead_of_time.py --ignore=tests/triton/test_dry_launches.py tests/triton
-    cases peers 70 60
-    cases heads 60 60
-    memory_check
+    cases heads 70 60
+    tiles 60
     cases rows 60 60
+    memory_check
     cases compiled 120 110
 fi
 

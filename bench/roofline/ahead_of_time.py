@@ -337,12 +337,19 @@ def _elementwise(config: GemmConfig) -> Iterator[Variant]:
         BLOCK_ROWS=chunked_divergence.STATISTICS_ROWS,
         BLOCK_COLUMNS=chunked_divergence.STATISTICS_COLUMNS,
     )
-    yield Variant("statistics of float32 logits", kernel, arguments, warps=8)
+    yield Variant("statistics of float32 logits", kernel, arguments, warps=chunked_divergence.STATISTICS_WARPS)
     kernel = statistics.combine_kernel
     arguments = _arguments(kernel, HAS_TARGETS=True, WANT_ENTROPY=True, REVERSE=False, BLOCKS=1024)
     yield Variant("statistics of rows", kernel, arguments)
     kernel = chunked_divergence.mixture_kernel
-    yield Variant("mixture", kernel, _arguments(kernel, **pair, BLOCK_COLUMNS=2048), warps=8)
+    spans = {
+        "SPLIT_COLUMNS": chunked_divergence.MIXTURE_COLUMNS,
+        "BLOCK_COLUMNS": chunked_divergence.MIXTURE_BLOCK,
+    }
+    yield Variant("mixture", kernel, _arguments(kernel, **pair, **spans))
+    kernel = chunked_divergence.mixture_rows_kernel
+    arguments = _arguments(kernel, BLOCK_ROWS=chunked_divergence.ROWS_OF_SUMS)
+    yield Variant("mixture of rows", kernel, arguments, warps=1)
     kernel = gradients.softmax_statistics_kernel
     yield Variant("softmax", kernel, _arguments(kernel, tile=logits, BLOCK_COLUMNS=2048), warps=8)
     kernel = gradients.score_gradient_kernel
@@ -353,6 +360,9 @@ def _elementwise(config: GemmConfig) -> Iterator[Variant]:
     side = _side("bf16", bias=True, softcap=True, width="i32")
     arguments = _arguments(kernel, hidden="*bf16", weight="*bf16", side=side, BLOCK_WIDTH=1024)
     yield Variant("target logits", kernel, arguments)
+    kernel = score.finish_scores_kernel
+    arguments = _arguments(kernel, hidden="*bf16", weight="*bf16", side=side, BLOCK_SPLITS=32, BLOCK_WIDTH=1024)
+    yield Variant("merged scores", kernel, arguments)
     kernel = rows.difference_rows_kernel
     arguments = _arguments(kernel, student="*bf16", teacher="*bf16", out="*bf16", BLOCK_COLUMNS=1024)
     yield Variant("differences of rows", kernel, arguments)

@@ -60,7 +60,6 @@ def step(call: str) -> str | None:
     """Which step of the script a call belongs to."""
     for name, mark in (
         ("doctor", "doctor"),
-        ("smoke tests", "gpu and smoke"),
         ("ceilings", "bench ceilings"),
         ("kernels", "bench kernels --device"),
         ("tiles", "bench tuning --device"),
@@ -80,12 +79,11 @@ def test_the_most_valuable_comes_first(tmp_path):
     assert {call.split()[0] for call in calls} == {"unset"}
     order = [name for name in map(step, calls) if name]
     assert order == [
-        *("doctor", "smoke tests", "ceilings", "headline", "kernels", "tiles", "tests", "tests"),
-        *("peers", "heads", "rows", "compiled"),
+        *("doctor", "ceilings", "headline", "kernels", "tests", "peers", "tests", "heads", "tiles", "rows"),
+        "compiled",
     ]
     of_tests = [call for call in calls if "-m pytest" in call]
-    assert [call.split()[-1] for call in of_tests] == ["tests/gpu", "tests/gpu", "tests/triton"]
-    assert "gpu and not smoke" in of_tests[1]
+    assert [call.split()[-1] for call in of_tests] == ["tests/gpu", "tests/triton"]
     assert "pytest-xdist is absent" in done.stdout
     assert len(list((tmp_path / "out").iterdir())) <= 8
 

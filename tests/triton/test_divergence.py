@@ -246,7 +246,8 @@ def test_descriptors_and_parts_give_the_same(monkeypatch):
         results.append((result.divergence, gradients[0].float()))
     for other in results[1:]:
         torch.testing.assert_close(other[0], results[0][0], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(other[1], results[0][1], rtol=2e-3, atol=2e-5)
+        # Rounded to 16 bits, where another order of the sums in a product may fall to the other side.
+        assert (other[1] - results[0][1]).norm() < torch.finfo(NARROW).eps * results[0][1].norm()
 
 
 def test_the_choice_of_design():

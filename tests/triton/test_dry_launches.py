@@ -41,7 +41,7 @@ def test_a_call_reaches_its_launches():
     assert_good_code(report, 90)
     launched = {name: {kernel for kernel, _ in launches} for name, launches in report["launches"].items()}
     assert set().union(*launched.values()) == set(report["kernels"])
-    assert len(report["kernels"]) == 11
+    assert len(report["kernels"]) == 13
     assert {"fused_divergence_kernel", "divergence_gradient_kernel", "score_kernel"} <= launched["headline"]
     # The default tile of the product kernel, by TMA, in as many programs as the GPU has processors.
     assert ["fused_divergence_kernel", [132, 1, 1]] in report["launches"]["headline"]

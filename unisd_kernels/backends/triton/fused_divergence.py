@@ -38,7 +38,7 @@ from unisd_kernels.backends.triton.configs import GemmConfig, autotuning, candid
 from unisd_kernels.backends.triton.divergence import TritonDivergence
 from unisd_kernels.backends.triton.gemm import Side, gemm_tile, load_tile
 from unisd_kernels.backends.triton.gradients import Saved
-from unisd_kernels.backends.triton.launch import ROW_PADDING, LogitTile, gemm_operands, num_sms, on_device
+from unisd_kernels.backends.triton.launch import ROW_PADDING, LogitTile, ceil_div, gemm_operands, num_sms, on_device
 from unisd_kernels.backends.triton.math import COUNTS, apply_softcap
 from unisd_kernels.backends.triton.rows import teacher_rows
 from unisd_kernels.backends.triton.statistics import (
@@ -369,7 +369,7 @@ class FusedDivergence(TritonDivergence):
         num_rows, num_columns, device = student.hidden.shape[0], student.num_columns, student.hidden.device
         partials = Partials.empty(num_rows, num_columns, config.columns // config.parts, want_entropy, device)
         operands, constants = gemm_operands(config, (student.hidden, teacher.hidden), (student.weight, teacher.weight))
-        num_tiles = triton.cdiv(num_rows, config.rows) * triton.cdiv(num_columns, config.columns)
+        num_tiles = ceil_div(num_rows, config.rows) * ceil_div(num_columns, config.columns)
         programs = min(num_tiles, config.occupancy * num_sms(device))
         fused_divergence_kernel[(programs,)](
             *operands,

@@ -9,7 +9,7 @@ import triton.language as tl
 from unisd_kernels.backends.buffers import contiguous, row_major
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.triton.gemm import Side
-from unisd_kernels.backends.triton.launch import on_device
+from unisd_kernels.backends.triton.launch import ceil_div, on_device
 from unisd_kernels.backends.triton.math import apply_softcap
 
 # A float32 sum of products of 16-bit numbers is off by about this fraction of the rows' norms.
@@ -43,7 +43,7 @@ def scale_rows(rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> t
         return out
     columns = min(1024, triton.next_power_of_2(rows.shape[1]))
     with on_device(rows):
-        scale_rows_kernel[(rows.shape[0], triton.cdiv(rows.shape[1], columns))](
+        scale_rows_kernel[(rows.shape[0], ceil_div(rows.shape[1], columns))](
             rows, scale.contiguous(), out, rows.shape[1], rows.stride(0), out.stride(0), BLOCK_COLUMNS=columns
         )
     return out
@@ -125,20 +125,11 @@ def teacher_rows(student: Projection, teacher: Projection) -> tuple[Projection, 
 
 
 @triton.jit
-def target_logits_kernel(
-    hidden,  # [N, H]
-    weight,  # [V, H]
-    side,  # gemm.Side
-    row_is_delta,  # [N] int8, or None: none is
-    target_ids,  # [N]
-    out,  # [N]
-    BLOCK_WIDTH: tl.constexpr,
-):
-    """The logit of one token a row: `softcap(a (h_n W_y + b_y)) / tau`. A difference of hidden states has no bias.
+def target_logit(hidden, weight, side, row_is_delta, target_ids, row, BLOCK_WIDTH: tl.constexpr):
+    """The logit of one token of one row: `softcap(a (h_n W_y + b_y)) / tau`. A difference of hidden states has no bias.
 
     A product of its own, because to look for the token in every tile of logits costs more than to read its row again.
     """
-    row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ids + row).to(tl.int64)
     sums = tl.zeros([BLOCK_WIDTH], tl.float32)
     for start in range(0, side.width, BLOCK_WIDTH):
@@ -153,7 +144,22 @@ def target_logits_kernel(
         if row_is_delta is not None:
             b = tl.where(tl.load(row_is_delta + row) != 0, 0.0, b)
         x += b
-    tl.store(out + row, apply_softcap(x * side.scale, side.tanh_scale))
+    return apply_softcap(x * side.scale, side.tanh_scale)
+
+
+@triton.jit
+def target_logits_kernel(
+    hidden,  # [N, H]
+    weight,  # [V, H]
+    side,  # gemm.Side
+    row_is_delta,  # [N] int8, or None: none is
+    target_ids,  # [N]
+    out,  # [N]
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """The logit of one token a row."""
+    row = tl.program_id(0).to(tl.int64)
+    tl.store(out + row, target_logit(hidden, weight, side, row_is_delta, target_ids, row, BLOCK_WIDTH))
 
 
 def target_logits(
@@ -169,5 +175,10 @@ def target_logits(
         row_is_delta,
         target_ids,
         out,
-        BLOCK_WIDTH=min(1024, triton.next_power_of_2(hidden.shape[1])),
+        BLOCK_WIDTH=target_block(hidden.shape[1]),
     )
+
+
+def target_block(width: int) -> int:
+    """Elements of a row that `target_logit` takes at a time."""
+    return int(min(1024, triton.next_power_of_2(width)))

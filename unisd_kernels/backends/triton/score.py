@@ -27,9 +27,9 @@ from unisd_kernels.backends.buffers import contiguous, row_major
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.triton.configs import GemmConfig, choose, with_loads
 from unisd_kernels.backends.triton.gemm import Side, gemm_tile
-from unisd_kernels.backends.triton.launch import gemm_operands, num_sms, on_device
+from unisd_kernels.backends.triton.launch import ceil_div, gemm_operands, num_sms, on_device
 from unisd_kernels.backends.triton.math import COUNTS, apply_softcap, exp
-from unisd_kernels.backends.triton.rows import target_logits
+from unisd_kernels.backends.triton.rows import target_block, target_logit
 from unisd_kernels.backends.triton.statistics import MASKED
 
 
@@ -108,6 +108,50 @@ def score_kernel(
         tl.store(split_entropy + split * num_rows + rows, tl.log(total) - weighted / total, mask=row_mask)
 
 
+@triton.jit(do_not_specialize=COUNTS)
+def finish_scores_kernel(
+    hidden,  # [num_rows, H]
+    weight,  # [num_columns, H]
+    side,  # gemm.Side
+    target_ids,  # [rows]
+    split_logsumexp,  # [splits, rows]
+    split_entropy,  # [splits, rows], or None
+    logsumexp,  # [rows]
+    entropy,  # [rows], or None
+    target_logits,  # [rows]
+    num_rows,
+    num_splits,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Merge a row's splits and make its target's logit. One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    logit = target_logit(hidden, weight, side, None, target_ids, row, BLOCK_WIDTH)
+    tl.store(target_logits + row, logit)
+    highest = tl.full([BLOCK_SPLITS], -float("inf"), tl.float32)
+    for start in range(0, num_splits, BLOCK_SPLITS):
+        splits = start + tl.arange(0, BLOCK_SPLITS)
+        part = tl.load(split_logsumexp + splits * num_rows + row, mask=splits < num_splits, other=-float("inf"))
+        highest = tl.maximum(highest, part)
+    top = tl.max(highest, 0)
+    shares = tl.zeros([BLOCK_SPLITS], tl.float32)
+    spreads = tl.zeros([BLOCK_SPLITS], tl.float32)
+    for start in range(0, num_splits, BLOCK_SPLITS):
+        splits = start + tl.arange(0, BLOCK_SPLITS)
+        mask = splits < num_splits
+        away = tl.load(split_logsumexp + splits * num_rows + row, mask=mask, other=-float("inf")) - top
+        share = exp(away)
+        shares += share
+        if split_entropy is not None:
+            of_split = tl.load(split_entropy + splits * num_rows + row, mask=mask, other=0.0)
+            # A split that is not there, or of no probability: 0 times its infinite distance is no number.
+            spreads += tl.where(share > 0.0, share * (of_split - away), share)
+    total = tl.sum(shares, 0)
+    tl.store(logsumexp + row, top + tl.log(total))
+    if split_entropy is not None:
+        tl.store(entropy + row, tl.sum(spreads, 0) / total + tl.log(total))
+
+
 @functools.cache
 def vocab_splits(row_blocks: int, column_blocks: int, programs: int) -> int:
     """Number of splits of the vocabulary with which the rows' blocks times splits fill a device that runs `programs` at
@@ -132,10 +176,10 @@ def score(projection: Projection, target_ids: torch.Tensor, running: RunningScor
     want_entropy = running.entropy is not None
 
     def launch(config: GemmConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
-        row_blocks, column_blocks = triton.cdiv(num_rows, config.rows), triton.cdiv(num_columns, config.columns)
+        row_blocks, column_blocks = ceil_div(num_rows, config.rows), ceil_div(num_columns, config.columns)
         splits = vocab_splits(row_blocks, column_blocks, config.occupancy * num_sms(device))
-        blocks_per_split = triton.cdiv(column_blocks, splits)
-        splits = triton.cdiv(column_blocks, blocks_per_split)
+        blocks_per_split = ceil_div(column_blocks, splits)
+        splits = ceil_div(column_blocks, blocks_per_split)
         logsumexp = torch.empty(splits, num_rows, dtype=torch.float32, device=device)
         entropy = torch.empty_like(logsumexp) if want_entropy else None
         operands, constants = gemm_operands(config, (hidden,), (weight,))
@@ -156,12 +200,21 @@ def score(projection: Projection, target_ids: torch.Tensor, running: RunningScor
     with on_device(hidden):
         shape = (num_rows, num_columns, hidden.shape[1])
         split_logsumexp, split_entropy = launch(choose(_kind(projection, want_entropy), device, shape, launch))
-        target_logits(projection, None, target_ids.contiguous(), running.target_logits)
-        torch.logsumexp(split_logsumexp, 0, out=running.logsumexp)
-        if running.entropy is not None:
-            assert split_entropy is not None
-            log_share = split_logsumexp.log_softmax(0)
-            torch.sum(log_share.exp().mul_(split_entropy - log_share), 0, out=running.entropy)
+        finish_scores_kernel[(num_rows,)](
+            hidden,
+            weight,
+            Side.of(projection),
+            target_ids.contiguous(),
+            split_logsumexp,
+            split_entropy,
+            running.logsumexp,
+            running.entropy if want_entropy else None,
+            running.target_logits,
+            num_rows,
+            split_logsumexp.shape[0],
+            BLOCK_SPLITS=32,
+            BLOCK_WIDTH=target_block(hidden.shape[1]),
+        )
 
 
 def _kind(projection: Projection, want_entropy: bool) -> str:

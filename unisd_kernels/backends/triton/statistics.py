@@ -40,6 +40,7 @@ import triton.language as tl
 from unisd_kernels.backends.base import DivergenceRows
 from unisd_kernels.backends.buffers import most_rows, split_rows
 from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.triton.launch import ceil_div
 from unisd_kernels.backends.triton.math import (
     COUNTS,
     apply_softcap,
@@ -310,7 +311,7 @@ class Partials(NamedTuple):
     def empty(
         cls, rows: int, num_columns: int, block_columns: int, want_entropy: bool, device: torch.device
     ) -> Partials:
-        num_blocks = triton.cdiv(num_columns, block_columns)
+        num_blocks = ceil_div(num_columns, block_columns)
         numbers = NUM_PARTIALS if want_entropy else RECORD.value
         values = torch.empty(rows * num_blocks * numbers, dtype=torch.float32, device=device)
         return cls(values, num_blocks, block_columns)
@@ -318,7 +319,7 @@ class Partials(NamedTuple):
 
 def partials_bytes(num_columns: int, block_columns: int) -> int:
     """Bytes of the partial statistics of a row, with those for an entropy."""
-    return torch.float32.itemsize * NUM_PARTIALS * triton.cdiv(num_columns, block_columns)
+    return torch.float32.itemsize * NUM_PARTIALS * ceil_div(num_columns, block_columns)
 
 
 def chunk_and_block_rows(
