@@ -144,8 +144,8 @@ def finish_scores_kernel(
         shares += share
         if split_entropy is not None:
             of_split = tl.load(split_entropy + splits * num_rows + row, mask=mask, other=0.0)
-            # A split that is not there, or of no probability: 0 times its infinite distance is no number.
-            spreads += tl.where(share > 0.0, share * (of_split - away), share)
+            # Of a split that is not there, or of no probability: 0 times its infinite distance is no number.
+            spreads += share * (of_split - tl.where(share == 0.0, 0.0, away))
     total = tl.sum(shares, 0)
     tl.store(logsumexp + row, top + tl.log(total))
     if split_entropy is not None:
