@@ -47,10 +47,12 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    # A copy of the tree without its history can be told which commit it is.
-    commit = _output_of("git", "rev-parse", "--short", "HEAD") or os.environ.get("UNISD_COMMIT")
-    if _output_of("git", "status", "--porcelain", "--", *CODE):
-        commit = f"{commit} with changes"
+    # A copy of the tree, without its history or with an older one, can be told which commit it is.
+    commit = os.environ.get("UNISD_COMMIT")
+    if commit is None:
+        commit = _output_of("git", "rev-parse", "--short", "HEAD")
+        if _output_of("git", "status", "--porcelain", "--", *CODE):
+            commit = f"{commit} with changes"
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -79,7 +79,6 @@ def test_the_assumptions_in_the_documentation_are_those_of_the_code():
         f"| rows of a scoring | {given.scoring_rows} |",
     ):
         assert cell in text
-    assert "Nothing on this page has been measured on a GPU yet." in text
 
 
 def test_what_the_documentation_concludes():
