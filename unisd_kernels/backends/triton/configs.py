@@ -84,7 +84,6 @@ _HOPPER: dict[str, tuple[GemmConfig, ...]] = {
     "score-heavy": (
         GemmConfig(128, 128, 64, 8, 4, descriptors=True),
         GemmConfig(64, 256, 64, 8, 4, descriptors=True),
-        GemmConfig(128, 256, 64, 8, 3, group=8, descriptors=True),
     ),
     "score-few": (
         GemmConfig(64, 128, 128, 4, 4, descriptors=True),
@@ -94,7 +93,6 @@ _HOPPER: dict[str, tuple[GemmConfig, ...]] = {
     # Not flattened, and in one part: otherwise the assembler waits for every matrix product, or registers spill.
     "fused-divergence": (
         GemmConfig(128, 128, 64, 8, 3, descriptors=True),
-        GemmConfig(128, 128, 64, 8, 4, descriptors=True),
         GemmConfig(128, 64, 64, 8, 4, descriptors=True),
     ),
     # Two parts: with a soft cap the epilogue of one spills.
