@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call, the most valuable first: doctor (which tries every implementation), the two
 # ceilings, the headline's four operations with the floor and this package's designs, their kernels, the GPU's tests, the
-# peers, the other tests, other heads, the tiles, other row counts, a memory check, torch.compile. Installs nothing from a
-# network.
+# peers, the other tests, training steps, other heads, the tiles, other row counts, a memory check, torch.compile.
+# Installs nothing from a network.
 #
 #   bash scripts/gpu_suite.sh [--deadline SECONDS]      (default 520; it ends within this, and nine minutes at most)
 #
 # Needs python3 with torch, triton and pytest; pytest-xdist runs the tests side by side and pytest-timeout ends one that
-# hangs. Wheels of peers (trl, liger-kernel, ...) are installed from the folder .whl of the repository (or
-# $WHEELS) if there is one. Results go to $OUT (default: runs/gpu), eight files at most, each written as it grows; the tables are printed last.
+# hangs. Wheels of peers (trl, liger-kernel, ...) are installed from the folder .whl of the repository (or $WHEELS) if
+# there is one. Results go to $OUT (default: runs/gpu), eight files at most, each written as it grows; the tables are
+# printed last.
 # A peer that hangs or takes the process with it costs itself: the next process goes on past it.
 # Status 0: what was built was built, tests passed, and this package's default has a time in every case that was reached.
 #
@@ -28,7 +29,7 @@ OUT="${OUT:-runs/gpu}"
 DEVICE="${DEVICE:-cuda}"
 CASES="${CASES:-gpu}"
 mkdir -p "$OUT"
-rm -f "$OUT"/{setup,tests,bench_log}.txt "$OUT"/{ceilings,bench,tuning,kernels}.json "$OUT/tables.md" "$OUT"/*.in_flight
+rm -f "$OUT"/{tests,bench_log}.txt "$OUT"/{ceilings,bench,tuning,kernels,steps}.json "$OUT/tables.md" "$OUT"/*.in_flight
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # On a GPU kernels are compiled: under the interpreter they would be neither tested nor measured.
 [ "$DEVICE" = cpu ] || unset TRITON_INTERPRET
@@ -76,11 +77,11 @@ build() {
     return $code
 }
 echo "== libraries"
-build >"$OUT/setup.txt" 2>&1 || failed "build of the compiled libraries"
-tail -n 6 "$OUT/setup.txt"
+build >"$OUT/tests.txt" 2>&1 || failed "build of the compiled libraries"
+tail -n 6 "$OUT/tests.txt"
 
 echo "== doctor"
-within 45 python3 -c 'import sys; from unisd.cli import main; sys.exit(main(["doctor", "--device", sys.argv[1]]))' "$DEVICE" 2>&1 | tee -a "$OUT/setup.txt" || failed doctor
+within 45 python3 -c 'import sys; from unisd.cli import main; sys.exit(main(["doctor", "--device", sys.argv[1]]))' "$DEVICE" 2>&1 | tee -a "$OUT/tests.txt" || failed doctor
 
 # tests SECONDS NAME ARGUMENTS...: pytest within its time; says so where that was not enough.
 tests() {
@@ -166,6 +167,20 @@ kernels() {
     esac
 }
 
+# Whole training steps of a model of random weights, the size of Llama-3.2-1B: ours and the dense loss.
+steps() {
+    echo "== training steps"
+    if [ "$DEVICE" = cpu ]; then echo "not on a CPU"; return; fi
+    python3 -c 'import trl, peft' 2>/dev/null || { echo "trl or peft is absent"; return; }
+    within "$1" python3 -m bench steps --device "$DEVICE" --model random-1b --batch-size 8 --new-tokens 256 --rounds 3 \
+        --presets plain agreement_token unisd_star unisd_star-q0.25 --output "$OUT/steps.json" 2>>"$OUT/bench_log.txt"
+    case $? in
+        0) ;;
+        124 | 137) echo "cut off after $1 s" ;;
+        *) failed "training steps" ;;
+    esac
+}
+
 memory_check() {
     local log
     log="$(mktemp)"
@@ -210,6 +225,7 @@ else
     cases peers 110 60
     # Of any device; many compilations. `make test` runs them under the interpreter, and compiles ahead of time.
     tests 60 tests/triton -m "not exhaustive" --ignore=tests/triton/test_ahead_of_time.py --ignore=tests/triton/test_dry_launches.py tests/triton
+    steps 70
     cases heads 70 60
     tiles 60
     cases rows 60 60

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from bench.peers import dense
@@ -28,8 +28,32 @@ from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, reference
 from unisd_kernels.config import LossConfig
 from unisd_kernels.reference.loss import reduce_per_token
 
-TINY = "tiny"
-MODELS = (SMOLLM2, TINY)
+TINY, RANDOM_1B = "tiny", "random-1b"
+MODELS = (SMOLLM2, TINY, RANDOM_1B)
+# Of random weights, which need no download: two layers, for tests; and the shape of Llama-3.2-1B, for a GPU.
+RANDOM: dict[str, dict[str, Any]] = {
+    TINY: {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        # Wide enough that distributions differ by context.
+        "initializer_range": 0.2,
+    },
+    RANDOM_1B: {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}
 OURS, DENSE = "ours", "dense"
 PEERS = (OURS, DENSE)
 PLAIN = "plain"
@@ -248,10 +272,12 @@ def make_workbench(name: str, device: torch.device, batch_size: int, new_tokens:
     disable_progress_bar()
     rows = fresh_rows(batch_size, 0)
     torch.manual_seed(0)
-    if name == TINY:
-        model, tokenizer = _tiny([row["auxiliary_prompts"][0] for row in rows])
+    # In a test of two layers the two devices shall agree to more digits than bfloat16 has.
+    dtype = torch.float32 if device.type == "cpu" or name == TINY else torch.bfloat16
+    if name in RANDOM:
+        model, tokenizer = _random(RANDOM[name], [row["auxiliary_prompts"][0] for row in rows], dtype)
     else:
-        model, tokenizer = load_model(name, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+        model, tokenizer = load_model(name, dtype=dtype)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     return Workbench(get_peft_model(model.to(device), lora), tokenizer, rows, new_tokens, folder)
 
@@ -265,8 +291,8 @@ def fresh_rows(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _tiny(texts: list[str]) -> tuple[Any, Any]:
-    """A random model of two layers, and a tokenizer of the words in `texts`."""
+def _random(settings: dict[str, Any], texts: list[str], dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model of random weights, and a tokenizer of the words in `texts`."""
     backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<pad>", "<eos>", "<unk>"]
@@ -274,17 +300,5 @@ def _tiny(texts: list[str]) -> tuple[Any, Any]:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        # Wide enough that distributions differ by context.
-        initializer_range=0.2,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config), tokenizer
+    config = LlamaConfig(**settings, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer

@@ -63,6 +63,7 @@ def step(call: str) -> str | None:
         ("ceilings", "bench ceilings"),
         ("kernels", "bench kernels --device"),
         ("tiles", "bench tuning --device"),
+        ("steps", "bench steps --device"),
         ("tests", "-m pytest"),
     ):
         if mark in call:
@@ -79,7 +80,7 @@ def test_the_most_valuable_comes_first(tmp_path):
     assert {call.split()[0] for call in calls} == {"unset"}
     order = [name for name in map(step, calls) if name]
     assert order == [
-        *("doctor", "ceilings", "headline", "kernels", "tests", "peers", "tests", "heads", "tiles", "rows"),
+        *("doctor", "ceilings", "headline", "kernels", "tests", "peers", "tests", "steps", "heads", "tiles", "rows"),
         "compiled",
     ]
     of_tests = [call for call in calls if "-m pytest" in call]
