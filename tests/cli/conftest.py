@@ -14,6 +14,12 @@ import pytest
 from tests.evaluation.conftest import make_model, tokenizer  # noqa: F401
 
 
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that `unisd train` prepares on its way stay out of the user's cache."""
+    monkeypatch.setenv("UNISD_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("base")
