@@ -9,7 +9,6 @@ over so few steps say that a recipe trains, not how well.
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import time
@@ -21,17 +20,17 @@ import torch
 
 from bench.parser import command_parser
 from bench.records.environment import environment
+from unisd.drift.schedule import NAME as DRIFT
+from unisd.models import SMOLLM2
 from unisd.prepare.settings import CONTEXTS
 from unisd.presets import PRESETS, is_paper
 from unisd_kernels.files import replacing
-
-_LOSS = re.compile(r"loss\s+(\S+) \(step (\d+)\) -> (\S+) \(step (\d+)\)")
-_DRIFT = re.compile(r"drift\s+(\S+) nats")
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = command_parser("recipes", __doc__)
     parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--limit", type=int, default=24, help="rows of each file")
     parser.add_argument("--contexts", nargs="*", choices=CONTEXTS, default=list(CONTEXTS))
     parser.add_argument("--presets", nargs="*", choices=list(PRESETS), default=[n for n in PRESETS if not is_paper(n)])
@@ -76,7 +75,8 @@ def prepared(file: Path, contexts: str, options: Any) -> dict[str, Any]:
     """One preparation: its report, or what it said as it failed."""
     folder = options.work / f"{file.stem}-{contexts}"
     done, seconds = _unisd(
-        "prepare", file, "-o", folder, "--overwrite", "--contexts", contexts, "--limit", options.limit
+        *("prepare", file, "-o", folder, "--overwrite", "--contexts", contexts, "--limit", options.limit),
+        *("--model", options.model),
     )
     row: dict[str, Any] = {"file": file.name, "contexts": contexts, "seconds": round(seconds, 1)}
     if done.returncode:
@@ -84,29 +84,35 @@ def prepared(file: Path, contexts: str, options: Any) -> dict[str, Any]:
     return {**row, **json.loads((folder / "prepared.json").read_text())["report"]}
 
 
-def trained(folder: Path, preset: str, mode: str, options: Any) -> dict[str, Any]:
+def trained(rows: Path, preset: str, mode: str, options: Any) -> dict[str, Any]:
     """One run: its first and last loss and the drift, or what it said as it failed."""
+    folder = options.work / f"{preset}-{mode}"
     done, seconds = _unisd(
-        *("train", "--dataset", folder, "--preset", preset, "--output_dir", options.work / f"{preset}-{mode}"),
-        *("--overwrite_output_dir", "--per_device_train_batch_size", options.batch_size),
+        *("train", "--dataset", rows, "--preset", preset, "--output_dir", folder, "--overwrite_output_dir"),
+        *("--model_name_or_path", options.model, "--per_device_train_batch_size", options.batch_size),
         *("--gradient_accumulation_steps", 1, "--max_steps", options.steps, "--logging_steps", 1),
         *("--max_completion_length", options.new_tokens, "--report_to", "none", "--bf16", "false"),
         *("--gradient_checkpointing", "false", "--disable_tqdm", "true", "--save_strategy", "no"),
         *("--drift_probe_every", 1000, "--learning_rate", 1e-3 if mode == "lora" else 1e-5),
         *("--use_peft", "true" if mode == "lora" else "false"),
     )
-    row: dict[str, Any] = {"rows": folder.name, "preset": preset, "mode": mode, "seconds": round(seconds, 1)}
-    found, drift = _LOSS.search(done.stdout), _DRIFT.search(done.stdout)
-    if done.returncode or found is None:
-        return {**row, "failure": (done.stderr.strip().splitlines() or ["no loss was printed"])[-1]}
-    logged = [float(value) for value in re.findall(r"'loss': '?([0-9.eE+-]+)", done.stdout)]
-    quarter = max(1, len(logged) // 4)
+    row: dict[str, Any] = {"rows": rows.name, "preset": preset, "mode": mode, "seconds": round(seconds, 1)}
+    if done.returncode:
+        return {**row, "failure": (done.stderr.strip().splitlines() or ["it said nothing"])[-1]}
+    return {**row, **logged(folder)}
+
+
+def logged(folder: Path) -> dict[str, Any]:
+    """Losses of a run's log, the means of their first and last quarter, and the last drift."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    drifts = [entry[DRIFT] for entry in history if DRIFT in entry]
+    quarter = max(1, len(losses) // 4)
     return {
-        **row,
-        "first_loss": sum(logged[:quarter]) / quarter,
-        "last_loss": sum(logged[-quarter:]) / quarter,
-        "losses": logged,
-        "drift": float(drift[1]) if drift else None,
+        "first_loss": sum(losses[:quarter]) / quarter,
+        "last_loss": sum(losses[-quarter:]) / quarter,
+        "losses": losses,
+        "drift": drifts[-1] if drifts else None,
     }
 
 
