@@ -60,6 +60,15 @@ if ls "$WHEELS"/*.whl >/dev/null 2>&1; then
     export PYTHONPATH="$PYTHONPATH:$site"
 fi
 
+# verdict CODE LIMIT NAME: what became of a part of the benchmarks; to be cut off is no failure of it.
+verdict() {
+    case $1 in
+        0) ;;
+        124 | 137) echo "cut off after $2 s" ;;
+        *) failed "$3, status $1"; tail -n 5 "$OUT/bench_log.txt" ;;
+    esac
+}
+
 # The compiled libraries, where the machine has compilers. A build that fails is a failure: its tests would only skip.
 build_cpu() { [ -e unisd_kernels/_C.abi3.so ] || UNISD_BUILD=cpu within 75 python3 setup.py -q build_ext --inplace; }
 build_cuda() { within 75 python3 csrc/nvcc.py --arch 90; }
@@ -128,16 +137,12 @@ cases() {
         [ $code -eq 3 ] || [ -e "$OUT/bench.json.in_flight" ] || break
         echo "attempt $attempt: $(tail -n 1 "$OUT/bench_log.txt")"
     done
-    case $code in
-        0) ;;
-        124 | 137) echo "cut off after $limit s" ;;
-        *) failed "cases $suite, status $code"; tail -n 5 "$OUT/bench_log.txt" ;;
-    esac
+    verdict $code "$limit" "cases $suite"
 }
 
 tiles() {
     echo "== tiles"
-    local limit=$1 code
+    local limit=$1
     if [ "$DEVICE" = cpu ]; then
         echo "not on a CPU"
         within 30 python3 -m bench tuning --dry-run >>"$OUT/bench_log.txt" 2>&1 || failed tiles
@@ -148,23 +153,14 @@ tiles() {
     # A candidate that is begun may take ten seconds to compile.
     within "$limit" python3 -m bench tuning --device "$DEVICE" --deadline $((limit - 12)) --output "$OUT/tuning.json" \
         >/dev/null 2>>"$OUT/bench_log.txt"
-    code=$?
-    case $code in
-        0) ;;
-        124 | 137) echo "cut off after $limit s" ;;
-        *) failed "tiles, status $code" ;;
-    esac
+    verdict $? "$limit" tiles
 }
 
 kernels() {
     echo "== kernels"
     if [ "$DEVICE" = cpu ]; then echo "not on a CPU"; return; fi
     within "$1" python3 -m bench kernels --device "$DEVICE" --output "$OUT/kernels.json" >/dev/null 2>>"$OUT/bench_log.txt"
-    case $? in
-        0) ;;
-        124 | 137) echo "cut off after $1 s" ;;
-        *) failed kernels ;;
-    esac
+    verdict $? "$1" kernels
 }
 
 # Whole training steps of a model of random weights, the size of Llama-3.2-1B: ours and the dense loss.
@@ -174,11 +170,7 @@ steps() {
     python3 -c 'import trl, peft' 2>/dev/null || { echo "trl or peft is absent"; return; }
     within "$1" python3 -m bench steps --device "$DEVICE" --model random-1b --batch-size 8 --new-tokens 256 --rounds 3 \
         --presets plain agreement_token unisd_star unisd_star-q0.25 --output "$OUT/steps.json" 2>>"$OUT/bench_log.txt"
-    case $? in
-        0) ;;
-        124 | 137) echo "cut off after $1 s" ;;
-        *) failed "training steps" ;;
-    esac
+    verdict $? "$1" "training steps"
 }
 
 memory_check() {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.cases import Case, find_case
 from bench.inputs.sets import make_inputs
 from bench.measuring.suite import DESIGNS
-from bench.parser import command_parser
+from bench.parser import gpu_command_parser
 from bench.peers import PEERS
 from bench.records import results_file
 from bench.records.environment import environment
@@ -83,12 +82,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = command_parser("kernels", __doc__)
+    parser = gpu_command_parser("kernels", __doc__)
     parser.add_argument("--case", nargs="+", default=list(CASES))
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(DESIGNS))
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--report", type=Path, help="print the table of an earlier --output")
-    parser.add_argument("--output", type=Path, help="JSON file for everything; the table goes to standard output")
     options = parser.parse_args(arguments)
     if options.report:
         print(table(results_file.read(options.report)))

@@ -22,7 +22,7 @@ import triton
 
 from bench.measuring.deadline import NO_DEADLINE, Deadline
 from bench.measuring.measure import device_lost
-from bench.parser import command_parser
+from bench.parser import gpu_command_parser
 from bench.records import results_file
 from bench.records.environment import environment
 from bench.records.failures import OUT_OF_TIME, failure_text
@@ -151,12 +151,9 @@ def listing() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = command_parser("tuning", __doc__)
-    parser.add_argument("--device", default="cuda")
+    parser = gpu_command_parser("tuning", __doc__)
     parser.add_argument("--deadline", type=float, help="seconds after which no candidate is begun")
     parser.add_argument("--dry-run", action="store_true", help=f"list what would be measured on {ARCHITECTURE}")
-    parser.add_argument("--report", type=Path, help="print the table of an earlier --output")
-    parser.add_argument("--output", type=Path, help="JSON file for everything; the table goes to standard output")
     options = parser.parse_args(arguments)
     if options.report:
         print(table(results_file.read(options.report)))
