@@ -13,7 +13,7 @@ from unisd_kernels import LMHead, linear_divergence, unisd_loss
 from unisd_kernels.backends.base import NeedsGrad
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.transform import LogitTransform
-from unisd_kernels.backends.triton import configs, launch
+from unisd_kernels.backends.triton import chunked_divergence, configs, launch
 from unisd_kernels.backends.triton.backend import TritonBackend
 from unisd_kernels.backends.triton.configs import GemmConfig
 from unisd_kernels.backends.triton.rows import teacher_rows
@@ -260,3 +260,20 @@ def test_the_choice_of_design():
     assert walk(NARROW, 0.5) == walk(torch.float32, 0.0) == "ChunkedDivergence"
     assert walk(NARROW, 0.0, "chunked") == "ChunkedDivergence"
     assert walk(torch.float32, 0.0, "fused") == "FusedDivergence"
+
+
+@pytest.mark.parametrize("columns", [32, 64])
+def test_a_mixture_in_several_spans_of_columns(monkeypatch, columns):
+    """The last span is not full, and a span has one block or two."""
+    exact = on_device(make_problem(lengths=(5,), hidden_size=16, vocab_size=203, num_auxiliary=0, negative=False))
+    monkeypatch.setattr(chunked_divergence, "MIXTURE_COLUMNS", columns)
+    monkeypatch.setattr(chunked_divergence, "MIXTURE_BLOCK", 32)
+
+    def divergence(problem, impl):
+        student = problem.student_hidden.detach(), problem.student_head.detach()
+        return linear_divergence(
+            *student, problem.teacher_hidden.detach(), problem.teacher_head.detach(), beta=0.3, impl=impl
+        ).double()
+
+    ours = divergence(exact.to(torch.float32), "triton_chunked")
+    torch.testing.assert_close(ours, divergence(exact, "reference"), rtol=1e-4, atol=1e-6)

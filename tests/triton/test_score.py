@@ -80,6 +80,13 @@ def test_splits_and_groups(monkeypatch, splits, group):
     check(on_device(make_problem(lengths=(70,), hidden_size=24, vocab_size=500, dtype=NARROW)), NARROW)
 
 
+def test_more_splits_than_are_merged_at_a_time(monkeypatch):
+    monkeypatch.setattr("unisd_kernels.backends.triton.score.vocab_splits", lambda *_: 40)
+    for kind in ("score", "score-few", "score-heavy"):
+        use(monkeypatch, kind, GemmConfig(16, 16, 16, 4, 1))
+    check(on_device(make_problem(lengths=(9,), hidden_size=16, vocab_size=640, dtype=NARROW)), NARROW)
+
+
 @pytest.mark.parametrize("width", [16, 24, 32])
 def test_tensor_descriptors_give_the_same(monkeypatch, width):
     problem = on_device(make_problem(lengths=(70,), hidden_size=width, vocab_size=131, dtype=NARROW)).to(NARROW)

@@ -45,7 +45,7 @@ from unisd_kernels.backends.triton.statistics import (
 
 # A block of statistics that are taken from logits in memory. Its numbers stay in registers between the passes over them
 # (maximum, sums, the teacher's): 16 of each view a thread. Few warps, because each of the block's eight sums is a wait
-# of all of them for one another: on an H100 2 warps a row read at 2.7 TB/s, 8 warps of two rows at 1.8 TB/s.
+# of all of them for one another (docs/gpu.md has what an H100 made of it).
 STATISTICS_ROWS, STATISTICS_COLUMNS, STATISTICS_WARPS = 1, 1024, 2
 # Columns that one program sums for a mixture, and how many at a time. A block of logits has a few hundred rows: a
 # program for each whole row would leave most of a GPU idle.

@@ -74,8 +74,7 @@ _AMPERE: dict[str, tuple[GemmConfig, ...]] = {
     "fused-divergence-separate-float32": (GemmConfig(64, 64, 32, 8, 2),),
 }
 _HOPPER: dict[str, tuple[GemmConfig, ...]] = {
-    # Measured on an H100 and an H200 (bench/results): three stages are up to a tenth faster than four, the more the
-    # smaller H is; eight blocks of rows side by side 4% faster than 32 where there are as many.
+    # Three stages and not four: measured on an H100 (docs/gpu.md), the more of a gain the smaller H is.
     "score": (
         GemmConfig(128, 256, 64, 8, 3, group=8, descriptors=True),
         GemmConfig(128, 256, 64, 8, 4, descriptors=True),
