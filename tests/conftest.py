@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,8 +21,12 @@ if not torch.cuda.is_available():
 
 from hypothesis import HealthCheck, settings
 
+from tests.interpreter_patches import swap_once_a_launch
 from tests.last_bit import LastBit
 from tests.sticky_errors import pytest_exception_interact, pytest_runtest_logfinish  # noqa: F401
+
+if not torch.cuda.is_available():
+    swap_once_a_launch()
 
 settings.register_profile(
     "suite",
@@ -60,3 +65,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # Not by `item.keywords`, which has the names of folders too: in a clone named "gpu" nothing would run.
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now stays: the collector need not look through it again.
+
+    The Trainer collects at the end of each run, a quarter of a second for the modules of this suite, half of the time
+    of its tests.
+    """
+    gc.collect()
+    gc.freeze()
