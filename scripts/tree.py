@@ -53,7 +53,7 @@ def files() -> list[Path]:
     """The files of the rooms that git knows or would, in order."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *ROOMS]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    found = (Path(name) for name in dict.fromkeys(listed))
+    found = (Path(name) for name in sorted(set(listed)))  # git lists what is not yet added first
     return [path for path in found if path.suffix in SUFFIXES and (ROOT / path).exists() and is_named(path)]
 
 

@@ -7,7 +7,6 @@ times a step, so values are added up where they are and leave the device togethe
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from unisd.batch import counted_mask
+from unisd.peak_memory import peak_memory_gib
 from unisd_kernels import UniSDLoss
 
 if TYPE_CHECKING:
@@ -188,16 +188,3 @@ def add_loss_statistics(
         window.add_values("student_entropy", result.student_entropy)
         window.add_values("teacher_entropy", result.teacher_entropy)
     window.add("nonfinite_share", (~result.loss.detach().isfinite()).float(), 1.0)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Highest memory use so far in GiB: of CUDA's allocator on that device, else the process's resident set (NaN on
-    Windows, which does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform == "win32":
-        return math.nan
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB elsewhere

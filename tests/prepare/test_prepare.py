@@ -207,6 +207,7 @@ def test_columns_that_cannot_be_told_are_asked_for(tmp_path, capsys):
     assert main(["prepare", str(file), "-o", str(tmp_path / "out"), *flags, *named]) == 0
     said = capsys.readouterr().out
     assert "12 of 12 rows kept (open questions)" in said
+    assert re.search(r"took: reading \d+\.\d s, contexts .* s; at most \d+\.\d\d GiB of memory", said)
     assert ROWS[3]["answer"] not in said
     assert main(["show", str(tmp_path / "out"), "--row", "3"]) == 0
     assert ROWS[3]["question"] in capsys.readouterr().out

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from unisd.contexts import ContextSpec, LengthLimit, PromptFrame
 from unisd.generation import Generator
+from unisd.peak_memory import peak_memory_gib
 from unisd.prepare.induction import drawn_instructions, induce
 from unisd.prepare.negatives import Negatives, model_negatives, other_negatives
 from unisd.prepare.neighbours import drawn_sets, fixed_sets, random_contexts, retrieved_contexts
@@ -105,6 +109,8 @@ def prepare(
         reasons = "; ".join(f"{count} x {reason}" for reason, count in report.dropped.most_common(5))
         raise ValueError(f"no row is left of {report.read}: {reasons}")
     report.kept = len(rows)
+    peak = peak_memory_gib(torch.device("cpu"))
+    report.peak_memory_gib = None if math.isnan(peak) else round(peak, 2)
     return Prepared(rows, report)
 
 

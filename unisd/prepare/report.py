@@ -22,6 +22,7 @@ class PrepareReport:
         rejected: reasons of rejected replies with counts.
         longest: view -> most tokens, of the rows that were kept; empty where lengths are not known.
         seconds: by part.
+        peak_memory_gib: highest resident set of the process by then; it holds the model that wrote, if one did.
     """
 
     kind: str = ""
@@ -37,6 +38,7 @@ class PrepareReport:
     rejected: Counter[str] = field(default_factory=Counter)
     longest: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_gib: float | None = None
 
     def lines(self) -> list[str]:
         """For a terminal."""
@@ -56,6 +58,9 @@ class PrepareReport:
         out += [f"  {count} x {reason}" for reason, count in self.rejected.most_common()]
         if self.longest:
             out.append("longest: " + ", ".join(f"{view} {length}" for view, length in self.longest.items()) + " tokens")
+        if self.peak_memory_gib is not None:
+            parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds.items())
+            out.append(f"took: {parts}; at most {self.peak_memory_gib:.2f} GiB of memory")
         return out
 
     def as_dict(self) -> dict[str, Any]:
