@@ -18,6 +18,8 @@ COMMANDS = {
     "steps": ("bench.studies.steps", "whole training steps of every preset, ours and dense"),
     "pooled-steps": ("bench.studies.pooled_steps", "steps whose auxiliary contexts come from a pool of fixed sets"),
     "recipes": ("bench.studies.recipes", "every recipe on real rows, from the file to the falling loss"),
+    "preparation": ("bench.studies.preparation", "time and memory of preparing many rows"),
+    "rollouts": ("bench.studies.rollouts", "sampling through a LoRA adapter against merged weights"),
     "ema": ("bench.studies.ema", "the moving average: time, and error after a thousand steps"),
     "numerics": ("bench.studies.numerics", "the digits of a small divergence"),
     "tensor-parallel": ("bench.studies.tensor_parallel", "a head in shards: bytes and messages, by formula"),

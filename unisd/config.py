@@ -98,6 +98,8 @@ class UniSDConfig(DistillationConfig):
             "prefix" (and what rows share from their beginning once), "auto" ("prefix" where the model can; says once
             where it cannot). The same states but for rounding (docs/training.md, "Views").
         view_cache_bytes: bound on the keys and values of shared prefixes that are kept between updates of the weights.
+        merged_rollouts: sample with the adapter added to a copy of its base's weights, which are put back exactly;
+            LoRA, with transformers. None does so on a CPU (docs/training.md, "Rollouts").
         profile: measure where a step's time and memory go (docs/training.md, "What a step costs").
         impl: implementation of the kernels by name (`unisd_kernels.available()`); None chooses.
         workspace_bytes: bound on the logits held at a time; None for the kernels' default.
@@ -194,6 +196,10 @@ class UniSDConfig(DistillationConfig):
     )
     view_cache_bytes: int = field(
         default=2**30, metadata={"help": "Bound in bytes on the keys and values of shared prefixes that are kept."}
+    )
+    merged_rollouts: bool | None = field(
+        default=None,
+        metadata={"help": "Sample with a LoRA adapter added to its base (memory: a copy of it); None: on a CPU."},
     )
     profile: bool = field(
         default=False,

@@ -25,6 +25,7 @@ from unisd.drift.schedule import DriftSchedule, make_drift_probe
 from unisd.generation import own_distribution
 from unisd.generation.empty import EmptyCompletions
 from unisd.generation.greedy import greedy_rollouts
+from unisd.generation.merged import merged_adapters, merges_rollouts
 from unisd.guards import check_columns, check_end_token, check_no_teacher_model, check_sharding, check_trainable
 from unisd.head import check_head
 from unisd.liger import use_liger
@@ -141,6 +142,7 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             use_liger(student, args.liger_kernel_config or {}, use_cpu=args.use_cpu)
         self._takes_position_ids = takes_position_ids(student)
         check_trainable(student)
+        self._merges = merges_rollouts(args, student, is_sharded=self._is_sharded)
         check_sharding(args, student, is_sharded=self._is_sharded, is_deepspeed=self.is_deepspeed_enabled)
         self._check_head(student)
         self.rows = RowGate.for_run(self, self._contexts, student)
@@ -263,9 +265,11 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             return self._empty.filled(self._given, self._tokenizer.pad_token_id)
         # The loss scores samples of the model's own distribution (under the settings of the run), so nothing of its
         # generation config may bend them. Evaluations are greedy, so that two of them can be compared.
+        student = self.accelerator.unwrap_model(self.model)
         with (
-            own_distribution(self.accelerator.unwrap_model(self.model)),
+            own_distribution(student),
             greedy_rollouts(self, self._mode == "eval"),
+            merged_adapters(student, self._merges),
         ):
             completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return self._empty.filled(completion_ids, self._tokenizer.pad_token_id)

@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch-size", type=positive, default=4)
     parser.add_argument("--learning-rate", type=positive_number, default=1e-3)
     parser.add_argument("--eval-tasks", type=positive, default=24)
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the frozen weights; auto: bfloat16 on a GPU and where the processor has instructions for it",
+    )
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument(
         "--minutes",
@@ -49,8 +56,11 @@ def main(arguments: list[str]) -> int:
     # Deprecations between the libraries underneath; nothing a reader of the demo could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
+    if options.dtype == "auto":
+        options.dtype = "bfloat16" if multiplies_bfloat16() else "float32"
+    print(f"SmolLM2-135M in {options.dtype}, its adapters in float32", flush=True)
     with setting_up():
-        model, tokenizer = load_model(SMOLLM2)
+        model, tokenizer = load_model(SMOLLM2, dtype=getattr(torch, options.dtype))
     held_out = procedural_rows(
         options.eval_tasks, seed=options.seed, split="test", num_steps=STEPS_OF_TASKS, num_auxiliary=0
     )
@@ -109,6 +119,17 @@ def main(arguments: list[str]) -> int:
         "  unisd prepare FILE -o prepared && unisd show prepared --row 0"
     )
     return 0
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 faster than float32: a GPU, or a CPU with AVX512_BF16, AMX or the like.
+
+    Elsewhere PyTorch converts such operands first, which takes longer than float32."""
+    if torch.cuda.is_available():
+        return True
+    # PyTorch before 2.13 does not tell.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def make_trainer(model: Any, tokenizer: Any, options: argparse.Namespace) -> Any:
