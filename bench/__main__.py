@@ -19,6 +19,7 @@ COMMANDS = {
     "pooled-steps": ("bench.studies.pooled_steps", "steps whose auxiliary contexts come from a pool of fixed sets"),
     "recipes": ("bench.studies.recipes", "every recipe on real rows, from the file to the falling loss"),
     "preparation": ("bench.studies.preparation", "time and memory of preparing many rows"),
+    "scorers": ("bench.studies.scorers", "gold and shuffled answers of the benchmarks, scored"),
     "rollouts": ("bench.studies.rollouts", "sampling through a LoRA adapter against merged weights"),
     "ema": ("bench.studies.ema", "the moving average: time, and error after a thousand steps"),
     "numerics": ("bench.studies.numerics", "the digits of a small divergence"),

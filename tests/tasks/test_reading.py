@@ -148,6 +148,20 @@ def tool_row(**call):
 
 
 @pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ('{"room": ${a room}}', {"room": "${a room}"}),
+        ('{"room": ${a room}"}', {"room": "${a room}"}),  # as one published row has it
+        ('{"room": "${a}", "ids": [${one}, ${two}]}', {"room": "${a}", "ids": ["${one}", "${two}"]}),
+        ('{"room": "next to ${a room}"}', {"room": "next to ${a room}"}),
+    ],
+)
+def test_values_of_earlier_calls(written, read):
+    (example,) = read_rows([tool_row(Action="findLamp", Action_Input=written)]).examples
+    assert example.details["calls"] == [("findLamp", read)]
+
+
+@pytest.mark.parametrize(
     ("row", "text"),
     [
         ({"question": " ", "answer": "a"}, "the question is empty"),
@@ -191,5 +205,5 @@ def test_real_slices():
         ("choice", "cos_e_validation_300.jsonl"): (300, 0),
         ("code", "mbpp_train_validation.jsonl"): (474, 0),
         ("code", "mbpp_test_100.jsonl"): (100, 0),
-        ("tools", "toolalpaca_eval_simulated.json"): (99, 1),
+        ("tools", "toolalpaca_eval_simulated.json"): (100, 0),
     }

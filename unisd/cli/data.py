@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from unisd.benchmarks import is_benchmark, rows_to_train_on
 from unisd.cli.checks import RAW_ROWS
 from unisd.cli.errors import CommandError
 from unisd.cli.rows_to_prepare import prepared_rows
@@ -25,8 +26,9 @@ class DataArguments:
     dataset: str = field(
         default="procedural",
         metadata={
-            "help": "'procedural' (generated), a .json/.jsonl/.parquet/.csv file, a folder (of `unisd prepare`, of "
-            "`datasets`, of files), or a dataset id of the hub. Rows of questions and answers are prepared first."
+            "help": "'procedural' (generated), a benchmark by name (scienceqa, cos_e, mbpp, ...), a .json/.jsonl/"
+            ".parquet/.csv file, a folder (of `unisd prepare`, of `datasets`, of files), or a dataset id of the hub. "
+            "Rows of questions and answers are prepared first."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
@@ -125,6 +127,8 @@ def _rows(data: DataArguments, source: str, split: str, config: UniSDConfig, mod
     if is_prepared(source):
         _check_idle(data, source)
         return load_prepared(source)
+    if is_benchmark(source):
+        return prepared_rows(rows_to_train_on(source, split), data, config, model)
     if not is_local(source):
         rows = load_dataset(source, data.dataset_config, split=split)
         if _have_views(rows.column_names):

@@ -23,7 +23,8 @@ from unisd.cli.errors import setting_up
 from unisd.cli.parser import CommandParser, natural, positive, positive_number
 from unisd.data.procedural import procedural_dataset, procedural_rows
 from unisd.evaluation import evaluate_procedural, evaluate_retention
-from unisd.evaluation.report import environment, write_report
+from unisd.evaluation.environment import environment
+from unisd.evaluation.report import write_report
 from unisd.models import SMOLLM2, load_model
 from unisd.presets import PRESETS
 

@@ -1,7 +1,8 @@
-"""`unisd eval`: how well a model does procedural tasks, and what training changed elsewhere.
+"""`unisd eval`: how well a model does its tasks, and what training changed elsewhere.
 
 unisd eval procedural --model runs/demo/adapter --steps 1 2 3 --count 30
 unisd eval retention --model runs/demo/adapter
+unisd eval scienceqa cos_e --model runs/mine        (benchmarks: unisd eval scienceqa --help)
 """
 
 from __future__ import annotations
@@ -12,21 +13,23 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from unisd.benchmarks import benchmarks
 from unisd.cli.device import choose_device
+from unisd.cli.dtype import DTYPES, choose_dtype
 from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.parser import CommandParser, natural, positive
 from unisd.data.procedural import SPLITS, procedural_rows
 from unisd.evaluation import evaluate_procedural, evaluate_retention
 from unisd.models import SMOLLM2, load_model
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def main(arguments: list[str]) -> int:
+    if any(word in benchmarks() for word in arguments):
+        from unisd.cli import evaluate_benchmarks
+
+        return evaluate_benchmarks.main(arguments)
     parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["procedural", "retention"])
+    parser.add_argument("what", choices=["procedural", "retention", *benchmarks()])
     parser.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
     parser.add_argument("--adapter", help="folder of a PEFT adapter to put on --model")
     parser.add_argument("--base", help="retention: model to compare with (default: the model without its adapter)")
@@ -82,15 +85,6 @@ def main(arguments: list[str]) -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(scores.as_dict(), indent=1) + "\n")
     return 0
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is bfloat16 on a CUDA device that computes in it, else float32."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return torch.bfloat16
-    return torch.float32
 
 
 def _refuse_idle(parser: CommandParser, options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from unisd.benchmarks import is_benchmark, rows_to_train_on
 from unisd.cli.device import choose_device
 from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.parser import CommandParser, natural, positive
@@ -45,7 +46,10 @@ def main(arguments: list[str]) -> int:
         raise CommandError(f"{folder} was not written by unisd prepare and is not replaced; give another -o FOLDER")
     with setting_up():
         settings = settings_of(options)
-        raw = load_rows(options.data, split=options.split, config=options.dataset_config)
+        if is_benchmark(options.data):
+            raw = rows_to_train_on(options.data, options.split)
+        else:
+            raw = load_rows(options.data, split=options.split, config=options.dataset_config)
         if options.limit:
             raw = raw[: options.limit]
         tokenizer = load_tokenizer(resolve_model(options.model), trust_remote_code=options.trust_remote_code)
@@ -99,7 +103,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="unisd prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", help="file, folder or hub id")
+    parser.add_argument("data", help="file, folder, benchmark by name, or hub id")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the prepared rows")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder")
     parser.add_argument("--split", default="train", help="of a hub id or a folder with splits")

@@ -7,10 +7,8 @@ escaped.
 from __future__ import annotations
 
 import html
-import importlib.metadata
 import math
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,16 +16,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from unisd.evaluation.environment import environment
 from unisd.evaluation.procedural import ProceduralScores, StepScores
 from unisd.evaluation.retention import RetentionScores
 
-_PACKAGES = ("unisd-kernels", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "triton")
 # Bookkeeping of the trainer rather than curves of the training.
 _NOT_CURVES = {"step", "epoch", "total_flos"}
 _STYLE = """
@@ -92,23 +89,6 @@ def write_report(
     path = out / "report.html"
     path.write_text(page + "\n</body>\n</html>\n", encoding="utf-8")
     return path
-
-
-def environment() -> dict[str, str]:
-    """Versions and machine, as they are printed in the report."""
-    facts = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            facts[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            facts[name] = "not installed"
-    facts["system"] = platform.platform()
-    facts["CPU"] = f"{platform.machine()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads used"
-    if torch.cuda.is_available():
-        facts["GPU"] = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    else:
-        facts["GPU"] = "none"
-    return facts
 
 
 def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:

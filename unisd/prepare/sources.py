@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import sys
 from collections.abc import Mapping
@@ -12,20 +13,20 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-"""Endings of files that can be read, and the reader of `datasets` for each."""
+"""Endings of files that can be read, and the reader of `datasets` for each. JSON may be packed by gzip (.jsonl.gz)."""
 
 
 def is_local(source: str) -> bool:
     """Whether the source is a file or a folder here, or looks like one."""
     path = Path(source).expanduser()
-    return path.suffix.lower() in FORMATS or path.exists()
+    return _ending(path) in FORMATS or path.exists()
 
 
 def load_rows(source: str, *, split: str = "train", config: str | None = None) -> list[dict[str, Any]]:
     """All rows of a source.
 
     Args:
-        source: a .jsonl, .json (a list, or lines), .csv or .parquet file; a folder of such files; a folder that
+        source: a .jsonl, .json (a list, or lines; also .gz), .csv or .parquet file; a folder of such files, or one that
             `datasets` saved; or an id of the hub.
         split: of a hub id, or of a folder with splits.
         config: of a hub id.
@@ -34,7 +35,7 @@ def load_rows(source: str, *, split: str = "train", config: str | None = None) -
         ValueError: no such file, another format, no rows, a split that is not there.
     """
     path = Path(source).expanduser()
-    if path.is_file() or path.suffix.lower() in FORMATS:
+    if path.is_file() or _ending(path) in FORMATS:
         rows = _of_file(path)
     elif path.is_dir():
         rows = _of_folder(path, split)
@@ -45,12 +46,19 @@ def load_rows(source: str, *, split: str = "train", config: str | None = None) -
     return rows
 
 
+def _ending(path: Path) -> str:
+    """The ending that tells the format: `.jsonl` of rows.jsonl.gz."""
+    endings = [ending.lower() for ending in path.suffixes]
+    packed = len(endings) > 1 and endings[-1] == ".gz" and FORMATS.get(endings[-2]) == "json"
+    return endings[-2] if packed else path.suffix.lower()
+
+
 def _of_file(path: Path) -> list[dict[str, Any]]:
-    if path.suffix.lower() not in FORMATS:
+    if _ending(path) not in FORMATS:
         raise ValueError(f"{path} is not one of {', '.join(FORMATS)}")
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
-    if path.suffix.lower() in (".json", ".jsonl"):
+    if _ending(path) in (".json", ".jsonl"):
         # Not through `datasets`, which wants one type in a column: an answer may be a text here and messages there.
         return _of_json(path)
     if path.suffix.lower() == ".csv":
@@ -75,8 +83,9 @@ def _of_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_json(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() == ".json":
+    packed = path.suffix.lower() == ".gz"
+    text = gzip.decompress(path.read_bytes()).decode("utf-8-sig") if packed else path.read_text(encoding="utf-8-sig")
+    if _ending(path) == ".json":
         try:
             value = json.loads(text)
         except ValueError:

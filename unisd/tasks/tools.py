@@ -61,7 +61,11 @@ class Tools(Task):
             prompt=f"Instruction: {instruction}\n\nFunctions of the interface:\n{documented}\n\n{_FORMAT}",
             answer=trace,
             demonstration=trace,
-            details={"calls": calls, "functions": tuple(documents)},
+            details={
+                "calls": calls,
+                "functions": tuple(documents),
+                "sequence": tuple((_name(call), not _optional(call)) for call in row["golden_answers"]),
+            },
         )
 
     def solved(self, example: Example) -> str:
@@ -78,12 +82,12 @@ class Tools(Task):
         )
 
     def read_negative(self, example: Example, place: int, reply: str) -> str:
-        thought, calls = _wrong_calls(reply)
+        thought, calls = calls_in(reply)
         if not calls:
             raise Rejected("the reply holds no calls")
         if any(name not in example.details["functions"] for name, _ in calls):
             raise Rejected("a call is of a function that does not exist")
-        if _compared(calls) == _compared(example.details["calls"]):
+        if compared(calls) == compared(example.details["calls"]):
             raise Rejected("the calls are the right ones")
         return _trace(calls, thought)
 
@@ -104,7 +108,11 @@ def _optional(call: Any) -> bool:
     return isinstance(call, Mapping) and str(call.get("Action", "")).startswith("[Optional]")
 
 
-def _compared(calls: Sequence[Call]) -> list[tuple[str, dict[str, str]]]:
+def _name(call: Mapping[str, Any]) -> str:
+    return str(call["Action"]).removeprefix("[Optional]").strip()
+
+
+def compared(calls: Sequence[Call]) -> list[tuple[str, dict[str, str]]]:
     """Calls as they are compared: without empty arguments, blanks, case, and the difference of 1 and "1"."""
     return [
         (name, {key: plain(str(value)) for key, value in arguments.items() if value not in ("", None, [], {})})
@@ -116,14 +124,16 @@ def _gold_call(call: Any) -> Call:
     try:
         arguments = call["Action_Input"]
         if isinstance(arguments, str):
-            # The result of an earlier call, which stands there bare: {"id": ${id from search}}.
-            arguments = json.loads(re.sub(r'(?<!")\$\{[^}]*\}', lambda match: json.dumps(match[0]), arguments))
+            # The result of an earlier call, which stands there bare: {"id": ${id from search}}, and once in the
+            # published file with half of its quotes: {"date": ${a date}"}.
+            bare = re.compile(r'([:\[,]\s*)(\$\{[^}]*\})"?')
+            arguments = json.loads(bare.sub(lambda match: match[1] + json.dumps(match[2]), arguments))
         return str(call["Action"]), dict(arguments)
     except (KeyError, TypeError, ValueError):
         raise Rejected("a gold call is no function with JSON arguments") from None
 
 
-def _wrong_calls(reply: str) -> tuple[str, list[Call]]:
+def calls_in(reply: str) -> tuple[str, list[Call]]:
     """Thought and calls of a reply: of JSON, or of the lines of a trace."""
     for value in json_values(reply):
         if isinstance(value, dict) and "Action" not in value:

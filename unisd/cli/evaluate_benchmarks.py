@@ -1,0 +1,151 @@
+"""`unisd eval BENCHMARK ...`: a model on benchmarks, with intervals and every completion.
+
+unisd eval scienceqa cos_e --model runs/mine
+unisd eval mbpp --model Qwen/Qwen2.5-0.5B-Instruct --limit 100
+unisd eval toolalpaca --data eval_simulated.json --model runs/mine
+
+Decoding is greedy for certain: whatever else the model's generation config asks for is put aside. A run that was killed
+goes on where it was. For each benchmark the folder gets NAME.json (scores) and NAME.jsonl (completions).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from unisd.benchmarks import Benchmark, benchmarks
+from unisd.cli.device import choose_device
+from unisd.cli.dtype import DTYPES, choose_dtype
+from unisd.cli.errors import CommandError, setting_up
+from unisd.cli.parser import CommandParser, natural, positive
+from unisd.evaluation.benchmark import BenchmarkScores, evaluate_benchmark
+from unisd.evaluation.environment import environment
+from unisd.generation import make_generator
+from unisd.models import SMOLLM2, load_model, resolve_model
+from unisd.peak_memory import peak_memory_gib
+from unisd.sandbox import ISOLATIONS
+from unisd.text_tokenizer import load_tokenizer
+from unisd_kernels.files import replacing
+
+
+def main(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    known = benchmarks()
+    if options.data is not None and len(options.names) > 1:
+        raise CommandError(f"--data is the file of one benchmark, and {len(options.names)} are asked for")
+    in_process = options.generator == "transformers"
+    if options.likelihood and not in_process:
+        raise CommandError(f"--likelihood needs the model in this process, not --generator {options.generator}")
+    # Deprecations between the libraries underneath; nothing a reader of the scores could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    with setting_up():
+        device = choose_device(options.device)
+        loaded = None
+        if in_process:
+            dtype = choose_dtype(options.dtype, device)
+            trust = options.trust_remote_code
+            loaded = load_model(
+                options.model, options.adapter, dtype, device=device, trust_remote_code=trust,
+                attn_implementation=options.attn_implementation,
+            )  # fmt: skip
+            chats = getattr(loaded[1], "chat_template", None) is not None
+            print(f"{options.model} on {device}, {str(dtype).removeprefix('torch.')}", flush=True)
+        else:
+            served = options.generator.startswith("http")
+            tokenizer = None if served else load_tokenizer(resolve_model(options.model))
+            chats = served or getattr(tokenizer, "chat_template", None) is not None
+        generator = make_generator(
+            options.generator,
+            options.model,
+            batch_size=options.batch_size,
+            device=device,
+            loaded=loaded,
+            trust_remote_code=options.trust_remote_code,
+        )
+        rows = {}
+        for name in dict.fromkeys(options.names):
+            split = options.split or known[name].default_split
+            rows[name] = known[name].rows(split, options.data)[: options.limit]
+        if any(known[name].kind == "code" for name in rows):
+            _check_sandbox(options.isolation)
+    for name, of_one in rows.items():
+        started = time.perf_counter()
+        scores = evaluate_benchmark(
+            known[name],
+            of_one,
+            generator,
+            chats=chats,
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
+            isolation=options.isolation,
+            scored_by=loaded if options.likelihood and known[name].kind == "choice" else None,
+            progress=sys.stderr.isatty() or options.progress,
+        )
+        print(scores.table(), flush=True)
+        file = _write(scores, known[name], options, time.perf_counter() - started, device)
+        print(f"  {file}, {file.with_suffix('.jsonl').name}")
+    return 0
+
+
+def _write(
+    scores: BenchmarkScores, benchmark: Benchmark, options: argparse.Namespace, seconds: float, device: torch.device
+) -> Path:
+    result = {
+        "model": str(options.model),
+        "adapter": options.adapter,
+        "split": options.split or benchmark.default_split,
+        "file": None if options.data is None else Path(options.data).name,
+        "limit": options.limit,
+        "seed": options.seed,
+        "decoding": f"greedy, at most {options.max_new_tokens} tokens, by {options.generator}",
+        **scores.as_dict(),
+        "source": benchmark.source,
+        "licence": benchmark.licence,
+        "seconds": round(seconds, 1),
+        "peak_memory_gib": round(peak_memory_gib(device), 3),
+        "environment": environment(),
+    }
+    file: Path = options.output / f"{benchmark.name}.json"
+    with replacing(file.with_suffix(".jsonl")) as new, new.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in scores.completions())
+    with replacing(file) as new:
+        new.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return file
+
+
+def _check_sandbox(isolation: str) -> None:
+    from unisd.sandbox import Sandbox
+
+    Sandbox(isolation)  # refuses now what would be refused when all replies have been written
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(benchmarks())
+    parser.add_argument("names", nargs="+", choices=names, metavar="BENCHMARK", help=", ".join(names))
+    parser.add_argument("--model", default=SMOLLM2, help="model id, local folder, run, or folder of a PEFT adapter")
+    parser.add_argument("--adapter", help="folder of a PEFT adapter to put on --model")
+    parser.add_argument("--data", help="a local file in the benchmark's original format, in place of the hub")
+    parser.add_argument(
+        "--split", choices=["train", "validation", "test"], help="default: test, else the last there is"
+    )
+    parser.add_argument("--limit", type=positive, help="the first rows only")
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/eval"), help="folder for scores, completions")
+    parser.add_argument("--max_new_tokens", type=positive, default=1024, help="longest reply")
+    parser.add_argument("--seed", type=natural, default=42, help="of the order of the choices")
+    parser.add_argument("--likelihood", action="store_true", help="multiple choice: also by the options' probability")
+    parser.add_argument("--generator", default="transformers", help="transformers, vllm, or the URL of a server")
+    parser.add_argument("--batch_size", type=positive, help="prompts generated together")
+    parser.add_argument("--device", default="auto", help="auto (CUDA if it is there, else the CPU), cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights")
+    parser.add_argument("--attn_implementation", help="sdpa, eager, flash_attention_2, ...")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--isolation", choices=ISOLATIONS, default="bubblewrap", help="of code that is run")
+    parser.add_argument("--progress", action="store_true", help="bars although standard error is no terminal")
+    return parser
