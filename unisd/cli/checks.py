@@ -86,8 +86,11 @@ RAW_ROWS = (
 )
 """Settings of how rows of questions and answers are prepared."""
 
+GENERATED = ("procedural", "diagnostic")
+"""Sources that are no file, folder or dataset."""
+
 NEEDS = {
-    **dict.fromkeys(RAW_ROWS, ("a dataset of questions and answers", lambda s: s["dataset"] != "procedural")),
+    **dict.fromkeys(RAW_ROWS, ("a dataset of questions and answers", lambda s: s["dataset"] not in GENERATED)),
     **dict.fromkeys(
         (
             "lora_r",
@@ -104,7 +107,10 @@ NEEDS = {
         _needs("use_peft"),
     ),
     **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), _needs("load_in_4bit")),
-    **dict.fromkeys(("procedural_rows", "procedural_steps", "procedural_look_back"), _needs("dataset", "procedural")),
+    **dict.fromkeys(
+        ("procedural_rows", "procedural_steps", "procedural_look_back"),
+        ("dataset=procedural or diagnostic", lambda s: s["dataset"] in GENERATED),
+    ),
     **dict.fromkeys(("num_completions_to_print", "log_unique_prompts"), _needs("log_completions")),
     **dict.fromkeys(
         (

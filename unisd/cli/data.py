@@ -10,10 +10,11 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from unisd.benchmarks import is_benchmark, rows_to_train_on
-from unisd.cli.checks import RAW_ROWS
+from unisd.cli.checks import GENERATED, RAW_ROWS
 from unisd.cli.errors import CommandError
 from unisd.cli.rows_to_prepare import prepared_rows
 from unisd.config import UniSDConfig
+from unisd.data.diagnostic import DiagnosticSettings, diagnostic_dataset
 from unisd.data.procedural import procedural_dataset
 from unisd.prepare.folder import is_prepared, load_prepared
 from unisd.prepare.sources import FORMATS, is_local, load_rows
@@ -26,9 +27,9 @@ class DataArguments:
     dataset: str = field(
         default="procedural",
         metadata={
-            "help": "'procedural' (generated), a benchmark by name (scienceqa, cos_e, mbpp, ...), a .json/.jsonl/"
-            ".parquet/.csv file, a folder (of `unisd prepare`, of `datasets`, of files), or a dataset id of the hub. "
-            "Rows of questions and answers are prepared first."
+            "help": "'procedural' or 'diagnostic' (generated), a benchmark by name (scienceqa, cos_e, mbpp, ...), a "
+            ".json/.jsonl/.parquet/.csv file, a folder (of `unisd prepare`, of `datasets`, of files), or a dataset id "
+            "of the hub. Rows of questions and answers are prepared first."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
@@ -65,7 +66,7 @@ class DataArguments:
         default="transformers", metadata={"help": "What writes negatives: transformers, vllm or the URL of a server."}
     )
     isolation: str = field(default="bubblewrap", metadata={"help": "Of code that is run: bubblewrap or process."})
-    procedural_rows: int = field(default=512, metadata={"help": "Rows to generate for 'procedural'."})
+    procedural_rows: int = field(default=512, metadata={"help": "Rows to generate for 'procedural' or 'diagnostic'."})
     procedural_steps: list[int] = field(
         default_factory=lambda: [1, 2, 3], metadata={"help": "Numbers of steps, which rows take in turn."}
     )
@@ -74,7 +75,7 @@ class DataArguments:
 
 def check_data(data: DataArguments, config: UniSDConfig) -> None:
     """Raise CommandError for a source that does not exist, and for a split or a file that would not be read."""
-    if data.dataset != "procedural" and _is_file(data.dataset):
+    if data.dataset not in GENERATED and _is_file(data.dataset):
         _check_file("dataset", data.dataset)
         if data.train_split != "train":
             raise CommandError(f"train_split={data.train_split}: a file has no splits; give the file to train on")
@@ -83,7 +84,7 @@ def check_data(data: DataArguments, config: UniSDConfig) -> None:
                 f"eval_split={data.eval_split}: the file {data.dataset} has no splits; give the rows to evaluate on as "
                 "--eval_file FILE"
             )
-    if data.dataset_config is not None and (data.dataset == "procedural" or _is_file(data.dataset)):
+    if data.dataset_config is not None and (data.dataset in GENERATED or _is_file(data.dataset)):
         raise CommandError(f"dataset_config={data.dataset_config} has no effect without a dataset of the hub")
     if data.eval_file is not None:
         _check_file("eval_file", data.eval_file)
@@ -124,6 +125,14 @@ def _rows(data: DataArguments, source: str, split: str, config: UniSDConfig, mod
             look_back=data.procedural_look_back,
             num_auxiliary=config.num_auxiliary,
         )
+    if source == "diagnostic":
+        settings = DiagnosticSettings(
+            seed=config.seed,
+            split=split,
+            num_steps=tuple(data.procedural_steps),
+            look_back=data.procedural_look_back,
+        )
+        return diagnostic_dataset(data.procedural_rows, settings, num_auxiliary=config.num_auxiliary)
     if is_prepared(source):
         _check_idle(data, source)
         return load_prepared(source)

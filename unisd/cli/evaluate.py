@@ -1,6 +1,7 @@
 """`unisd eval`: how well a model does its tasks, and what training changed elsewhere.
 
 unisd eval procedural --model runs/demo/adapter --steps 1 2 3 --count 30
+unisd eval diagnostic --model runs/mine --steps 5 10 20 --look-back 3
 unisd eval retention --model runs/demo/adapter
 unisd eval scienceqa cos_e --model runs/mine        (benchmarks: unisd eval scienceqa --help)
 """
@@ -18,9 +19,12 @@ from unisd.cli.device import choose_device
 from unisd.cli.dtype import DTYPES, choose_dtype
 from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.parser import CommandParser, natural, positive
+from unisd.data.diagnostic import OPERATIONS, RANGES, DiagnosticSettings, diagnostic_tasks
 from unisd.data.procedural import SPLITS, procedural_rows
 from unisd.evaluation import evaluate_procedural, evaluate_retention
+from unisd.evaluation.diagnostic import evaluate_diagnostic
 from unisd.models import SMOLLM2, load_model
+from unisd_kernels.files import replacing
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +33,7 @@ def main(arguments: list[str]) -> int:
 
         return evaluate_benchmarks.main(arguments)
     parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["procedural", "retention", *benchmarks()])
+    parser.add_argument("what", choices=["procedural", "diagnostic", "retention", *benchmarks()])
     parser.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
     parser.add_argument("--adapter", help="folder of a PEFT adapter to put on --model")
     parser.add_argument("--base", help="retention: model to compare with (default: the model without its adapter)")
@@ -42,21 +46,27 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--attn_implementation", "--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--count", type=positive, default=30, help="procedural: number of tasks")
-    parser.add_argument(
-        "--steps", type=positive, nargs="+", default=[1, 2, 3], help="procedural: numbers of steps, in turn"
+    tasks = parser.add_argument_group("procedural and diagnostic")
+    tasks.add_argument("--count", type=positive, default=30, help="number of tasks")
+    tasks.add_argument("--steps", type=positive, nargs="+", help="numbers of steps, in turn (1 2 3; diagnostic: 5 10)")
+    tasks.add_argument("--look-back", type=positive, default=1, help="how far back operands may lie")
+    tasks.add_argument("--split", choices=SPLITS, default="test", help="tasks to take")
+    tasks.add_argument("--seed", type=natural, default=0)
+    tasks.add_argument("--values", choices=list(RANGES), default="small", help="diagnostic: range of the two inputs")
+    tasks.add_argument(
+        "--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="diagnostic: to draw from"
     )
-    parser.add_argument("--look-back", type=positive, default=1, help="procedural: how far back operands may lie")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="procedural: tasks to take")
-    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--no-accuracy", action="store_true", help="procedural: perplexity only (no generation)")
-    parser.add_argument("--output", type=Path, help="JSON file for the scores")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file for the scores (diagnostic: completions beside it, .jsonl)"
+    )
     options = parser.parse_args(arguments)
     _refuse_idle(parser, options)
     # Deprecations between the libraries underneath; nothing a reader of the scores could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     with setting_up():
+        drawn = _drawn(options) if options.what == "diagnostic" else None
         device = choose_device(options.device)
         loading = {
             "dtype": choose_dtype(options.dtype, device),
@@ -73,23 +83,44 @@ def main(arguments: list[str]) -> int:
             options.count,
             seed=options.seed,
             split=options.split,
-            num_steps=options.steps,
+            num_steps=options.steps or (1, 2, 3),
             look_back=options.look_back,
             num_auxiliary=0,
         )
         scores = evaluate_procedural(model, tokenizer, rows, accuracy=not options.no_accuracy)
+    elif options.what == "diagnostic":
+        scores = evaluate_diagnostic(model, tokenizer, diagnostic_tasks(options.count, drawn))
     else:
         scores = evaluate_retention(model, tokenizer, base_model=base)
     print(scores.table())
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(scores.as_dict(), indent=1) + "\n")
+        with replacing(options.output) as new:
+            new.write_text(json.dumps(scores.as_dict(), indent=1) + "\n", encoding="utf-8")
+        if options.what == "diagnostic":
+            with replacing(options.output.with_suffix(".jsonl")) as new, new.open("w", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(row) + "\n" for row in scores.completions())
     return 0
+
+
+def _drawn(options: argparse.Namespace) -> DiagnosticSettings:
+    return DiagnosticSettings(
+        seed=options.seed,
+        split=options.split,
+        num_steps=tuple(options.steps or (5, 10)),
+        look_back=options.look_back,
+        values=options.values,
+        operations=tuple(options.operations),
+    )
 
 
 def _refuse_idle(parser: CommandParser, options: argparse.Namespace) -> None:
     """Raise CommandError for an option of the other evaluation."""
-    idle = ["base"] if options.what == "procedural" else ["count", "steps", "look_back", "split", "seed", "no_accuracy"]
+    of_tasks = ["count", "steps", "look_back", "split", "seed"]
+    idle = {
+        "procedural": ["base", "values", "operations"],
+        "diagnostic": ["base", "no_accuracy"],
+        "retention": [*of_tasks, "values", "operations", "no_accuracy"],
+    }[options.what]
     for name in idle:
         if getattr(options, name) != parser.get_default(name):
             raise CommandError(f"--{name.replace('_', '-')} has no effect with {options.what}")

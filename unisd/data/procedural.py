@@ -23,13 +23,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+
+from unisd.data.sequence import choose, generator, shuffle
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Message = dict[str, str]
-_T = TypeVar("_T")
 
 MAX_STEPS = 95
 # Tenths of the task space; which tenth a task falls into is decided by its text alone.
@@ -84,8 +85,7 @@ class ProceduralTask:
     @property
     def split(self) -> str:
         """The split this task belongs to: about 70% of all tasks are "train", 10% "validation", 20% "test"."""
-        tenth = int(self.task_id[:8], 16) % 10
-        return next(name for name, tenths in _SPLIT_TENTHS.items() if tenth in tenths)
+        return split_of(self.task_id)
 
     @property
     def question(self) -> str:
@@ -101,9 +101,9 @@ class ProceduralTask:
 
     def wrong_trace(self, seed: int | str) -> str:
         """A plausible wrong reply: one step's result is off, later steps use it, and the final answer differs."""
-        rng = _rng("wrong", seed, self.task_id)
+        rng = _named("wrong", seed, self.task_id)
         mistakes = [(step.target, wrong) for step in self.steps for wrong in self._mistakes(step)]
-        _shuffle(rng, mistakes)
+        shuffle(rng, mistakes)
         for mistake in mistakes:
             values = self._run(mistake)
             # A negative value would give the mistake away.
@@ -136,6 +136,12 @@ class ProceduralTask:
         near = [right + error for error in (-10, -2, -1, 1, 2, 10)]
         swapped = [_apply(left, op, other) for op in "+-" if op != step.op]
         return sorted({value for value in near + swapped if value >= 0} - {right})
+
+
+def split_of(task_id: str) -> str:
+    """The split of a task by the hex digits that identify it."""
+    tenth = int(task_id[:8], 16) % 10
+    return next(name for name, tenths in _SPLIT_TENTHS.items() if tenth in tenths)
 
 
 def generate_task(
@@ -291,7 +297,7 @@ def _draw(
     name: tuple[object, ...], num_steps: int, look_back: int, max_value: int, split: str
 ) -> Iterator[ProceduralTask]:
     """Tasks of the split, drawn one after another from the generator called `name`."""
-    rng = _rng(*name, num_steps, look_back, max_value, split)
+    rng = _named(*name, num_steps, look_back, max_value, split)
     for _ in range(_MAX_DRAWS):
         task = _random_task(rng, num_steps, look_back, max_value)
         if task.split == split:
@@ -308,8 +314,8 @@ def _first_new(tasks: Iterator[ProceduralTask], used: set[str]) -> ProceduralTas
 
 def _random_task(rng: random.Random, num_steps: int, look_back: int, max_value: int) -> ProceduralTask:
     inputs = list(range(1, max_value + 1))
-    a = _choose(rng, inputs)
-    b = _choose(rng, [value for value in inputs if value != a])
+    a = choose(rng, inputs)
+    b = choose(rng, [value for value in inputs if value != a])
     values = {"a": a, "b": b}
     steps = []
     for number in range(1, num_steps + 1):
@@ -324,7 +330,7 @@ def _random_step(
     rng: random.Random, target: str, recent: Sequence[str], values: dict[str, int], max_value: int
 ) -> Step:
     """A step that reads one of `recent`, with a result in `1..max_value`."""
-    operand = _choose(rng, recent)
+    operand = choose(rng, recent)
     variables = [name for name in dict.fromkeys(["a", "b", *recent]) if name != operand]
     # Kinds are drawn before operands, so that the many possible constants do not crowd the variables out.
     kinds = [
@@ -336,7 +342,11 @@ def _random_step(
     ]
     possible = [[step for step in kind if 1 <= step.evaluate(values) <= max_value] for kind in kinds]
     # Never empty: every value in 1..max_value has a neighbour there, reached by adding or subtracting 1.
-    return _choose(rng, _choose(rng, [kind for kind in possible if kind]))
+    return choose(rng, choose(rng, [kind for kind in possible if kind]))
+
+
+def _named(*name: object) -> random.Random:
+    return generator("procedural", *name)
 
 
 def _apply(left: int, op: str, right: int) -> int:
@@ -351,17 +361,3 @@ def _apply(left: int, op: str, right: int) -> int:
 
 def _operand(name: str, values: dict[str, int]) -> int:
     return values[name] if name in values else int(name)
-
-
-def _rng(*name: object) -> random.Random:
-    return random.Random("unisd.procedural|" + "|".join(map(str, name)))
-
-
-def _choose(rng: random.Random, items: Sequence[_T]) -> _T:
-    return items[int(rng.random() * len(items))]
-
-
-def _shuffle(rng: random.Random, items: list[Any]) -> None:
-    for last in range(len(items) - 1, 0, -1):
-        other = int(rng.random() * (last + 1))
-        items[last], items[other] = items[other], items[last]

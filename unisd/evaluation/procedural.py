@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from unisd.data.procedural import parse_answer
 from unisd.evaluation.perplexity import CompletionScores, completion_scores
+from unisd.evaluation.token_limit import token_limit
 from unisd.generation import greedy_replies
 from unisd.turns import Prompt
 
@@ -104,7 +104,7 @@ def evaluate_procedural(
             prompts = [tasks[place][prompt_column] for place in places]
             limit = max_new_tokens
             if limit is None and generate is None:
-                limit = _token_limit(tokenizer, [tasks[place]["completion"] for place in places])
+                limit = token_limit(tokenizer, [tasks[place]["completion"] for place in places])
             found = (
                 generate(prompts)
                 if generate is not None
@@ -157,11 +157,6 @@ def _check_columns(tasks: Sequence[Mapping[str, Any]], prompt_column: str) -> No
         missing = [name for name in (prompt_column, "completion", "answer", "num_steps") if name not in task]
         if missing:
             raise ValueError(f"row {place} lacks the column(s) {missing}; it has {sorted(task)}.")
-
-
-def _token_limit(tokenizer: Any, completions: Sequence[str]) -> int:
-    longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in completions)
-    return math.ceil(1.5 * longest) + 8
 
 
 def _percent(share: float | None) -> str:
