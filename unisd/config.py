@@ -92,6 +92,8 @@ class UniSDConfig(DistillationConfig):
         drift_probe_every: optimizer steps between measurements of the drift from the base model
             (`unisd/drift_kl`, see `unisd.drift`), which is measured before the first and after the last step too; 0
             turns it off.
+        drift_budget: bound on that drift, nats a token, kept by scaling the learning rate down as it nears; the run
+            stops where it is used up (docs/training.md, "A budget for the drift"). None for none.
         on_nonfinite: what a NaN or infinite loss or gradient does: "stop" raises FloatingPointError before the
             optimizer step, "skip" leaves that step out (docs/training.md, "When something is not finite").
         view_passes: how the teacher's views are run: "padded" (a pass a view), "packed" (all in one, without padding),
@@ -186,6 +188,10 @@ class UniSDConfig(DistillationConfig):
     )
     drift_probe_every: int = field(
         default=50, metadata={"help": "Optimizer steps between measurements of the drift from the base; 0: never."}
+    )
+    drift_budget: float | None = field(
+        default=None,
+        metadata={"help": "Bound on the drift in nats a token, kept by the learning rate; None for none."},
     )
     on_nonfinite: str = field(
         default="stop",
@@ -320,6 +326,8 @@ class UniSDConfig(DistillationConfig):
         check_number("clip_quantile", self.clip_quantile, low=0.0, high=1.0)
         check_number("agreement_fraction", self.agreement_fraction, low=0.0, high=1.0, open_low=True)
         check_number("ema_decay", self.ema_decay, low=0.0, high=1.0)  # type: ignore[arg-type]
+        if self.drift_budget is not None:
+            check_number("drift_budget", self.drift_budget, low=0.0, open_low=True)
         check_number("temperature", self.temperature, low=0.0, open_low=True)
         check_ranges(self)
         check_number("top_entropy_quantile", self.top_entropy_quantile, low=0.0, high=1.0, open_low=True)
@@ -341,6 +349,10 @@ class UniSDConfig(DistillationConfig):
         for name in ("max_prompt_length", "workspace_bytes"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1)
+        if self.drift_budget is not None and not self.drift_probe_every:
+            raise ValueError(
+                f"drift_budget={self.drift_budget} needs the drift measured: set drift_probe_every above 0"
+            )
         if self.clip_cap and self.clip_quantile:
             raise ValueError(
                 f"clip_cap={self.clip_cap} and clip_quantile={self.clip_quantile} exclude each other: set one to 0"

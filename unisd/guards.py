@@ -48,8 +48,12 @@ def check_sharding(args: UniSDConfig, model: nn.Module, *, is_sharded: bool, is_
     """
     if is_deepspeed and args.on_nonfinite == "skip":
         raise ValueError("on_nonfinite='skip' cannot leave out a step of DeepSpeed; use on_nonfinite='stop'")
+    if is_deepspeed and args.drift_budget is not None:
+        raise ValueError("drift_budget cannot scale the learning rate of DeepSpeed, which makes its steps by itself")
     if not is_sharded:
         return
+    if args.drift_budget is not None and not is_peft(model):
+        raise ValueError("drift_budget needs the base, which FSDP or ZeRO-3 overwrites in shards; use LoRA or DDP")
     if args.ema != "none":
         raise ValueError(
             f"ema={args.ema!r} needs whole weights, but FSDP or ZeRO-3 shards them; set ema='none', or train with DDP "

@@ -1,14 +1,17 @@
-"""Measurements of the drift during a run: before the first optimizer step, every few, and after the last."""
+"""The drift during a run: measured before the first optimizer step, every few and after the last; kept in bounds."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
+from unisd.drift.budget import DriftBudget
 from unisd.drift.probe import DriftProbe, default_probe
 from unisd.metrics import PREFIX
 from unisd.modules import is_peft
@@ -17,8 +20,12 @@ from unisd.turns import reply_end_ids
 if TYPE_CHECKING:
     from unisd.trainer import UniSDTrainer
 
+logger = logging.getLogger(__name__)
+
 NAME = f"{PREFIX}drift_kl"
 """Name in the logs."""
+SCALE = f"{PREFIX}drift_lr_scale"
+"""Name of the learning rate's factor in the logs of a run with a budget."""
 
 
 def make_drift_probe(
@@ -62,8 +69,11 @@ def make_drift_probe(
     return probe
 
 
-class DriftSchedule(TrainerCallback):
-    """Callback that measures and logs the drift.
+class DriftSchedule(TrainerCallback, ExportableState):
+    """Callback that measures and logs the drift, and keeps it within the budget where there is one.
+
+    With a budget it also measures after steps 1, 2, 4, ..., so that the first interval is no leap in the dark. Its
+    state is in each checkpoint's `trainer_state.json`.
 
     Args:
         trainer: of the run, whose `drift` is the probe.
@@ -72,20 +82,63 @@ class DriftSchedule(TrainerCallback):
     def __init__(self, trainer: UniSDTrainer) -> None:
         self._trainer = trainer
         self._measured_at: int | None = None
+        self._rates: list[float] = []
+        budget = trainer.args.drift_budget
+        self._budget = None if budget is None else DriftBudget(budget)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, as transformers wants it."""
+        saved = {} if self._budget is None else {"budget": self._budget.as_dict()}
+        return {"args": {}, "attributes": saved}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._budget is not None and state.global_step > 0:
+            saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+            self._budget.restore(saved.get("budget", {}))
         self._measured_at = None if state.global_step == 0 else state.global_step
         self._log(state.global_step)
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if self._budget is None:
+            return
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= self._budget.scale
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        # What the scheduler set is what it and the logs go on from.
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
+            group["lr"] = rate
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        is_last = state.global_step >= state.max_steps or control.should_training_stop
-        if state.global_step % args.drift_probe_every == 0 or is_last:
-            # The latest value of a log, not a mean over steps.
-            self._trainer._metrics["train"][NAME] = [self._measure(state.global_step)]
+        step = state.global_step
+        is_last = step >= state.max_steps or control.should_training_stop
+        is_early = self._budget is not None and step < args.drift_probe_every and step & (step - 1) == 0
+        if step % args.drift_probe_every and not is_last and not is_early:
+            return
+        drift = self._measure(step)
+        # The latest value of a log, not a mean over steps.
+        metrics = self._trainer._metrics["train"]
+        metrics[NAME] = [drift]
+        if self._budget is not None:
+            self._keep_within(self._budget, step, drift, args.drift_probe_every)
+            metrics[SCALE] = [self._budget.scale]
+            control.should_training_stop |= self._budget.is_used_up
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The last step may not have been seen to be the last.
         self._log(state.global_step)
+
+    def _keep_within(self, budget: DriftBudget, step: int, drift: float, every: int) -> None:
+        before = budget.scale
+        budget.update(step, drift, min(step, every - step) if step < every else every)
+        if not self._trainer.is_world_process_zero():
+            return
+        reached = f"step {step}: the drift from the base is {drift:.3g} of a budget of {budget.budget:.3g} nats a token"
+        if budget.is_used_up:
+            logger.warning("%s; training stops", reached)
+        elif budget.scale < 1.0 == before:
+            logger.warning("%s; the learning rate is scaled from now on, by %.2g at first", reached, budget.scale)
 
     def _log(self, step: int) -> None:
         if self._measured_at != step:
