@@ -2,7 +2,8 @@
 
 unisd eval procedural --model runs/demo/adapter --steps 1 2 3 --count 30
 unisd eval diagnostic --model runs/mine --steps 5 10 20 --look-back 3
-unisd eval retention --model runs/demo/adapter
+unisd eval retention --model runs/demo/adapter      (fixed answers to general chat)
+unisd eval drift --model runs/mine                  (the two models' own completions)
 unisd eval scienceqa cos_e --model runs/mine        (benchmarks: unisd eval scienceqa --help)
 """
 
@@ -23,6 +24,7 @@ from unisd.data.diagnostic import OPERATIONS, RANGES, DiagnosticSettings, diagno
 from unisd.data.procedural import SPLITS, procedural_rows
 from unisd.evaluation import evaluate_procedural, evaluate_retention
 from unisd.evaluation.diagnostic import evaluate_diagnostic
+from unisd.evaluation.drift import evaluate_drift
 from unisd.models import SMOLLM2, load_model
 from unisd_kernels.files import replacing
 
@@ -33,10 +35,10 @@ def main(arguments: list[str]) -> int:
 
         return evaluate_benchmarks.main(arguments)
     parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["procedural", "diagnostic", "retention", *benchmarks()])
+    parser.add_argument("what", choices=["procedural", "diagnostic", "retention", "drift", *benchmarks()])
     parser.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
     parser.add_argument("--adapter", help="folder of a PEFT adapter to put on --model")
-    parser.add_argument("--base", help="retention: model to compare with (default: the model without its adapter)")
+    parser.add_argument("--base", help="retention, drift: model to compare with (default: without adapter)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if it is there, else the CPU), cpu, cuda, cuda:1")
     parser.add_argument(
         "--dtype",
@@ -46,6 +48,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--attn_implementation", "--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--max_new_tokens", type=positive, default=128, help="drift: longest completion")
     tasks = parser.add_argument_group("procedural and diagnostic")
     tasks.add_argument("--count", type=positive, default=30, help="number of tasks")
     tasks.add_argument("--steps", type=positive, nargs="+", help="numbers of steps, in turn (1 2 3; diagnostic: 5 10)")
@@ -90,6 +93,8 @@ def main(arguments: list[str]) -> int:
         scores = evaluate_procedural(model, tokenizer, rows, accuracy=not options.no_accuracy)
     elif options.what == "diagnostic":
         scores = evaluate_diagnostic(model, tokenizer, diagnostic_tasks(options.count, drawn))
+    elif options.what == "drift":
+        scores = evaluate_drift(model, tokenizer, base_model=base, max_new_tokens=options.max_new_tokens)
     else:
         scores = evaluate_retention(model, tokenizer, base_model=base)
     print(scores.table())
@@ -117,10 +122,12 @@ def _refuse_idle(parser: CommandParser, options: argparse.Namespace) -> None:
     """Raise CommandError for an option of the other evaluation."""
     of_tasks = ["count", "steps", "look_back", "split", "seed"]
     idle = {
-        "procedural": ["base", "values", "operations"],
-        "diagnostic": ["base", "no_accuracy"],
-        "retention": [*of_tasks, "values", "operations", "no_accuracy"],
+        "procedural": ["base", "values", "operations", "max_new_tokens"],
+        "diagnostic": ["base", "no_accuracy", "max_new_tokens"],
+        "retention": [*of_tasks, "values", "operations", "no_accuracy", "max_new_tokens"],
+        "drift": [*of_tasks, "values", "operations", "no_accuracy"],
     }[options.what]
     for name in idle:
         if getattr(options, name) != parser.get_default(name):
-            raise CommandError(f"--{name.replace('_', '-')} has no effect with {options.what}")
+            flag = name if name == "max_new_tokens" else name.replace("_", "-")
+            raise CommandError(f"--{flag} has no effect with {options.what}")
