@@ -35,6 +35,7 @@ FOLDERS = {
     "tests/benchmarks": "The six benchmarks and more, in their original formats.",
     "tests/build": "Wheels, the CUDA build, sanitizers.",
     "tests/cli": "The command line as a user types it.",
+    "tests/compare": "Runs side by side.",
     "tests/data": "Tasks and their generators.",
     "tests/docs": "README and docs/ are what the code says.",
     "tests/evaluation": "Generation, perplexity, retention, reports.",

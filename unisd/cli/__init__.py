@@ -15,7 +15,8 @@ COMMANDS = {
     "train": ("unisd.cli.train", "train a model; settings from a YAML file and the command line"),
     "presets": ("unisd.cli.presets", "every recipe by name, and what it sets"),
     "export": ("unisd.cli.export", "the moving-average teacher of a run as a model or an adapter"),
-    "eval": ("unisd.cli.evaluate", "evaluate a model or an adapter: procedural tasks, retention"),
+    "eval": ("unisd.cli.evaluate", "evaluate a model or an adapter: benchmarks, procedural tasks, retention, drift"),
+    "compare": ("unisd.cli.compare", "runs side by side: scores, drift, cost, curves, completions, as one page"),
     "doctor": ("unisd.cli.doctor", "versions, devices, implementations with reasons, a numeric self-test"),
     "bench": ("unisd.cli.bench", "time, memory and error of this package and others; needs a clone of the repository"),
     "demo": ("unisd.cli.demo", "train SmolLM2-135M on procedural tasks on this machine and report before and after"),
@@ -23,7 +24,7 @@ COMMANDS = {
 
 
 # What `pip install unisd-kernels` alone leaves out.
-_EXTRA_TRAIN = ("accelerate", "datasets", "matplotlib", "peft", "transformers", "trl", "yaml")
+_EXTRA_TRAIN = ("accelerate", "datasets", "jinja2", "matplotlib", "peft", "transformers", "trl", "yaml")
 
 
 def usage() -> str:

@@ -70,6 +70,7 @@ class BenchmarkScores:
         """For JSON, without texts."""
         return {
             "benchmark": self.benchmark.name,
+            "kind": self.benchmark.kind,
             "items": len(self.items),
             "dropped": dict(self.dropped),
             "scores": {name: interval.as_dict() for name, interval in self.measures.items()},

@@ -1,0 +1,40 @@
+"""`unisd compare RUN ...`: runs side by side, as one page.
+
+unisd eval cos_e --model runs/a -o runs/a/eval      (and drift: --output runs/a/eval/drift.json)
+unisd compare runs/base runs/a runs/b -o comparison
+
+Each RUN is a folder of `unisd train` with its evaluations in RUN/eval, or a folder of `unisd eval` alone. The first is
+what the others are compared with, item by item. The folder gets compare.html, which needs nothing else, and compare.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from unisd.cli.errors import CommandError, setting_up
+from unisd.cli.parser import CommandParser
+from unisd.compare import load_run, markdown, page
+from unisd_kernels.files import replacing
+
+
+def main(arguments: list[str]) -> int:
+    parser = CommandParser(
+        prog="unisd compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("-o", "--output", type=Path, default=Path("comparison"), help="folder for the page")
+    parser.add_argument("--title", default="Runs side by side")
+    options = parser.parse_args(arguments)
+    with setting_up():
+        runs = [load_run(folder) for folder in options.runs]
+    twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
+    if twice:
+        raise CommandError(f"two runs have the name {twice[0]!r}: rename one of the folders")
+    for name, text in (("compare.html", page(runs, options.title)), ("compare.md", markdown(runs, options.title))):
+        with replacing(options.output / name) as new:
+            new.write_text(text, encoding="utf-8")
+    print(markdown(runs, options.title))
+    print(f"page: {options.output / 'compare.html'}")
+    return 0
