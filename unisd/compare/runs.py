@@ -79,7 +79,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Of training."""
+        """Seconds of training."""
         return self.last("train_runtime")
 
     @property
