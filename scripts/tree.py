@@ -45,6 +45,7 @@ FOLDERS = {
     "tests/ops": "The public operations, and the C++ kernels.",
     "tests/reference": "The dense definitions, by gradcheck and by hand.",
     "tests/scoring": "What a reply is worth, and intervals.",
+    "tests/sweep": "Many runs by one command.",
     "tests/tasks": "Kinds of task, their views and negatives; the sandbox for code.",
     "tests/trainer": "The trainer on tiny models.",
     "tests/triton": "Triton's kernels, interpreted and compiled, without a GPU.",

@@ -22,7 +22,7 @@ from bench.parser import command_parser
 from bench.records.environment import environment
 from unisd.drift.schedule import NAME as DRIFT
 from unisd.models import SMOLLM2
-from unisd.prepare.settings import CONTEXTS
+from unisd.prepare.settings import CONTEXTS, NEGATIVES
 from unisd.presets import PRESETS, is_paper
 from unisd_kernels.files import replacing
 
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--model", default=SMOLLM2)
     parser.add_argument("--limit", type=int, default=24, help="rows of each file")
     parser.add_argument("--contexts", nargs="*", choices=CONTEXTS, default=list(CONTEXTS))
+    parser.add_argument("--negatives", choices=NEGATIVES, default="model", help="of the preparations")
     parser.add_argument("--presets", nargs="*", choices=list(PRESETS), default=[n for n in PRESETS if not is_paper(n)])
     parser.add_argument("--modes", nargs="+", choices=("lora", "full"), default=["lora", "full"])
     parser.add_argument("--steps", type=int, default=20)
@@ -76,7 +77,7 @@ def prepared(file: Path, contexts: str, options: Any) -> dict[str, Any]:
     folder = options.work / f"{file.stem}-{contexts}"
     done, seconds = _unisd(
         *("prepare", file, "-o", folder, "--overwrite", "--contexts", contexts, "--limit", options.limit),
-        *("--model", options.model),
+        *("--model", options.model, "--negatives", options.negatives),
     )
     row: dict[str, Any] = {"file": file.name, "contexts": contexts, "seconds": round(seconds, 1)}
     if done.returncode:

@@ -17,6 +17,7 @@ COMMANDS = {
     "export": ("unisd.cli.export", "the moving-average teacher of a run as a model or an adapter"),
     "eval": ("unisd.cli.evaluate", "evaluate a model or an adapter: benchmarks, procedural tasks, retention, drift"),
     "compare": ("unisd.cli.compare", "runs side by side: scores, drift, cost, curves, completions, as one page"),
+    "sweep": ("unisd.cli.sweep", "presets x seeds x data by one command, which goes on after a kill"),
     "doctor": ("unisd.cli.doctor", "versions, devices, implementations with reasons, a numeric self-test"),
     "bench": ("unisd.cli.bench", "time, memory and error of this package and others; needs a clone of the repository"),
     "demo": ("unisd.cli.demo", "train SmolLM2-135M on procedural tasks on this machine and report before and after"),

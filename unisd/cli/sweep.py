@@ -1,0 +1,72 @@
+"""`unisd sweep`: presets x seeds x data by one command, one table and one page.
+
+unisd sweep --presets plain unisd_star sft --seeds 0 1 2 --dataset cos_e --eval "cos_e --limit 200" -o runs/sweep \\
+    -- --model_name_or_path smollm2-135m-instruct --max_steps 200 --use_peft true
+
+Words after -- go to every `unisd train`. Each run is a process of its own. The same command again goes on where the
+last was killed: what is finished is found, a run with checkpoints resumes. Where CUDA runs out of memory a run is made
+again with half the micro-batch and twice the accumulation, and that is said. A run that fails does not end the others;
+what it printed is in logs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from unisd.cli.errors import CommandError, setting_up
+from unisd.cli.parser import CommandParser, natural
+from unisd.compare import load_run, page
+from unisd.presets import PRESETS
+from unisd.sweep import Sweep, cells
+from unisd.sweep.run import launch
+from unisd.sweep.table import table
+from unisd_kernels.files import replacing
+
+_SET_HERE = ("--dataset", "--preset", "--seed", "--output_dir", "--overwrite_output_dir", "--resume")
+
+
+def main(arguments: list[str]) -> int:
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    train = arguments[place + 1 :]
+    options = _parser().parse_args(arguments[:place])
+    for word in train:
+        if word.partition("=")[0] in _SET_HERE:
+            raise CommandError(f"{word.partition('=')[0]} is set by the sweep: leave it out behind --")
+    with setting_up():
+        runs = cells(options.dataset, options.presets, options.seeds)
+    sweep = Sweep(options.output, train, [shlex.split(words) for words in options.eval], options.drift, launch=launch)
+    outcomes = sweep.run(runs)
+    text = table(runs, options.output)
+    whole = [load_run(options.output / each.cell.name) for each in outcomes if each.status != "failed"]
+    with replacing(options.output / "sweep.md") as new:
+        new.write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\ntable: {options.output / 'sweep.md'}")
+    if whole:
+        with replacing(options.output / "compare.html") as new:
+            new.write_text(page(whole, "A sweep"), encoding="utf-8")
+        print(f"page: {options.output / 'compare.html'}")
+    failed = [each for each in outcomes if each.status == "failed"]
+    if failed:
+        print(f"{len(failed)} of {len(outcomes)} runs failed; the same command tries them again")
+    return 1 if failed else 0
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="unisd sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--presets", nargs="+", required=True, choices=list(PRESETS), metavar="PRESET")
+    parser.add_argument("--seeds", nargs="+", type=natural, default=[42])
+    parser.add_argument("--dataset", nargs="+", default=["procedural"], help="sources of rows, as for unisd train")
+    parser.add_argument(
+        "--eval",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help='of unisd eval, e.g. "cos_e --limit 200"; again for more',
+    )
+    parser.add_argument("--drift", action="store_true", help="also unisd eval drift")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the runs, the table and the page")
+    return parser

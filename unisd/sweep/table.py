@@ -1,0 +1,41 @@
+"""The one table of a sweep: over the seeds of each preset on each source of rows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from unisd.compare.runs import Run, load_run
+from unisd.sweep.cells import Cell, finished
+
+
+def table(cells: Sequence[Cell], output: Path) -> str:
+    """Markdown: mean over seeds and, for more than one, the least and the most. Only runs that are finished count."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for cell in cells:
+        runs = groups.setdefault((Path(cell.data).stem, cell.preset), [])
+        if finished(output / cell.name) is not None:
+            runs.append(load_run(output / cell.name))
+    names = list(dict.fromkeys(name for runs in groups.values() for run in runs for name in run.benchmarks))
+    head = ["data", "preset", "seeds", *names, "KL from the base, nats a token", "training, s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (data, preset), runs in groups.items():
+        scores = [[_share(run, name) for run in runs] for name in names]
+        row = [data, preset, str(len(runs)), *(_spread(values, 100, "%") for values in scores)]
+        row += [_spread([run.drift_kl for run in runs]), _spread([run.seconds for run in runs])]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _share(run: Run, name: str) -> float | None:
+    found = run.benchmarks.get(name)
+    return None if found is None else found.result["scores"][found.measure]["value"]
+
+
+def _spread(values: Sequence[float | None], times: float = 1, unit: str = "") -> str:
+    known = [times * value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.fmean(known):.3g}{unit}"
+    return mean if len(known) == 1 else f"{mean} ({min(known):.3g} to {max(known):.3g})"
