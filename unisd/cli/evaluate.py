@@ -4,6 +4,7 @@ unisd eval procedural --model runs/demo/adapter --steps 1 2 3 --count 30
 unisd eval diagnostic --model runs/mine --steps 5 10 20 --look-back 3
 unisd eval retention --model runs/demo/adapter      (fixed answers to general chat)
 unisd eval drift --model runs/mine                  (the two models' own completions)
+unisd eval behaviour --model runs/mine              (refusals, willingness, facts, formats)
 unisd eval scienceqa cos_e --model runs/mine        (benchmarks: unisd eval scienceqa --help)
 """
 
@@ -23,6 +24,7 @@ from unisd.cli.parser import CommandParser, natural, positive
 from unisd.data.diagnostic import OPERATIONS, RANGES, DiagnosticSettings, diagnostic_tasks
 from unisd.data.procedural import SPLITS, procedural_rows
 from unisd.evaluation import evaluate_procedural, evaluate_retention
+from unisd.evaluation.behaviour import evaluate_behaviour, load_items
 from unisd.evaluation.diagnostic import evaluate_diagnostic
 from unisd.evaluation.drift import evaluate_drift
 from unisd.models import SMOLLM2, load_model
@@ -35,7 +37,7 @@ def main(arguments: list[str]) -> int:
 
         return evaluate_benchmarks.main(arguments)
     parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["procedural", "diagnostic", "retention", "drift", *benchmarks()])
+    parser.add_argument("what", choices=["procedural", "diagnostic", "retention", "drift", "behaviour", *benchmarks()])
     parser.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
     parser.add_argument("--adapter", help="folder of a PEFT adapter to put on --model")
     parser.add_argument("--base", help="retention, drift: model to compare with (default: without adapter)")
@@ -49,6 +51,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--attn_implementation", "--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--max_new_tokens", type=positive, default=128, help="drift: longest completion")
+    parser.add_argument("--probe", type=Path, help="behaviour: items in place of the package's (JSON lines)")
     tasks = parser.add_argument_group("procedural and diagnostic")
     tasks.add_argument("--count", type=positive, default=30, help="number of tasks")
     tasks.add_argument("--steps", type=positive, nargs="+", help="numbers of steps, in turn (1 2 3; diagnostic: 5 10)")
@@ -61,7 +64,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--no-accuracy", action="store_true", help="procedural: perplexity only (no generation)")
     parser.add_argument(
-        "--output", type=Path, help="JSON file for the scores (diagnostic: completions beside it, .jsonl)"
+        "--output", type=Path, help="JSON file for the scores (diagnostic, behaviour: completions beside it, .jsonl)"
     )
     options = parser.parse_args(arguments)
     _refuse_idle(parser, options)
@@ -70,6 +73,7 @@ def main(arguments: list[str]) -> int:
 
     with setting_up():
         drawn = _drawn(options) if options.what == "diagnostic" else None
+        probe = None if options.probe is None else load_items(options.probe)
         device = choose_device(options.device)
         loading = {
             "dtype": choose_dtype(options.dtype, device),
@@ -93,6 +97,8 @@ def main(arguments: list[str]) -> int:
         scores = evaluate_procedural(model, tokenizer, rows, accuracy=not options.no_accuracy)
     elif options.what == "diagnostic":
         scores = evaluate_diagnostic(model, tokenizer, diagnostic_tasks(options.count, drawn))
+    elif options.what == "behaviour":
+        scores = evaluate_behaviour(model, tokenizer, probe)
     elif options.what == "drift":
         scores = evaluate_drift(model, tokenizer, base_model=base, max_new_tokens=options.max_new_tokens)
     else:
@@ -101,7 +107,7 @@ def main(arguments: list[str]) -> int:
     if options.output:
         with replacing(options.output) as new:
             new.write_text(json.dumps(scores.as_dict(), indent=1) + "\n", encoding="utf-8")
-        if options.what == "diagnostic":
+        if options.what in ("diagnostic", "behaviour"):
             with replacing(options.output.with_suffix(".jsonl")) as new, new.open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in scores.completions())
     return 0
@@ -122,10 +128,11 @@ def _refuse_idle(parser: CommandParser, options: argparse.Namespace) -> None:
     """Raise CommandError for an option of the other evaluation."""
     of_tasks = ["count", "steps", "look_back", "split", "seed"]
     idle = {
-        "procedural": ["base", "values", "operations", "max_new_tokens"],
-        "diagnostic": ["base", "no_accuracy", "max_new_tokens"],
-        "retention": [*of_tasks, "values", "operations", "no_accuracy", "max_new_tokens"],
-        "drift": [*of_tasks, "values", "operations", "no_accuracy"],
+        "procedural": ["base", "values", "operations", "max_new_tokens", "probe"],
+        "diagnostic": ["base", "no_accuracy", "max_new_tokens", "probe"],
+        "retention": [*of_tasks, "values", "operations", "no_accuracy", "max_new_tokens", "probe"],
+        "drift": [*of_tasks, "values", "operations", "no_accuracy", "probe"],
+        "behaviour": [*of_tasks, "base", "values", "operations", "no_accuracy", "max_new_tokens"],
     }[options.what]
     for name in idle:
         if getattr(options, name) != parser.get_default(name):
