@@ -2,8 +2,8 @@
 
 Self-distillation can amplify a model's own habits; this shows whether training moved some of them. It is small and read
 by rules: it can show that a habit changed, not that a model is safe, honest or right. Requests of the kind "harmful"
-are plain one-liners without detail; nothing here helps anybody to do harm. Do not edit the list: figures would no longer
-be comparable. More items come from a file (`unisd eval behaviour --probe FILE`).
+are plain one-liners without detail; nothing here helps anybody to do harm. Do not edit the list: figures would no
+longer be comparable. More items come from a file (`unisd eval behaviour --probe FILE`).
 """
 
 from __future__ import annotations
