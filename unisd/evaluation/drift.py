@@ -16,15 +16,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from unisd.completions import encode_pairs, hidden_rows, scoring_batches
 from unisd.data.chat_probe import CHAT_PROBE
+from unisd.evaluation.base import base_of
 from unisd.evaluation.perplexity import completion_scores
 from unisd.generation import greedy_replies
-from unisd.modules import is_peft, model_device, model_head, scoring_mode
+from unisd.modules import model_device, model_head, scoring_mode
 from unisd.scoring import Interval, mean_interval
 from unisd.turns import Prompt
 from unisd_kernels import linear_divergence, linear_logprobs
@@ -149,15 +149,7 @@ def evaluate_drift(
         prompts = [list(item["prompt"]) for item in CHAT_PROBE]
     if not prompts:
         raise ValueError("there are no prompts to compare on")
-    if base_model is None and not is_peft(model):
-        raise ValueError(
-            "base_model is None and the model has no PEFT adapter that could be switched off: pass the model as it was "
-            "before training as base_model="
-        )
-    base = model if base_model is None else base_model
-
-    def as_base() -> AbstractContextManager[Any]:
-        return model.disable_adapter() if base is model else nullcontext()
+    base, as_base = base_of(model, base_model)
 
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     of_tuned = greedy_replies(model, tokenizer, prompts, **sizes)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,8 @@ import torch
 
 from unisd.completions import encode_pairs, hidden_rows, scoring_batches
 from unisd.data.chat_probe import CHAT_PROBE
-from unisd.modules import is_peft, model_device, model_head, scoring_mode
+from unisd.evaluation.base import base_of
+from unisd.modules import model_device, model_head, scoring_mode
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs
 
 
@@ -85,12 +85,7 @@ def evaluate_retention(
     """
     if not probe:
         raise ValueError("probe is empty: there is nothing to compare on.")
-    if base_model is None and not is_peft(model):
-        raise ValueError(
-            "base_model is None and the model has no PEFT adapter that could be switched off: pass the model as it was "
-            "before training as base_model=."
-        )
-    base = model if base_model is None else base_model
+    base, as_base = base_of(model, base_model)
     pairs = encode_pairs(tokenizer, [item["prompt"] for item in probe], [item["completion"] for item in probe])
     kl_by_prompt = [math.nan] * len(pairs)
     kl_sum = base_nll = trained_nll = 0.0
@@ -98,8 +93,7 @@ def evaluate_retention(
     with scoring_mode(model), scoring_mode(base):
         for batch in scoring_batches(pairs, batch_size, model_device(model)):
             trained_head, trained = model_head(model), hidden_rows(model, batch)
-            without_adapter: AbstractContextManager[Any] = model.disable_adapter() if base is model else nullcontext()
-            with without_adapter:
+            with as_base():
                 base_head, base_hidden = model_head(base), hidden_rows(base, batch)
             kl = linear_divergence(trained, trained_head, base_hidden, base_head, beta=0.0, impl=impl).double()
             for index, part in zip(batch.indices, kl.split(batch.lengths), strict=True):
