@@ -54,6 +54,7 @@ def test_train_then_eval(tmp_path: Path, base: Path, capsys):
     # The command line beats the file.
     assert main(["train", "--config", str(config), "--learning_rate", "0.01", "--preset", "plain"]) == 0
     saved = tmp_path / "run"
+    assert f"unisd eval procedural --model {saved}" in capsys.readouterr().out
     state = json.loads((saved / "checkpoint-2" / "trainer_state.json").read_text())
     assert max(entry.get("learning_rate", 0.0) for entry in state["log_history"]) <= 0.01
     weights = load_file(saved / "adapter_model.safetensors")

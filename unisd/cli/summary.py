@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unisd.benchmarks import is_benchmark
+from unisd.cli.checks import GENERATED
 from unisd.drift.schedule import NAME as DRIFT
 from unisd.modules import is_peft
 from unisd.presets import get_preset
@@ -19,17 +21,18 @@ if TYPE_CHECKING:
 _LOG = "trainer_state.json"
 
 
-def summary(trainer: UniSDTrainer, model: str, prepared: Path | None = None) -> str:
+def summary(trainer: UniSDTrainer, model: str, dataset: str, prepared: Path | None = None) -> str:
     """Lines for a terminal.
 
     Args:
         model: name of the model before training.
+        dataset: source of the rows.
         prepared: folder of the rows, where `unisd show` can read them.
     """
     sections = [
         (f"{trainer.args.preset}: {get_preset(trainer.args.preset).description}", _results(trainer)),
         ("where things are", _places(trainer, prepared)),
-        ("next", _commands(trainer, model, prepared)),
+        ("next", _commands(trainer, model, dataset, prepared)),
     ]
     width = max(len(name) for _, lines in sections for name in lines)
     texts = []
@@ -74,15 +77,15 @@ def _places(trainer: UniSDTrainer, prepared: Path | None) -> dict[str, str]:
     return lines
 
 
-def _commands(trainer: UniSDTrainer, model: str, prepared: Path | None) -> dict[str, str]:
+def _commands(trainer: UniSDTrainer, model: str, dataset: str, prepared: Path | None) -> dict[str, str]:
     args = trainer.args
     folder = str(args.output_dir)
     quoted = shlex.quote(folder)
     against = "" if _is_adapter(trainer) else f" --base {shlex.quote(model)}"
-    lines = {
-        "evaluate": f"unisd eval procedural --model {quoted}",
-        "compare": f"unisd eval retention --model {quoted}{against}",
-    }
+    lines = {}
+    if dataset in GENERATED or is_benchmark(dataset):
+        lines["evaluate"] = f"unisd eval {dataset} --model {quoted}"
+    lines["compare"] = f"unisd eval retention --model {quoted}{against}"
     if isinstance(trainer.teacher, EMATeacher):
         lines["teacher"] = f"unisd export --ema {quoted} -o {shlex.quote(folder.rstrip('/') + '-teacher')}"
     if _is_adapter(trainer):

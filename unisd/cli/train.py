@@ -157,7 +157,8 @@ def _train(arguments: list[str]) -> int:
     trainer.train(resume_from_checkpoint=settings.resume)
     trainer.save_finished()
     if settings.config.process_index == 0:
-        print(summary(trainer, str(settings.model.model_name_or_path), folder_of(trainer.train_dataset)))
+        name, rows = str(settings.model.model_name_or_path), folder_of(trainer.train_dataset)
+        print(summary(trainer, name, settings.data.dataset, rows))
     if settings.config.push_to_hub and (url := push_run(trainer)):
         print(f"\npushed to {url}")
     return 0
