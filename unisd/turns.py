@@ -19,6 +19,13 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     return list(encoded["input_ids"])
 
 
+def readable(tokenizer: Any, prompt: Prompt) -> Prompt:
+    """The prompt as the tokenizer can read it: messages as plain text where there is no chat template."""
+    if isinstance(prompt, str) or getattr(tokenizer, "chat_template", None) is not None:
+        return prompt
+    return "\n".join(str(message["content"]) for message in prompt) + "\n"
+
+
 def reply_end_ids(
     tokenizer: Any,
     prompt: str | Sequence[Mapping[str, Any]],

@@ -12,6 +12,7 @@ from unisd.data.behaviour_probe import behaviour_probe
 from unisd.generation import greedy_replies
 from unisd.scoring import Interval, wilson
 from unisd.scoring.behaviour import FORMS, KINDS, is_as_it_should
+from unisd.turns import readable
 
 LIMITS = "small, and read by rules: it can show that a habit changed, not that a model is safe, honest or right"
 
@@ -76,8 +77,7 @@ def evaluate_behaviour(
         raise ValueError("there are no items to probe with")
     for number, item in enumerate(chosen, 1):
         _check(item, f"item {number}")
-    chats = getattr(tokenizer, "chat_template", None) is not None
-    prompts = [[{"role": "user", "content": item["prompt"]}] if chats else f"{item['prompt']}\n" for item in chosen]
+    prompts = [readable(tokenizer, [{"role": "user", "content": item["prompt"]}]) for item in chosen]
     replies = greedy_replies(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     good = tuple(is_as_it_should(item, reply) for item, reply in zip(chosen, replies, strict=True))
     return BehaviourScores(tuple(chosen), tuple(replies), good)

@@ -12,6 +12,7 @@ from unisd.evaluation.token_limit import token_limit
 from unisd.generation import greedy_replies
 from unisd.scoring import Interval, mean_interval, wilson
 from unisd.scoring.trace import KINDS, Execution, execution
+from unisd.turns import readable
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,12 @@ def evaluate_diagnostic(
     if not tasks:
         raise ValueError("there are no tasks to evaluate on")
     replies = [""] * len(tasks)
-    chats = getattr(tokenizer, "chat_template", None) is not None
     groups: dict[int, list[int]] = {}
     for place, task in enumerate(tasks):
         groups.setdefault(len(task.steps), []).append(place)
     for places in groups.values():
-        texts = [tasks[place].question for place in places]
-        prompts = [[{"role": "user", "content": text}] for text in texts] if chats else texts
+        asked = ([{"role": "user", "content": tasks[place].question}] for place in places)
+        prompts = [readable(tokenizer, messages) for messages in asked]
         limit = max_new_tokens or token_limit(tokenizer, [tasks[place].gold_trace for place in places], 2.0)
         if generate is not None:
             found = generate(prompts, limit)

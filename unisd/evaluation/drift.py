@@ -26,7 +26,7 @@ from unisd.evaluation.perplexity import completion_scores
 from unisd.generation import greedy_replies
 from unisd.modules import model_device, model_head, scoring_mode
 from unisd.scoring import Interval, mean_interval
-from unisd.turns import Prompt
+from unisd.turns import Prompt, readable
 from unisd_kernels import linear_divergence, linear_logprobs
 
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -146,9 +146,10 @@ def evaluate_drift(
         ValueError: no prompts, no base to compare with, or not as many golds as prompts.
     """
     if prompts is None:
-        prompts = [list(item["prompt"]) for item in CHAT_PROBE]
+        prompts = [item["prompt"] for item in CHAT_PROBE]
     if not prompts:
         raise ValueError("there are no prompts to compare on")
+    prompts = [readable(tokenizer, prompt) for prompt in prompts]
     base, as_base = base_of(model, base_model)
 
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}

@@ -10,7 +10,7 @@ from unisd.data.procedural import parse_answer
 from unisd.evaluation.perplexity import CompletionScores, completion_scores
 from unisd.evaluation.token_limit import token_limit
 from unisd.generation import greedy_replies
-from unisd.turns import Prompt
+from unisd.turns import Prompt, readable
 
 Generate = Callable[[Sequence[Prompt]], Sequence[str]]
 
@@ -93,6 +93,7 @@ def evaluate_procedural(
     """
     tasks = list(rows)
     _check_columns(tasks, prompt_column)
+    asked = [readable(tokenizer, task[prompt_column]) for task in tasks]
     groups: dict[int, list[int]] = {}
     for place, task in enumerate(tasks):
         groups.setdefault(int(task["num_steps"]), []).append(place)
@@ -101,7 +102,7 @@ def evaluate_procedural(
     if accuracy:
         # Group by group, since the number of tokens that a reply needs grows with the number of steps.
         for places in groups.values():
-            prompts = [tasks[place][prompt_column] for place in places]
+            prompts = [asked[place] for place in places]
             limit = max_new_tokens
             if limit is None and generate is None:
                 limit = token_limit(tokenizer, [tasks[place]["completion"] for place in places])
@@ -117,7 +118,7 @@ def evaluate_procedural(
         likelihood = completion_scores(
             model,
             tokenizer,
-            [task[prompt_column] for task in tasks],
+            asked,
             [task["completion"] for task in tasks],
             batch_size=batch_size,
             impl=impl,

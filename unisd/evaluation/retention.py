@@ -20,6 +20,7 @@ from unisd.completions import encode_pairs, hidden_rows, scoring_batches
 from unisd.data.chat_probe import CHAT_PROBE
 from unisd.evaluation.base import base_of
 from unisd.modules import model_device, model_head, scoring_mode
+from unisd.turns import readable
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs
 
 
@@ -86,7 +87,8 @@ def evaluate_retention(
     if not probe:
         raise ValueError("probe is empty: there is nothing to compare on.")
     base, as_base = base_of(model, base_model)
-    pairs = encode_pairs(tokenizer, [item["prompt"] for item in probe], [item["completion"] for item in probe])
+    prompts = [readable(tokenizer, item["prompt"]) for item in probe]
+    pairs = encode_pairs(tokenizer, prompts, [item["completion"] for item in probe])
     kl_by_prompt = [math.nan] * len(pairs)
     kl_sum = base_nll = trained_nll = 0.0
     num_tokens = 0
