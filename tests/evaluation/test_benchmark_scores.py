@@ -136,6 +136,36 @@ def test_the_command_writes_scores_and_completions(saved, capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "of_benchmarks"),
+    [
+        (["cos_e"], True),
+        (["--model", "x", "cos_e"], True),
+        (["--limit", "3", "cos_e", "mbpp"], True),
+        (["cos_e", "--model", "drift"], True),
+        (["procedural", "--model", "mbpp"], False),
+    ],
+)
+def test_which_command_line_it_is(words, of_benchmarks, monkeypatch):
+    from unisd.cli import evaluate, evaluate_benchmarks
+
+    class Loading(Exception):
+        pass
+
+    def load(*_, **__):
+        raise Loading
+
+    seen = []
+    monkeypatch.setattr(evaluate_benchmarks, "main", lambda arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr(evaluate, "load_model", load)
+    if of_benchmarks:
+        assert evaluate.main(words) == 0
+        assert seen == [words]
+    else:
+        with pytest.raises(Loading):
+            evaluate.main(words)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["cos_e", "mbpp", "--data", "x.jsonl"], "--data is the file of one benchmark, and 2 are asked for"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unisd.benchmarks import benchmarks
+from unisd.cli import evaluate_benchmarks
 from unisd.cli.device import choose_device
 from unisd.cli.dtype import DTYPES, choose_dtype
 from unisd.cli.errors import CommandError, setting_up
@@ -30,14 +31,16 @@ from unisd.evaluation.drift import evaluate_drift
 from unisd.models import SMOLLM2, load_model
 from unisd_kernels.files import replacing
 
+OWN = ("procedural", "diagnostic", "retention", "drift", "behaviour")
+"""What is evaluated here; benchmarks have a command line of their own."""
+
 
 def main(arguments: list[str]) -> int:
-    if any(word in benchmarks() for word in arguments):
-        from unisd.cli import evaluate_benchmarks
-
+    known = benchmarks()
+    if any(word in known for word in arguments) and not any(word in OWN for word in arguments):
         return evaluate_benchmarks.main(arguments)
     parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["procedural", "diagnostic", "retention", "drift", "behaviour", *benchmarks()])
+    parser.add_argument("what", choices=[*OWN, *known])
     parser.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
     parser.add_argument("--adapter", help="folder of a PEFT adapter to put on --model")
     parser.add_argument("--base", help="retention, drift: model to compare with (default: without adapter)")
@@ -67,6 +70,8 @@ def main(arguments: list[str]) -> int:
         "--output", type=Path, help="JSON file for the scores (diagnostic, behaviour: completions beside it, .jsonl)"
     )
     options = parser.parse_args(arguments)
+    if options.what in known:  # and a value is called like one of ours
+        return evaluate_benchmarks.main(arguments)
     _refuse_idle(parser, options)
     # Deprecations between the libraries underneath; nothing a reader of the scores could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
