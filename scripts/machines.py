@@ -151,9 +151,10 @@ def commit() -> str:
 def surroundings() -> dict[str, str]:
     import torch
 
-    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    from unisd_kernels.processor import processor_name
+
     return {
-        "processor": (model[1] if model else platform.processor()).strip(),
+        "processor": processor_name(),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),

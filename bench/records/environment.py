@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from unisd_kernels.backends import extension
+from unisd_kernels.processor import processor_name
 
 # What a figure depends on; results and pages may change while they are made.
 CODE = ("unisd_kernels", "unisd", "csrc", "bench/*.py")
@@ -53,17 +54,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         commit = _output_of("git", "rev-parse", "--short", "HEAD")
         if _output_of("git", "status", "--porcelain", "--", *CODE):
             commit = f"{commit} with changes"
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = models[0] if models else cpu
     return {
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu,
+        "cpu": processor_name(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "library": extension.cpu_isa() if extension.cpu_unavailable() is None else None,
         "threads": torch.get_num_threads(),

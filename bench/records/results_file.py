@@ -17,6 +17,7 @@ from typing import Any
 
 from bench.cases import Case
 from unisd.cli.errors import CommandError
+from unisd_kernels import files
 from unisd_kernels.files import replacing
 
 CASE_COLUMNS = (
@@ -99,8 +100,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """Results of any other schema; whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(result, indent=1) + "\n")
+    files.write_json(path, result)
 
 
 def read(path: Path) -> dict[str, Any]:

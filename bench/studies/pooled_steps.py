@@ -13,7 +13,6 @@ figures are medians over rounds of the ratio to plain within a round. By count o
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -24,10 +23,10 @@ from typing import Any
 import torch
 
 from bench.parser import command_parser
+from bench.records import results_file
 from bench.records.environment import chosen_device, environment
 from bench.studies.step_runs import NUM_AUXILIARY, OURS, PLAIN, VARIANTS, Workbench, fresh_rows, make_workbench
 from unisd.models import SMOLLM2
-from unisd_kernels.files import replacing
 
 SETS = 4
 BAR = 1.45
@@ -56,8 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     result = {**result, "environment": environment(device), "options": {k: str(v) for k, v in vars(options).items()}}
     print("\n".join(table(result)))
     if options.output:
-        with replacing(options.output) as new:
-            new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        results_file.write_json(options.output, result)
     return 0
 
 

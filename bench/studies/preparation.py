@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from bench.parser import command_parser
+from bench.records import results_file
 from bench.records.environment import environment
 from unisd.models import SMOLLM2
 from unisd.prepare.settings import CONTEXTS
-from unisd_kernels.files import replacing
 
 SUBJECTS = ("river", "bridge", "engine", "orchard", "library", "harbour", "teacher", "battery", "forest", "market")
 ASKED = ("weight", "age", "height", "colour", "price", "speed", "owner", "origin", "purpose", "name")
@@ -54,8 +54,7 @@ def main(arguments: Sequence[str]) -> int:
             print(run, flush=True)
             result["runs"].append(run)
             if options.output:
-                with replacing(options.output) as new:
-                    new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                results_file.write_json(options.output, result)
     return 0
 
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from bench.parser import command_parser
+from bench.records import results_file
 from bench.records.environment import environment
 from unisd.drift.schedule import NAME as DRIFT
 from unisd.models import SMOLLM2
 from unisd.prepare.settings import CONTEXTS, NEGATIVES
 from unisd.presets import PRESETS, is_paper
-from unisd_kernels.files import replacing
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -131,5 +131,4 @@ def _say(row: dict[str, Any]) -> dict[str, Any]:
 
 def _save(result: dict[str, Any], file: Path | None) -> None:
     if file is not None:
-        with replacing(file) as new:
-            new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        results_file.write_json(file, result)

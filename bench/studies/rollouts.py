@@ -6,7 +6,6 @@ have their full length. Figures are medians over rounds of the ratio within a ro
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 
 from bench.parser import command_parser
+from bench.records import results_file
 from bench.records.environment import chosen_device, environment
 from bench.studies.step_runs import MODELS, make_workbench
 from unisd.generation.merged import merged_adapters
 from unisd.models import SMOLLM2
-from unisd_kernels.files import replacing
 
 CASES = {"base": (False, False), "adapter": (True, False), "merged": (True, True)}
 """Name -> whether there is an adapter, and whether it is merged."""
@@ -44,8 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     result |= {"environment": environment(device), "options": {k: str(v) for k, v in vars(options).items()}}
     print("\n".join(table(result)))
     if options.output:
-        with replacing(options.output) as new:
-            new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        results_file.write_json(options.output, result)
     return 0
 
 

@@ -8,7 +8,6 @@ letter scores by chance (1 / number of choices, and 0 for a letter that this que
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from bench.parser import command_parser
+from bench.records import results_file
 from bench.records.environment import environment
 from unisd.benchmarks import benchmarks
 from unisd.cli.errors import CommandError
@@ -25,7 +25,6 @@ from unisd.sandbox import ISOLATIONS
 from unisd.scoring import MEASURES, mean_interval, score_replies
 from unisd.tasks import Example, read_rows
 from unisd.tasks.multiple_choice import LETTERS
-from unisd_kernels.files import replacing
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,8 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         counts = f"{name:<14} {run['rows']:>5} {sum(run['unread'].values()):>6} {measure:<8}"
         print(f"{counts} {run['gold'][measure]:>6.3f} {run['shuffled']['value']:>8.3f} {chance}", flush=True)
     if options.output:
-        with replacing(options.output) as new:
-            new.write_text(json.dumps({"environment": environment(torch.device("cpu")), "runs": runs}, indent=1) + "\n")
+        results_file.write_json(options.output, {"environment": environment(torch.device("cpu")), "runs": runs})
     return 0
 
 

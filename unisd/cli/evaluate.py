@@ -11,13 +11,11 @@ unisd eval scienceqa cos_e --model runs/mine        (benchmarks: unisd eval scie
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 from unisd.benchmarks import benchmarks
-from unisd.cli import evaluate_benchmarks
 from unisd.cli.device import choose_device
 from unisd.cli.dtype import DTYPES, choose_dtype
 from unisd.cli.errors import CommandError, setting_up
@@ -29,16 +27,27 @@ from unisd.evaluation.behaviour import evaluate_behaviour, load_items
 from unisd.evaluation.diagnostic import evaluate_diagnostic
 from unisd.evaluation.drift import evaluate_drift
 from unisd.models import SMOLLM2, load_model
-from unisd_kernels.files import replacing
+from unisd_kernels.files import write_json, write_json_lines
 
 OWN = ("procedural", "diagnostic", "retention", "drift", "behaviour")
 """What is evaluated here; benchmarks have a command line of their own."""
+_TASKS = ("procedural", "diagnostic")
+READ_BY = {
+    **dict.fromkeys(("count", "steps", "look_back", "split", "seed"), _TASKS),
+    "base": ("retention", "drift"),
+    "values": ("diagnostic",),
+    "operations": ("diagnostic",),
+    "no_accuracy": ("procedural",),
+    "max_new_tokens": ("drift",),
+    "probe": ("behaviour",),
+}
+"""Option -> the evaluations that read it."""
 
 
 def main(arguments: list[str]) -> int:
     known = benchmarks()
     if any(word in known for word in arguments) and not any(word in OWN for word in arguments):
-        return evaluate_benchmarks.main(arguments)
+        return _of_benchmarks(arguments)
     parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*OWN, *known])
     parser.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
@@ -71,7 +80,7 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     if options.what in known:  # and a value is called like one of ours
-        return evaluate_benchmarks.main(arguments)
+        return _of_benchmarks(arguments)
     _refuse_idle(parser, options)
     # Deprecations between the libraries underneath; nothing a reader of the scores could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -110,12 +119,16 @@ def main(arguments: list[str]) -> int:
         scores = evaluate_retention(model, tokenizer, base_model=base)
     print(scores.table())
     if options.output:
-        with replacing(options.output) as new:
-            new.write_text(json.dumps(scores.as_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json(options.output, scores.as_dict())
         if options.what in ("diagnostic", "behaviour"):
-            with replacing(options.output.with_suffix(".jsonl")) as new, new.open("w", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(row) + "\n" for row in scores.completions())
+            write_json_lines(options.output.with_suffix(".jsonl"), scores.completions())
     return 0
+
+
+def _of_benchmarks(arguments: list[str]) -> int:
+    from unisd.cli import evaluate_benchmarks  # which needs much that the others do not
+
+    return evaluate_benchmarks.main(arguments)
 
 
 def _drawn(options: argparse.Namespace) -> DiagnosticSettings:
@@ -130,16 +143,8 @@ def _drawn(options: argparse.Namespace) -> DiagnosticSettings:
 
 
 def _refuse_idle(parser: CommandParser, options: argparse.Namespace) -> None:
-    """Raise CommandError for an option of the other evaluation."""
-    of_tasks = ["count", "steps", "look_back", "split", "seed"]
-    idle = {
-        "procedural": ["base", "values", "operations", "max_new_tokens", "probe"],
-        "diagnostic": ["base", "no_accuracy", "max_new_tokens", "probe"],
-        "retention": [*of_tasks, "values", "operations", "no_accuracy", "max_new_tokens", "probe"],
-        "drift": [*of_tasks, "values", "operations", "no_accuracy", "probe"],
-        "behaviour": [*of_tasks, "base", "values", "operations", "no_accuracy", "max_new_tokens"],
-    }[options.what]
-    for name in idle:
-        if getattr(options, name) != parser.get_default(name):
+    """Raise CommandError for an option of another evaluation."""
+    for name, readers in READ_BY.items():
+        if options.what not in readers and getattr(options, name) != parser.get_default(name):
             flag = name if name == "max_new_tokens" else name.replace("_", "-")
             raise CommandError(f"--{flag} has no effect with {options.what}")

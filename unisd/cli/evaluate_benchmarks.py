@@ -11,7 +11,6 @@ goes on where it was. For each benchmark the folder gets NAME.json (scores) and 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -29,9 +28,8 @@ from unisd.evaluation.environment import environment
 from unisd.generation import make_generator
 from unisd.models import SMOLLM2, load_model, resolve_model
 from unisd.peak_memory import peak_memory_gib
-from unisd.sandbox import ISOLATIONS
-from unisd.text_tokenizer import load_tokenizer
-from unisd_kernels.files import replacing
+from unisd.sandbox import ISOLATIONS, Sandbox
+from unisd_kernels.files import write_json, write_json_lines
 
 
 def main(arguments: list[str]) -> int:
@@ -57,9 +55,7 @@ def main(arguments: list[str]) -> int:
             chats = getattr(loaded[1], "chat_template", None) is not None
             print(f"{options.model} on {device}, {str(dtype).removeprefix('torch.')}", flush=True)
         else:
-            served = options.generator.startswith("http")
-            tokenizer = None if served else load_tokenizer(resolve_model(options.model))
-            chats = served or getattr(tokenizer, "chat_template", None) is not None
+            chats = options.generator.startswith("http") or _has_chat_template(options.model)
         generator = make_generator(
             options.generator,
             options.model,
@@ -73,7 +69,7 @@ def main(arguments: list[str]) -> int:
             split = options.split or known[name].default_split
             rows[name] = known[name].rows(split, options.data)[: options.limit]
         if any(known[name].kind == "code" for name in rows):
-            _check_sandbox(options.isolation)
+            Sandbox(options.isolation)  # refuses now what would be refused when all replies have been written
     for name, of_one in rows.items():
         started = time.perf_counter()
         scores = evaluate_benchmark(
@@ -91,6 +87,12 @@ def main(arguments: list[str]) -> int:
         file = _write(scores, known[name], options, time.perf_counter() - started, device)
         print(f"  {file}, {file.with_suffix('.jsonl').name}")
     return 0
+
+
+def _has_chat_template(model: str) -> bool:
+    from unisd.text_tokenizer import load_tokenizer  # which takes seconds to import
+
+    return getattr(load_tokenizer(resolve_model(model)), "chat_template", None) is not None
 
 
 def _write(
@@ -112,17 +114,9 @@ def _write(
         "environment": environment(),
     }
     file: Path = options.output / f"{benchmark.name}.json"
-    with replacing(file.with_suffix(".jsonl")) as new, new.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in scores.completions())
-    with replacing(file) as new:
-        new.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json_lines(file.with_suffix(".jsonl"), scores.completions())
+    write_json(file, result)
     return file
-
-
-def _check_sandbox(isolation: str) -> None:
-    from unisd.sandbox import Sandbox
-
-    Sandbox(isolation)  # refuses now what would be refused when all replies have been written
 
 
 def _parser() -> CommandParser:

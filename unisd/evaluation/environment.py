@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import torch
+
+from unisd_kernels.processor import processor_name
 
 _PACKAGES = ("unisd-kernels", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "triton")
 
@@ -21,16 +22,9 @@ def environment() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             facts[name] = "not installed"
     facts["system"] = platform.platform()
-    facts["CPU"] = f"{_processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads used"
+    facts["CPU"] = f"{processor_name()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads used"
     if torch.cuda.is_available():
         facts["GPU"] = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     else:
         facts["GPU"] = "none"
     return facts
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Raw rows: from files, folders, `datasets` folders and the hub."""
+"""Raw rows: from files, folders, `datasets` folders and the hub. `datasets` is imported where it reads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 """Endings of files that can be read, and the reader of `datasets` for each. JSON may be packed by gzip (.jsonl.gz)."""
@@ -40,6 +41,8 @@ def load_rows(source: str, *, split: str = "train", config: str | None = None) -
     elif path.is_dir():
         rows = _of_folder(path, split)
     else:
+        from datasets import load_dataset
+
         rows = _listed(load_dataset(source, config, split=split))
     if not rows:
         raise ValueError(f"{source} has no rows")
@@ -63,6 +66,8 @@ def _of_file(path: Path) -> list[dict[str, Any]]:
         return _of_json(path)
     if path.suffix.lower() == ".csv":
         return _of_csv(path)
+    from datasets import load_dataset
+
     return _listed(load_dataset(FORMATS[path.suffix.lower()], data_files=str(path), split="train"))
 
 
@@ -115,6 +120,8 @@ def _checked(rows: list[Any], path: Path) -> list[dict[str, Any]]:
 
 def _of_folder(path: Path, split: str) -> list[dict[str, Any]]:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        from datasets import DatasetDict, load_from_disk
+
         saved = load_from_disk(str(path))
         if isinstance(saved, DatasetDict):
             if split not in saved:

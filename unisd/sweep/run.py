@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -10,13 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from unisd.run.checkpoints import is_checkpoint
 from unisd.sweep.cells import FINISHED, Cell, finished
-from unisd_kernels.files import replacing
+from unisd_kernels.files import write_json
 
 _OUT_OF_MEMORY = ("CUDA out of memory", "OutOfMemoryError", "CUDA error: out of memory")
 _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
@@ -118,14 +116,8 @@ class Sweep:
             begins_at = log.stat().st_size if log.is_file() else 0
             if self.launch(["eval", *words, "--model", str(folder), *output], log) != 0:
                 return _last_line(_said(log, begins_at))
-        with replacing(folder / FINISHED) as new:
-            record: dict[str, Any] = {
-                "data": cell.data,
-                "preset": cell.preset,
-                "seed": cell.seed,
-                "made_smaller": smaller,
-            }
-            new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record = {"data": cell.data, "preset": cell.preset, "seed": cell.seed, "made_smaller": smaller}
+        write_json(folder / FINISHED, record)
         return ""
 
     def _train_words(self, cell: Cell, folder: Path) -> list[str]:
