@@ -19,6 +19,11 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     return list(encoded["input_ids"])
 
 
+def as_prompt(text: str, chats: bool) -> Prompt:
+    """A text as a user's message for a model that chats, else as it is."""
+    return [{"role": "user", "content": text}] if chats else text
+
+
 def readable(tokenizer: Any, prompt: Prompt) -> Prompt:
     """The prompt as the tokenizer can read it: messages as plain text where there is no chat template."""
     if isinstance(prompt, str) or getattr(tokenizer, "chat_template", None) is not None:

@@ -56,7 +56,7 @@ def test_differences_are_of_the_same_items(folders):
     assert better.verdict == "better"
     assert other.difference.value == 0.0
     assert other.verdict == ""
-    assert mean_gain(runs) == [0.0, pytest.approx(0.5), 0.0]
+    assert mean_gain(score_table(runs), 3) == [0.0, pytest.approx(0.5), 0.0]
     backwards = score_table([runs[1], runs[0]])["cos_e"][1]
     assert (backwards.difference.value, backwards.verdict) == (pytest.approx(-0.5), "worse")
 
@@ -66,7 +66,7 @@ def test_other_items_are_not_compared(folders):
     (folders[1] / "eval" / "cos_e.jsonl").write_text("\n".join(lines) + "\n")
     runs = [load_run(folder) for folder in folders]
     assert score_table(runs)["cos_e"][1].difference is None
-    assert mean_gain(runs)[1] is None
+    assert mean_gain(score_table(runs), 3)[1] is None
 
 
 def test_what_a_folder_says(folders):

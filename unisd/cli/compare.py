@@ -15,7 +15,7 @@ from pathlib import Path
 
 from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.parser import CommandParser
-from unisd.compare import load_run, markdown, page
+from unisd.compare import load_run, rendered
 from unisd_kernels.files import replacing
 
 
@@ -32,9 +32,10 @@ def main(arguments: list[str]) -> int:
     twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
     if twice:
         raise CommandError(f"two runs have the name {twice[0]!r}: rename one of the folders")
-    for name, text in (("compare.html", page(runs, options.title)), ("compare.md", markdown(runs, options.title))):
+    html, markdown = rendered(runs, options.title)
+    for name, text in (("compare.html", html), ("compare.md", markdown)):
         with replacing(options.output / name) as new:
             new.write_text(text, encoding="utf-8")
-    print(markdown(runs, options.title))
+    print(markdown)
     print(f"page: {options.output / 'compare.html'}")
     return 0

@@ -40,13 +40,13 @@ def main(arguments: list[str]) -> int:
         if options.model is not None:
             from unisd.models import resolve_model
             from unisd.text_tokenizer import load_tokenizer
-            from unisd.turns import encode_prompt
+            from unisd.turns import as_prompt, encode_prompt
 
             tokenizer = load_tokenizer(resolve_model(options.model), trust_remote_code=options.trust_remote_code)
             chats = tokenizer.chat_template is not None
 
             def count(text: str) -> int:
-                return len(encode_prompt(tokenizer, [{"role": "user", "content": text}] if chats else text))
+                return len(encode_prompt(tokenizer, as_prompt(text, chats)))
 
         views = views_to_show(rows[options.row], count)
     width = options.width or shutil.get_terminal_size((100, 24)).columns

@@ -27,15 +27,11 @@ CURVES = (
 
 def page(runs: Sequence[Run], title: str) -> str:
     """The page of some runs; the first is what the others are compared with."""
-    return _rendered("page.html", runs, title)
+    return rendered(runs, title)[0]
 
 
-def markdown(runs: Sequence[Run], title: str) -> str:
-    """Its tables as Markdown."""
-    return _rendered("page.md", runs, title)
-
-
-def _rendered(template: str, runs: Sequence[Run], title: str) -> str:
+def rendered(runs: Sequence[Run], title: str) -> tuple[str, str]:
+    """The page, and its tables as Markdown."""
     environment = Environment(
         loader=PackageLoader("unisd.compare"),
         autoescape=select_autoescape(["html.j2"]),
@@ -45,21 +41,23 @@ def _rendered(template: str, runs: Sequence[Run], title: str) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"percent": _percent, "points": _points, "number": _number}
-    return environment.get_template(f"{template}.j2").render(title=title, **_content(list(runs)))
+    content = {"title": title, **_content(list(runs))}
+    html, text = (environment.get_template(name).render(content) for name in ("page.html.j2", "page.md.j2"))
+    return html, text
 
 
 def _content(runs: list[Run]) -> dict[str, Any]:
-    gains = mean_gain(runs)
+    scores = score_table(runs)
+    gains = mean_gain(scores, len(runs))
     placed = [
         (run.name, drift, 100 * gain)
         for run, gain in zip(runs, gains, strict=True)
-        if gain is not None and (drift := run.drift_kl if run.drift_kl is not None or run.settings else 0.0) is not None
+        if gain is not None and (drift := _drift(run)) is not None
     ]
     curves = [
         (label, Markup(figures.lines([(run.name, run.curve(name)) for run in runs], "step", label)))
         for name, label in CURVES
     ]
-    scores = score_table(runs)
     return {
         "runs": runs,
         "scores": scores,
@@ -70,6 +68,11 @@ def _content(runs: list[Run]) -> dict[str, Any]:
         "settings": differing_settings(runs),
         "completions": completions_side_by_side(runs),
     }
+
+
+def _drift(run: Run) -> float | None:
+    """A model that was not trained has not moved."""
+    return 0.0 if run.drift_kl is None and not run.settings else run.drift_kl
 
 
 def _percent(value: float | None) -> str:

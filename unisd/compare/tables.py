@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,13 @@ def _score(runs: Sequence[Run], place: int, name: str) -> Score:
     return Score(scores["value"], scores["low"], scores["high"], scores["count"], difference, second)
 
 
-def mean_gain(runs: Sequence[Run]) -> list[float | None]:
-    """For each run the mean over benchmarks of its difference to the first; None where there is none to tell."""
-    table = score_table(runs)
+def mean_gain(table: Mapping[str, Sequence[Score]], num_runs: int) -> list[float | None]:
+    """For each run the mean over the benchmarks of `score_table` of its difference to the first; None where there is
+    none to tell."""
     gains: list[float | None] = []
-    for place in range(len(runs)):
-        column = [scores[place].difference for scores in table.values()]
-        known = [difference.value for difference in column if difference is not None]
+    for place in range(num_runs):
+        differences = [scores[place].difference for scores in table.values()]
+        known = [difference.value for difference in differences if difference is not None]
         gains.append(0.0 if place == 0 else sum(known) / len(known) if known else None)
     return gains
 

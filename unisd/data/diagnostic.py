@@ -19,7 +19,7 @@ from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from unisd.data.procedural import MAX_STEPS, SPLITS, Message, demonstration_prompt, example_prompt, split_of
+from unisd.data.procedural import MAX_STEPS, SPLITS, split_of, trainer_row
 from unisd.data.sequence import choose, generator
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def diagnostic_rows(
         for k in range(num_auxiliary):
             used = {task.task_id, *(other.task_id for other in others)}
             others.append(_first_new(("auxiliary", index, k), len(task.steps), settings, used))
-        rows.append(_row(task, others))
+        rows.append(trainer_row(task, others, task.wrong_trace, shown(task.answer)))
     return rows
 
 
@@ -236,21 +236,6 @@ def shown(value: Decimal) -> str:
     """A value as it is written: without zeros at its end."""
     text = f"{value:.3f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
-
-
-def _row(task: DiagnosticTask, others: Sequence[DiagnosticTask]) -> dict[str, Any]:
-    prompt: list[Message] = [{"role": "user", "content": task.question}]
-    return {
-        "prompt": prompt,
-        "teacher_prompt": demonstration_prompt(task.question, task.gold_trace),
-        "auxiliary_prompts": [example_prompt(task.question, other.question, other.gold_trace) for other in others],
-        "negative_prompt": demonstration_prompt(task.question, task.wrong_trace),
-        "completion": task.gold_trace,
-        "demonstration": task.gold_trace,
-        "answer": shown(task.answer),
-        "num_steps": len(task.steps),
-        "task_id": task.task_id,
-    }
 
 
 def _first_new(

@@ -231,7 +231,7 @@ def procedural_rows(
             other = _first_new(_draw(("auxiliary", seed, index, k), steps, look_back, max_value, split), shown)
             shown.add(other.task_id)
             others.append(other)
-        rows.append(_row(task, others, task.wrong_trace(seed)))
+        rows.append(trainer_row(task, others, task.wrong_trace(seed), task.answer))
     return rows
 
 
@@ -264,7 +264,15 @@ def example_prompt(question: str, example_question: str, example_reply: str) -> 
     return [_user(f"Example:\n{example_question}\n\n{example_reply}\n\nNow solve this one:\n{question}")]
 
 
-def _row(task: ProceduralTask, others: Sequence[ProceduralTask], wrong_trace: str) -> dict[str, Any]:
+def trainer_row(task: Any, others: Sequence[Any], wrong_trace: str, answer: int | str) -> dict[str, Any]:
+    """A row for the trainer, see `procedural_rows`.
+
+    Args:
+        task: has `question`, `gold_trace`, `steps` and `task_id`.
+        others: tasks for the auxiliary contexts.
+        wrong_trace: for the negative context.
+        answer: of the task.
+    """
     return {
         "prompt": [_user(task.question)],
         "teacher_prompt": demonstration_prompt(task.question, task.gold_trace),
@@ -272,7 +280,7 @@ def _row(task: ProceduralTask, others: Sequence[ProceduralTask], wrong_trace: st
         "negative_prompt": demonstration_prompt(task.question, wrong_trace),
         "completion": task.gold_trace,
         "demonstration": task.gold_trace,
-        "answer": task.answer,
+        "answer": answer,
         "num_steps": len(task.steps),
         "task_id": task.task_id,
     }

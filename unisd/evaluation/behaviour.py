@@ -12,7 +12,7 @@ from unisd.data.behaviour_probe import behaviour_probe
 from unisd.generation import greedy_replies
 from unisd.scoring import Interval, wilson
 from unisd.scoring.behaviour import FORMS, KINDS, is_as_it_should
-from unisd.turns import readable
+from unisd.turns import as_prompt, readable
 
 LIMITS = "small, and read by rules: it can show that a habit changed, not that a model is safe, honest or right"
 
@@ -46,10 +46,7 @@ class BehaviourScores:
 
     def table(self) -> str:
         """For a terminal."""
-        lines = [
-            f"{KINDS[kind]:<36} {100 * s.value:5.1f}%  [{100 * s.low:.1f}, {100 * s.high:.1f}]  of {s.count}"
-            for kind, s in self.by_kind.items()
-        ]
+        lines = [f"{KINDS[kind]:<36} {share.percent()}  of {share.count}" for kind, share in self.by_kind.items()]
         return "\n".join([*lines, f"({LIMITS})"])
 
 
@@ -77,7 +74,7 @@ def evaluate_behaviour(
         raise ValueError("there are no items to probe with")
     for number, item in enumerate(chosen, 1):
         _check(item, f"item {number}")
-    prompts = [readable(tokenizer, [{"role": "user", "content": item["prompt"]}]) for item in chosen]
+    prompts = [readable(tokenizer, as_prompt(item["prompt"], True)) for item in chosen]
     replies = greedy_replies(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     good = tuple(is_as_it_should(item, reply) for item, reply in zip(chosen, replies, strict=True))
     return BehaviourScores(tuple(chosen), tuple(replies), good)

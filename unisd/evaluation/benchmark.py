@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from unisd.prepare.replies import ReplyStore
 from unisd.scoring import MEASURES, Interval, Scored, mean_interval, score_replies, wilson
 from unisd.tasks import Example, read_rows
 from unisd.tasks.multiple_choice import LETTERS
-from unisd.turns import Prompt
+from unisd.turns import Prompt, as_prompt
 
 _LABELS = {"strict": "right (strict)", "lenient": "right (lenient)", "likelihood": "right (likelihood)"}
 
@@ -53,12 +54,12 @@ class BenchmarkScores:
     items: tuple[Item, ...]
     dropped: Mapping[str, int]
 
-    @property
+    @cached_property
     def measures(self) -> dict[str, Interval]:
         """Mean of each measure with its 95% interval: Wilson's for shares, else the bootstrap's."""
         return _measures(self.items)
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, dict[str, Interval]]:
         """The same by group, in the order of their names; {} where there is one group or none."""
         names = sorted({item.group for item in self.items if item.group})
@@ -94,10 +95,10 @@ class BenchmarkScores:
         lines = [f"{self.benchmark.name}: {len(self.items)} items"]
         lines += [f"  {count} dropped: {reason}" for reason, count in self.dropped.items()]
         for name, interval in self.measures.items():
-            lines.append(f"  {_LABELS.get(name, name.replace('_', ' ')):<20} {_percent(interval)}")
+            lines.append(f"  {_LABELS.get(name, name.replace('_', ' ')):<20} {interval.percent()}")
         first = MEASURES[self.benchmark.kind][0]
         lines += [
-            f"    {group:<18} {_percent(measures[first])}  of {measures[first].count}"
+            f"    {group:<18} {measures[first].percent()}  of {measures[first].count}"
             for group, measures in self.groups.items()
         ]
         return "\n".join(lines)
@@ -144,7 +145,7 @@ def evaluate_benchmark(
         reasons = "; ".join(f"{count} x {reason}" for reason, count in reading.rejected.most_common(5))
         raise ValueError(f"none of the {len(rows)} rows of {benchmark.name} can be read: {reasons}")
     examples = reading.examples
-    prompts = [_as_prompt(example.prompt, chats) for example in examples]
+    prompts = [as_prompt(each.prompt, chats) if isinstance(each.prompt, str) else each.prompt for each in examples]
     replies = ReplyStore(generator, Path(":memory:") if benchmark.secret else store).replies(
         [Request(prompt) for prompt in prompts],
         Sampling(temperature=0.0, max_new_tokens=max_new_tokens),
@@ -182,10 +183,6 @@ def _most_likely(
     return [float(best[place][1] == example.answer) for place, example in enumerate(examples)]
 
 
-def _as_prompt(prompt: Prompt, chats: bool) -> Prompt:
-    return [{"role": "user", "content": prompt}] if chats and isinstance(prompt, str) else prompt
-
-
 def _measures(items: Sequence[Item]) -> dict[str, Interval]:
     out = {}
     for name in items[0].scored.values if items else ():
@@ -193,7 +190,3 @@ def _measures(items: Sequence[Item]) -> dict[str, Interval]:
         is_share = all(value in (0.0, 1.0) for value in values)
         out[name] = wilson(round(sum(values)), len(values)) if is_share else mean_interval(values)
     return out
-
-
-def _percent(interval: Interval) -> str:
-    return f"{100 * interval.value:5.1f}%  [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from unisd.data.diagnostic import DiagnosticTask
@@ -12,7 +13,7 @@ from unisd.evaluation.token_limit import token_limit
 from unisd.generation import greedy_replies
 from unisd.scoring import Interval, mean_interval, wilson
 from unisd.scoring.trace import KINDS, Execution, execution
-from unisd.turns import readable
+from unisd.turns import as_prompt, readable
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class DiagnosticScores:
     replies: tuple[str, ...]
     executions: tuple[Execution, ...]
 
-    @property
+    @cached_property
     def by_steps(self) -> dict[int, dict[str, Interval]]:
         """Number of steps -> measure -> mean with its 95% interval:
 
@@ -105,8 +106,7 @@ def evaluate_diagnostic(
     for place, task in enumerate(tasks):
         groups.setdefault(len(task.steps), []).append(place)
     for places in groups.values():
-        asked = ([{"role": "user", "content": tasks[place].question}] for place in places)
-        prompts = [readable(tokenizer, messages) for messages in asked]
+        prompts = [readable(tokenizer, as_prompt(tasks[place].question, True)) for place in places]
         limit = max_new_tokens or token_limit(tokenizer, [tasks[place].gold_trace for place in places], 2.0)
         if generate is not None:
             found = generate(prompts, limit)

@@ -17,6 +17,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from unisd.completions import encode_pairs, hidden_rows, scoring_batches
@@ -76,17 +77,17 @@ class DriftScores:
     of_base: OwnCompletions
     gold_perplexity: tuple[float, float] | None = None
 
-    @property
+    @cached_property
     def forward_perplexity(self) -> Interval:
         """Mean perplexity of the tuned model's completions under the base, with its 95% interval."""
         return mean_interval(self.of_tuned.perplexity)
 
-    @property
+    @cached_property
     def reverse_perplexity(self) -> Interval:
         """Mean perplexity of the base's completions under the tuned model."""
         return mean_interval(self.of_base.perplexity)
 
-    @property
+    @cached_property
     def jsd(self) -> Interval:
         """Mean JSD over the completions of both."""
         return mean_interval([*self.of_tuned.jsd, *self.of_base.jsd])

@@ -24,7 +24,7 @@ from unisd.prepare.settings import PrepareSettings
 from unisd.rows.check import RowChecker
 from unisd.tasks import Example, Reading, Task, read_rows
 from unisd.tasks.views import auxiliary_view, induction_view, negative_view, teacher_view
-from unisd.turns import Prompt, encode_prompt
+from unisd.turns import Prompt, as_prompt, encode_prompt
 
 Rows = list[dict[str, Any]]
 
@@ -129,7 +129,7 @@ class _Lazy:
         return self._store
 
     def as_prompt(self, text: str) -> Prompt:
-        return [{"role": "user", "content": text}] if self._chats else text
+        return as_prompt(text, self._chats)
 
 
 def _add_contexts(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from unisd.sandbox import Outcome, Sandbox
 from unisd.tasks.base import Example
-from unisd.tasks.code import program
+from unisd.tasks.code import function_name, program
 from unisd.tasks.text import code_of
 
 
@@ -19,7 +19,6 @@ def code_in(example: Example, reply: str) -> str | None:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    wanted = str(example.details["function"]).partition("(")[0]
     names = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     # A name may also be bound: f = lambda x: x.
     names |= {
@@ -29,7 +28,7 @@ def code_in(example: Example, reply: str) -> str | None:
         for target in node.targets
         if isinstance(target, ast.Name)
     }
-    return code if wanted in names else None
+    return code if function_name(example) in names else None
 
 
 def run_codes(

@@ -24,6 +24,10 @@ class Interval:
     high: float
     count: int
 
+    def percent(self) -> str:
+        """For a terminal: the value and the ends in percent."""
+        return f"{100 * self.value:5.1f}%  [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
     def as_dict(self) -> dict[str, float | int | None]:
         """For JSON, which has no NaN."""
         numbers = {"value": self.value, "low": self.low, "high": self.high}

@@ -138,7 +138,7 @@ def _wrong_code(example: Example, reply: str) -> str | Rejected:
         tree = ast.parse(code)
     except (SyntaxError, ValueError):
         return Rejected("the reply holds no code that parses")
-    name = _name(str(example.details["function"]))
+    name = function_name(example)
     if name not in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}:
         return Rejected("the code does not define the function")
     if ast.dump(tree) == ast.dump(ast.parse(example.answer)):
@@ -183,8 +183,9 @@ def _tested_function(code: str, tests: Sequence[str]) -> tuple[str, str]:
     return f"{name}({ast.unparse(functions[name].args)})", code
 
 
-def _name(signature: str) -> str:
-    return signature.partition("(")[0]
+def function_name(example: Example) -> str:
+    """Name of the function that the tests call."""
+    return str(example.details["function"]).partition("(")[0]
 
 
 def _humaneval(row: Mapping[str, Any]) -> Example:
