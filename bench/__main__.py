@@ -27,6 +27,7 @@ COMMANDS = {
     "ceilings": ("bench.roofline.ceilings", "this device's copy bandwidth and product rate"),
     "expected": ("bench.roofline.expected", "times on an accelerator from counts, beside measured ones"),
     "tuning": ("bench.roofline.tuning", "every tile shape of the product kernels, timed on a GPU"),
+    "products": ("bench.roofline.products", "rates of the library's products at the rows of a chunk, on a GPU"),
     "kernels": ("bench.roofline.kernel_times", "where the time of a step goes, kernel by kernel, on a GPU"),
     "ahead-of-time": ("bench.roofline.ahead_of_time", "what the compiler makes of the kernels; needs no GPU"),
     "tables": ("bench.report.tables", "a result file as tables, and what it left out"),

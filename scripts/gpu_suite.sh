@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call, the most valuable first: doctor (which tries every implementation), the two
 # ceilings, the headline's four operations with the floor and this package's designs, their kernels, the GPU's tests, the
-# peers, the other tests, training steps, other heads, the tiles, other row counts, a memory check, torch.compile.
-# Installs nothing from a network.
+# peers, the other tests, training steps, other heads, the library's products, rollouts, other row counts, a memory
+# check, torch.compile. Installs nothing from a network.
 #
-#   bash scripts/gpu_suite.sh [--deadline SECONDS]      (default 520; it ends within this, and nine minutes at most)
+#   bash scripts/gpu_suite.sh [--deadline SECONDS] [--parts "NAME[:SECONDS] ..."]
+#
+# It ends within the deadline (default 520), and nine minutes at most. --parts: these alone, in this order, each within its
+# seconds, of those in the table PARTS below; a part named "tiles" is there besides (every tile shape, timed).
 #
 # Needs python3 with torch, triton and pytest; pytest-xdist runs the tests side by side and pytest-timeout ends one that
 # hangs. Wheels of peers (trl, liger-kernel, ...) are installed from the folder .whl of the repository (or $WHEELS) if
@@ -18,10 +21,20 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 DEADLINE=520
+PARTS="ceilings:30 headline:100 kernels:40 gpu_tests:90 peers:110 triton_tests:60 steps:70 heads:70 products:30 rollouts:40
+       rows:60 memory_check:125 compiled:120"
 while [ $# -gt 0 ]; do
     case "$1" in
         --deadline) DEADLINE="${2:?--deadline needs a number of seconds}"; shift 2 ;;
-        *) echo "usage: bash scripts/gpu_suite.sh [--deadline SECONDS]" >&2; exit 2 ;;
+        --parts) PARTS="${2:?--parts needs names}"; shift 2 ;;
+        *) echo 'usage: bash scripts/gpu_suite.sh [--deadline SECONDS] [--parts "NAME[:SECONDS] ..."]' >&2; exit 2 ;;
+    esac
+done
+for part in $PARTS; do
+    case "${part%%:*}" in
+        ceilings | headline | kernels | gpu_tests | peers | triton_tests | steps | heads | products | rollouts) ;;
+        rows | memory_check | compiled | tiles) ;;
+        *) echo "gpu_suite.sh: there is no part ${part%%:*}" >&2; exit 2 ;;
     esac
 done
 [ "$DEADLINE" -le 530 ] || { echo "gpu_suite.sh: --deadline is 530 at most, got $DEADLINE" >&2; exit 2; }
@@ -29,7 +42,7 @@ OUT="${OUT:-runs/gpu}"
 DEVICE="${DEVICE:-cuda}"
 CASES="${CASES:-gpu}"
 mkdir -p "$OUT"
-rm -f "$OUT"/{tests,bench_log}.txt "$OUT"/{ceilings,bench,tuning,kernels,steps}.json "$OUT/tables.md" "$OUT"/*.in_flight
+rm -f "$OUT/log.txt" "$OUT"/{ceilings,bench,tuning,kernels,steps,products,rollouts}.json "$OUT/tables.md" "$OUT"/*.in_flight
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # On a GPU kernels are compiled: under the interpreter they would be neither tested nor measured.
 [ "$DEVICE" = cpu ] || unset TRITON_INTERPRET
@@ -65,7 +78,7 @@ verdict() {
     case $1 in
         0) ;;
         124 | 137) echo "cut off after $2 s" ;;
-        *) failed "$3, status $1"; tail -n 5 "$OUT/bench_log.txt" ;;
+        *) failed "$3, status $1"; tail -n 5 "$OUT/log.txt" ;;
     esac
 }
 
@@ -86,27 +99,27 @@ build() {
     return $code
 }
 echo "== libraries"
-build >"$OUT/tests.txt" 2>&1 || failed "build of the compiled libraries"
-tail -n 6 "$OUT/tests.txt"
+build >>"$OUT/log.txt" 2>&1 || failed "build of the compiled libraries"
+tail -n 6 "$OUT/log.txt"
 
 echo "== doctor"
-within 45 python3 -c 'import sys; from unisd.cli import main; sys.exit(main(["doctor", "--device", sys.argv[1]]))' "$DEVICE" 2>&1 | tee -a "$OUT/tests.txt" || failed doctor
+within 45 python3 -c 'import sys; from unisd.cli import main; sys.exit(main(["doctor", "--device", sys.argv[1]]))' "$DEVICE" 2>&1 | tee -a "$OUT/log.txt" || failed doctor
 
 # tests SECONDS NAME ARGUMENTS...: pytest within its time; says so where that was not enough.
 tests() {
     local limit=$1 name=$2 code
     shift 2
     echo "== tests: $name"
-    echo "-- $name" >>"$OUT/tests.txt"
+    echo "-- $name" >>"$OUT/log.txt"
     # Interrupted, pytest still says what it found.
-    signal=INT within "$limit" python3 -m pytest "${test_options[@]}" "$@" >>"$OUT/tests.txt" 2>&1
+    signal=INT within "$limit" python3 -m pytest -rs "${test_options[@]}" "$@" >>"$OUT/log.txt" 2>&1
     code=$?
     case $code in
         0) ;;
         124 | 137) failed "tests: $name was cut off after $limit s, or no time was left" ;;
         *) failed "tests: $name, status $code" ;;
     esac
-    awk -v title="-- $name" '$0 == title { found = 1 } found' "$OUT/tests.txt" |
+    awk -v title="-- $name" '$0 == title { found = 1 } found' "$OUT/log.txt" |
         grep -E "^(FAILED|ERROR)|(passed|failed|skipped|error).* in |no time left|Interrupt|Timeout" | tail -n 40
 }
 
@@ -130,12 +143,12 @@ cases() {
         # Nothing new is begun in the last ten seconds: what runs then may end.
         within "$rest" python3 -m bench suite --suite "$suite" --device "$DEVICE" \
             --deadline $(((rest < $(left) - reserve ? rest : $(left) - reserve) - 10)) --watchdog "$watchdog" \
-            --rounds "${ROUNDS:-9}" --peer-rounds "${PEER_ROUNDS:-4}" --output "$OUT/bench.json" --resume 2>>"$OUT/bench_log.txt"
+            --rounds "${ROUNDS:-9}" --peer-rounds "${PEER_ROUNDS:-4}" --output "$OUT/bench.json" --resume 2>>"$OUT/log.txt"
         code=$?
         case $code in 124 | 137) rm -f "$OUT/bench.json.in_flight" ;; esac # our limit, nobody's fault
         # 3: a peer took the device with it. A call in flight: it took the process. The others deserve a fresh one.
         [ $code -eq 3 ] || [ -e "$OUT/bench.json.in_flight" ] || break
-        echo "attempt $attempt: $(tail -n 1 "$OUT/bench_log.txt")"
+        echo "attempt $attempt: $(tail -n 1 "$OUT/log.txt")"
     done
     verdict $code "$limit" "cases $suite"
 }
@@ -145,21 +158,21 @@ tiles() {
     local limit=$1
     if [ "$DEVICE" = cpu ]; then
         echo "not on a CPU"
-        within 30 python3 -m bench tuning --dry-run >>"$OUT/bench_log.txt" 2>&1 || failed tiles
+        within 30 python3 -m bench tuning --dry-run >>"$OUT/log.txt" 2>&1 || failed tiles
         return
     fi
     limit=$((limit < $(left) - reserve ? limit : $(left) - reserve))
     [ "$limit" -ge 20 ] || { echo "skipped: $limit s are left"; return; }
     # A candidate that is begun may take ten seconds to compile.
     within "$limit" python3 -m bench tuning --device "$DEVICE" --deadline $((limit - 12)) --output "$OUT/tuning.json" \
-        >/dev/null 2>>"$OUT/bench_log.txt"
+        >/dev/null 2>>"$OUT/log.txt"
     verdict $? "$limit" tiles
 }
 
 kernels() {
     echo "== kernels"
     if [ "$DEVICE" = cpu ]; then echo "not on a CPU"; return; fi
-    within "$1" python3 -m bench kernels --device "$DEVICE" --output "$OUT/kernels.json" >/dev/null 2>>"$OUT/bench_log.txt"
+    within "$1" python3 -m bench kernels --device "$DEVICE" --output "$OUT/kernels.json" >/dev/null 2>>"$OUT/log.txt"
     verdict $? "$1" kernels
 }
 
@@ -167,10 +180,27 @@ kernels() {
 steps() {
     echo "== training steps"
     if [ "$DEVICE" = cpu ]; then echo "not on a CPU"; return; fi
-    python3 -c 'import trl, peft' 2>/dev/null || { echo "trl or peft is absent"; return; }
-    within "$1" python3 -m bench steps --device "$DEVICE" --model random-1b --batch-size 8 --new-tokens 256 --rounds 3 \
-        --presets plain agreement_token unisd_star unisd_star-q0.25 --output "$OUT/steps.json" 2>>"$OUT/bench_log.txt"
+    python3 -c 'import trl, peft' 2>>"$OUT/log.txt" || { echo "trl or peft cannot be imported: log.txt says why"; return; }
+    within "$1" python3 -m bench steps --device "$DEVICE" --model random-1b --batch-size 8 --new-tokens 192 --rounds 3 \
+        --presets plain agreement_token unisd_star unisd_star-q0.25 --output "$OUT/steps.json" 2>>"$OUT/log.txt"
     verdict $? "$1" "training steps"
+}
+
+# Rates of the library's products, which say how many rows are worth holding.
+products() {
+    echo "== the library's products"
+    if [ "$DEVICE" = cpu ]; then echo "not on a CPU"; return; fi
+    within "$1" python3 -m bench products --device "$DEVICE" --output "$OUT/products.json" 2>>"$OUT/log.txt"
+    verdict $? "$1" products
+}
+
+# Sampling through an adapter, and from merged weights.
+rollouts() {
+    echo "== rollouts"
+    if [ "$DEVICE" = cpu ]; then echo "not on a CPU"; return; fi
+    python3 -c 'import trl, peft' 2>>"$OUT/log.txt" || { echo "trl or peft cannot be imported: log.txt says why"; return; }
+    within "$1" python3 -m bench rollouts --device "$DEVICE" --model random-1b --output "$OUT/rollouts.json" 2>>"$OUT/log.txt"
+    verdict $? "$1" rollouts
 }
 
 memory_check() {
@@ -195,7 +225,7 @@ memory_check() {
     else
         echo "compute-sanitizer is absent"
     fi >"$log" 2>&1
-    cat "$log" >>"$OUT/tests.txt"
+    cat "$log" >>"$OUT/log.txt"
     grep -E "^--|FAILED|ERROR SUMMARY|no answer|absent|not on" "$log"
     # The check's output went to the file, with its failures.
     ! grep -q "^FAILED" "$log" || status=1
@@ -209,20 +239,23 @@ if [ "$CASES" != gpu ]; then # a rehearsal
     tiles 60
     memory_check
 else
-    echo "== ceilings"
-    within 30 python3 -m bench ceilings --device "$DEVICE" --output "$OUT/ceilings.json" || failed ceilings
-    cases headline 100 60
-    kernels 40
-    tests 90 tests/gpu -m gpu tests/gpu
-    cases peers 110 60
-    # Of any device; many compilations. `make test` runs them under the interpreter, and compiles ahead of time.
-    tests 60 tests/triton -m "not exhaustive" --ignore=tests/triton/test_ahead_of_time.py --ignore=tests/triton/test_dry_launches.py tests/triton
-    steps 70
-    cases heads 70 60
-    tiles 60
-    cases rows 60 60
-    memory_check
-    cases compiled 120 110
+    for part in $PARTS; do
+        name="${part%%:*}" seconds="${part#*:}"
+        [ "$seconds" != "$name" ] || seconds=60
+        case "$name" in
+            ceilings)
+                echo "== ceilings"
+                within "$seconds" python3 -m bench ceilings --device "$DEVICE" --output "$OUT/ceilings.json" || failed ceilings ;;
+            headline | peers | heads | rows) cases "$name" "$seconds" 60 ;;
+            compiled) cases compiled "$seconds" $((seconds - 10)) ;;
+            gpu_tests) tests "$seconds" tests/gpu -m gpu tests/gpu ;;
+            # Of any device; many compilations. `make test` runs them under the interpreter, and compiles ahead of time.
+            triton_tests)
+                tests "$seconds" tests/triton -m "not exhaustive" --ignore=tests/triton/test_ahead_of_time.py \
+                    --ignore=tests/triton/test_dry_launches.py tests/triton ;;
+            *) "$name" "$seconds" ;;
+        esac
+    done
 fi
 
 echo "== tables"

@@ -21,7 +21,15 @@ from triton.compiler import ASTSource
 from bench.parser import command_parser
 from bench.roofline.assembler import TOOLS, assemble
 from unisd.cli.errors import CommandError
-from unisd_kernels.backends.triton import chunked_divergence, fused_divergence, gradients, rows, score, statistics
+from unisd_kernels.backends.triton import (
+    chunked_divergence,
+    fused_divergence,
+    gradients,
+    mixture,
+    rows,
+    score,
+    statistics,
+)
 from unisd_kernels.backends.triton.configs import TABLE, GemmConfig
 from unisd_kernels.backends.triton.gemm import Side
 from unisd_kernels.backends.triton.launch import LogitTile
@@ -163,7 +171,7 @@ def variants(architecture: str, everything: bool = False) -> Iterator[Variant]:
         yield _fused("fused divergence, two heads, entropy, bias and soft cap", config, **{**capped, **separate})
     # Rows that start off alignment, and a width that does not end with a step.
     odd = ("stride", "width", "num_columns", "hidden", "weight")
-    uneven: dict[str, Any] = {"EVEN_WIDTH": False, "odd": odd}
+    uneven: dict[str, Any] = {"EVEN_WIDTH": False, "even": False, "odd": odd}
     plain = table["score-plain"][0]
     yield _score("score, plain loads", plain, **uneven)
     yield _score("score, plain loads, entropy and soft cap", plain, **uneven, entropy=True, softcap=True)
@@ -173,7 +181,7 @@ def variants(architecture: str, everything: bool = False) -> Iterator[Variant]:
     plain = table["fused-divergence-separate-plain"][0]
     yield _fused("fused divergence, two heads, plain loads, entropy", plain, entropy=True, **separate, **uneven)
     # Aligned rows of a width that does not end with a step, an odd vocabulary.
-    some: dict[str, Any] = {"EVEN_WIDTH": False, "entropy": True, "odd": ("num_columns",)}
+    some: dict[str, Any] = {"EVEN_WIDTH": False, "entropy": True, "even": False, "odd": ("num_columns",)}
     yield _score("score, odd vocabulary, uneven width, entropy", table["score-heavy"][0], **some)
     config = table["fused-divergence"][0]
     yield _fused("fused divergence, odd vocabulary, uneven width, entropy", config, **some)
@@ -254,6 +262,7 @@ def _score(
     entropy: bool = False,
     bias: bool = False,
     softcap: bool = False,
+    even: bool = True,
     width: Any = "i32",
     **constants: Any,
 ) -> Variant:
@@ -262,8 +271,8 @@ def _score(
         hidden=_operand(element, config.rows, config),
         weight=_operand(element, config.columns, config),
         side=_side(element, bias, softcap, width),
-        split_entropy="*fp32" if entropy else None,
-        GROUP=config.group,
+        block_entropy="*fp32" if entropy else None,
+        EVEN_COLUMNS=even,
         **_product(config, **constants),
     )
     return Variant(name, score.score_kernel, arguments, config.warps, config.stages, config, odd)
@@ -279,6 +288,7 @@ def _fused(
     softcap: bool = False,
     delta: bool = True,
     store: bool = True,
+    even: bool = True,
     width: Any = "i32",
     **constants: Any,
 ) -> Variant:
@@ -300,7 +310,8 @@ def _fused(
             "SHARED_WEIGHT": True,
             "WANT_ENTROPY": entropy,
             "STORE": store,
-            "FORWARD": True,
+            "KEEP_FAR": True,
+            "EVEN_COLUMNS": even,
             "FLATTEN": config.flatten,
             "PARTS": config.parts,
             **_product(config, **constants),
@@ -315,18 +326,11 @@ def _elementwise(config: GemmConfig) -> Iterator[Variant]:
     pair = {"student": logits, "teacher": logits}
     block = {"BLOCK_ROWS": 4, "BLOCK_COLUMNS": 512}
     kernel = gradients.divergence_gradient_kernel
-    arguments = _arguments(
-        kernel,
-        student=shifted,
-        teacher=shifted,
-        gradient="*bf16",
-        FORWARD=True,
-        REVERSE=False,
-        SHIFTED=True,
-        BLOCK_ROWS=2048 // columns,
-        BLOCK_COLUMNS=columns,
-    )
-    yield Variant("gradient from shifted logits", kernel, arguments)
+    stored = {"student": shifted, "teacher": shifted}
+    of_stored = {"SHIFTED": True, "BLOCK_ROWS": 2048 // columns, "BLOCK_COLUMNS": columns}
+    for name, forward in (("gradient from shifted logits", True), ("gradient of a JSD from shifted logits", False)):
+        arguments = _arguments(kernel, **stored, gradient="*bf16", FORWARD=forward, REVERSE=False, **of_stored)
+        yield Variant(name, kernel, arguments)
     arguments = _arguments(kernel, **pair, gradient="*bf16", FORWARD=False, REVERSE=False, SHIFTED=False, **block)
     yield Variant("gradient from float32 logits", kernel, arguments)
     kernel = chunked_divergence.block_statistics_kernel
@@ -341,14 +345,13 @@ def _elementwise(config: GemmConfig) -> Iterator[Variant]:
     kernel = statistics.combine_kernel
     arguments = _arguments(kernel, HAS_TARGETS=True, WANT_ENTROPY=True, REVERSE=False, BLOCKS=1024)
     yield Variant("statistics of rows", kernel, arguments)
-    kernel = chunked_divergence.mixture_kernel
-    spans = {
-        "SPLIT_COLUMNS": chunked_divergence.MIXTURE_COLUMNS,
-        "BLOCK_COLUMNS": chunked_divergence.MIXTURE_BLOCK,
-    }
-    yield Variant("mixture", kernel, _arguments(kernel, **pair, **spans))
-    kernel = chunked_divergence.mixture_rows_kernel
-    arguments = _arguments(kernel, BLOCK_ROWS=chunked_divergence.ROWS_OF_SUMS)
+    kernel = mixture.mixture_kernel
+    for name, tiles, is_stored in (("mixture", pair, False), ("mixture of shifted logits", stored, True)):
+        width, blocks, split_blocks = mixture.steps(columns if is_stored else None)
+        spans = {"SPLIT_BLOCKS": split_blocks, "BLOCKS": blocks, "BLOCK_COLUMNS": width}
+        yield Variant(name, kernel, _arguments(kernel, **tiles, SHIFTED=is_stored, **spans))
+    kernel = mixture.mixture_rows_kernel
+    arguments = _arguments(kernel, BLOCK_ROWS=mixture.ROWS_OF_SUMS)
     yield Variant("mixture of rows", kernel, arguments, warps=1)
     kernel = gradients.softmax_statistics_kernel
     yield Variant("softmax", kernel, _arguments(kernel, tile=logits, BLOCK_COLUMNS=2048), warps=8)
@@ -361,7 +364,7 @@ def _elementwise(config: GemmConfig) -> Iterator[Variant]:
     arguments = _arguments(kernel, hidden="*bf16", weight="*bf16", side=side, BLOCK_WIDTH=1024)
     yield Variant("target logits", kernel, arguments)
     kernel = score.finish_scores_kernel
-    arguments = _arguments(kernel, hidden="*bf16", weight="*bf16", side=side, BLOCK_SPLITS=32, BLOCK_WIDTH=1024)
+    arguments = _arguments(kernel, hidden="*bf16", weight="*bf16", side=side, BLOCKS=512, BLOCK_WIDTH=1024)
     yield Variant("merged scores", kernel, arguments)
     kernel = rows.difference_rows_kernel
     arguments = _arguments(kernel, student="*bf16", teacher="*bf16", out="*bf16", BLOCK_COLUMNS=1024)

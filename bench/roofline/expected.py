@@ -174,13 +174,14 @@ class Model:
         """Bytes a pair of logits that are moved outside the products. What a pass reads twice within a row or a tile
         counts once."""
         partials = self.partial_bytes(design)
-        if design == "chunked" or jsd:
-            partials = self.partial_bytes("chunked")
+        if design == "chunked":
             # Partial statistics are written by the pass and read by their combination.
             return 8 + 2 * partials + 8 * jsd + 8 + OPERAND
         if design == "recomputed":
             return partials
-        return partials + 2 * OPERAND + OPERAND + FLOAT32 * GRADIENT_PARTIALS / _pair_columns()
+        # A pass for the gradient and, of a JSD, one for its sums; each reads the references of the blocks too.
+        references = FLOAT32 * GRADIENT_PARTIALS / _pair_columns()
+        return partials + (1 + jsd) * (2 * OPERAND + references) + OPERAND
 
     def forward(self, design: str, rows: int) -> float:
         """Student and teacher of one block of rows."""
@@ -200,8 +201,6 @@ class Model:
         """Student, teacher, dh and, with a trainable head, dW."""
         if jsd and design == "recomputed":
             raise ValueError("a JSD of the recomputed design is not counted")
-        if jsd:
-            design = "chunked"
         case, given = self.case, self.given
         split = self.rows(design)
         total = 0.0 if case.frozen_head else self.weight_gradient_end
@@ -322,10 +321,10 @@ def design_table(given: Assumptions, case: Case) -> str:
             str(split.block),
             f"{exposed:.2f}",
         ]
-        jsd = {"fused": ("as chunked",) * 2, "recomputed": ("not counted",) * 2}
-        more = f"+ {model.exposed_bytes('chunked', jsd=True) - exposed:.0f}"
-        cells += [jsd[design][0] if design in jsd else more, f"{model.ratio(design):.2f}"]
-        cells.append(jsd[design][1] if design in jsd else f"{model.ratio(design, jsd=True):.2f}")
+        counted = design != "recomputed"
+        more = f"+ {model.exposed_bytes(design, jsd=True) - exposed:.2f}" if counted else "not counted"
+        cells += [more, f"{model.ratio(design):.2f}"]
+        cells.append(f"{model.ratio(design, jsd=True):.2f}" if counted else "not counted")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

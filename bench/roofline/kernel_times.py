@@ -29,10 +29,10 @@ STEPS = 3
 NAME_LENGTH = 100
 
 
-def measure(case: Case, peer: str, device: torch.device, steps: int = STEPS) -> dict[str, Any]:
+def measure(case: Case, beta: float, peer: str, device: torch.device, steps: int = STEPS) -> dict[str, Any]:
     """Milliseconds a step from first launch to last end, and of each kernel, the longest first."""
     sets = itertools.cycle([make_inputs(case, device, seed) for seed in range(2)])
-    step = PEERS[peer].build(case, case.beta[0], device)
+    step = PEERS[peer].build(case, beta, device)
     step(next(sets))
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as trace:
@@ -53,6 +53,7 @@ def measure(case: Case, peer: str, device: torch.device, steps: int = STEPS) -> 
     whole = (end - begin) / 1e3 / steps
     return {
         "case": case.name,
+        "divergence": case.divergence(beta),
         "peer": peer,
         "milliseconds": whole,
         "idle_milliseconds": whole - busy,
@@ -66,7 +67,10 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"Kernels of a step on {result['environment']['device']}.", ""]
     lines += ["| case | design | kernel | launches | ms | share |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
-        head = f"| {row['case']} | {row['peer']} |"
+        divergence = row.get("divergence", "forward KL")  # the first results say nothing of it
+        head = (
+            f"| {row['case']}{', ' + divergence if divergence not in ('forward KL', 'none') else ''} | {row['peer']} |"
+        )
         if "failure" in row:
             lines.append(f"{head} {row['failure']} | | | |")
             continue
@@ -95,11 +99,14 @@ def main(arguments: Sequence[str]) -> int:
     result: dict[str, Any] = {"environment": environment(device), "rows": []}
     for name in options.case:
         case = find_case(name, device)
-        for peer in options.peers:
+        # Every divergence of the frozen head; of the others one shows what there is to see.
+        every = case.operation == "divergence" and case.frozen_head
+        for beta, peer in itertools.product(case.beta if every else case.beta[:1], options.peers):
             try:
-                row = measure(case, peer, device)
+                row = measure(case, beta, peer, device)
             except Exception as error:
-                row = {"case": case.name, "peer": peer, "failure": failure_text(error)}
+                what = {"case": case.name, "divergence": case.divergence(beta), "peer": peer}
+                row = {**what, "failure": failure_text(error)}
             result["rows"].append(row)
             torch.cuda.empty_cache()
             if options.output:

@@ -275,7 +275,9 @@ def make_workbench(name: str, device: torch.device, batch_size: int, new_tokens:
     # In a test of two layers the two devices shall agree to more digits than bfloat16 has.
     dtype = torch.float32 if device.type == "cpu" or name == TINY else torch.bfloat16
     if name in RANDOM:
-        model, tokenizer = _random(RANDOM[name], [row["auxiliary_prompts"][0] for row in rows], dtype)
+        # A billion numbers are drawn where they are needed; of the small one the two devices shall have the same.
+        drawn_on = torch.device("cpu") if name == TINY else device
+        model, tokenizer = _random(RANDOM[name], [row["auxiliary_prompts"][0] for row in rows], dtype, drawn_on)
     else:
         model, tokenizer = load_model(name, dtype=dtype)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -291,7 +293,7 @@ def fresh_rows(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _random(settings: dict[str, Any], texts: list[str], dtype: torch.dtype) -> tuple[Any, Any]:
+def _random(settings: dict[str, Any], texts: list[str], dtype: torch.dtype, drawn_on: torch.device) -> tuple[Any, Any]:
     """A model of random weights, and a tokenizer of the words in `texts`."""
     backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -301,4 +303,5 @@ def _random(settings: dict[str, Any], texts: list[str], dtype: torch.dtype) -> t
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
     config = LlamaConfig(**settings, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
+    with drawn_on:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer

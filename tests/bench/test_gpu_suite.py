@@ -64,6 +64,8 @@ def step(call: str) -> str | None:
         ("kernels", "bench kernels --device"),
         ("tiles", "bench tuning --device"),
         ("steps", "bench steps --device"),
+        ("products", "bench products"),
+        ("rollouts", "bench rollouts"),
         ("tests", "-m pytest"),
     ):
         if mark in call:
@@ -80,8 +82,8 @@ def test_the_most_valuable_comes_first(tmp_path):
     assert {call.split()[0] for call in calls} == {"unset"}
     order = [name for name in map(step, calls) if name]
     assert order == [
-        *("doctor", "ceilings", "headline", "kernels", "tests", "peers", "tests", "steps", "heads", "tiles", "rows"),
-        "compiled",
+        *("doctor", "ceilings", "headline", "kernels", "tests", "peers", "tests", "steps", "heads", "products"),
+        *("rollouts", "rows", "compiled"),
     ]
     of_tests = [call for call in calls if "-m pytest" in call]
     assert [call.split()[-1] for call in of_tests] == ["tests/gpu", "tests/triton"]
@@ -105,7 +107,7 @@ def test_a_rehearsal_on_a_cpu_leaves_the_kernels_out(tmp_path, deadline):
     assert len(list((tmp_path / "out").iterdir())) <= 8
     if deadline == "520":
         assert done.returncode == 0, done.stdout
-        assert any("pytest -n " in call and "--timeout 60" in call for call in calls)
+        assert any(" -n " in call and "-m pytest" in call and "--timeout 60" in call for call in calls)
         assert any("bench tuning --dry-run" in call for call in calls)
     else:
         # Less than the reserve of the tables: no test is begun, which is no success.
@@ -114,9 +116,22 @@ def test_a_rehearsal_on_a_cpu_leaves_the_kernels_out(tmp_path, deadline):
         assert not any("pytest -" in call for call in calls)
 
 
+def test_parts_that_are_named_run_alone_and_in_that_order(tmp_path):
+    done, calls = rehearse(tmp_path, "--parts", "kernels:20 headline triton_tests")
+    steps = [name for name in map(step, calls) if name]
+    assert list(dict.fromkeys(steps)) == ["doctor", "kernels", "headline", "tests"]
+    assert not any("tests/gpu" in call for call in calls)
+    assert done.returncode == 0, done.stdout
+    refused = subprocess.run(
+        ["bash", "scripts/gpu_suite.sh", "--parts", "kernel"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert "there is no part kernel" in refused.stderr
+
+
 @pytest.mark.parametrize(("deadline", "measured"), [("80", True), ("28", False)])
 def test_tiles_are_measured_where_time_is_left(tmp_path, deadline, measured):
-    done, calls = rehearse(tmp_path, "--deadline", deadline)
+    done, calls = rehearse(tmp_path, "--deadline", deadline, "--parts", "tiles")
     assert len([call for call in calls if "bench tuning --device cuda" in call]) == measured
     assert ("skipped: " in done.stdout) != measured
 

@@ -18,6 +18,8 @@ ARITHMETIC = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 
 STORE = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # Below these a number of the dtype is denormal, or zero.
 SMALLEST = {torch.float64: 1e-300, torch.float32: 1e-36, torch.bfloat16: 1e-36, torch.float16: 6e-8}
+# Of D, and of what is summed of it: a JSD of the fused Triton kernel, with a gradient, sums what it keeps in 16 bits.
+SUMS_OF_STORED = 2.0**-10
 # First-order bounds meet the real sums with this much room.
 SLACK = 8.0
 
@@ -215,6 +217,7 @@ def shortfalls(case: Case, impl: str) -> list[str]:
     if expected.undecided:
         return []
     values, gradients = run(case, impl)
+    is_stored = impl == "triton_fused" and 0.0 < case.beta < 1.0 and case.dtype in (torch.float16, torch.bfloat16)
     missed = []
     for kind, ours, exact, store in (
         ("", values, expected.values, ARITHMETIC[case.dtype]),
@@ -223,6 +226,8 @@ def shortfalls(case: Case, impl: str) -> list[str]:
         for name, tensor in ours.items():
             right, mine = exact[name], np.atleast_1d(tensor.double().numpy().astype(LONG))
             allowed = SLACK * right.error + 2 * store * np.abs(right.value) + SMALLEST[case.dtype]
+            if is_stored and not kind:
+                allowed = allowed + SUMS_OF_STORED * np.abs(right.value)
             if mine.size:
                 # Sums over rows and columns mix: one entry's bound is also the largest one's share.
                 allowed = allowed + 2 * expected.unit * np.abs(right.value).max()

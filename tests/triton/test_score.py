@@ -12,7 +12,6 @@ from tests.triton.support import DEVICE, DTYPES, GPU_FLOOR, NARROW, examples, on
 from unisd_kernels import LMHead, linear_logprobs
 from unisd_kernels.backends.triton import configs, launch
 from unisd_kernels.backends.triton.configs import GemmConfig
-from unisd_kernels.backends.triton.score import vocab_splits
 
 FIELDS = ("logprobs", "logsumexp", "entropy")
 
@@ -68,20 +67,18 @@ def use(monkeypatch, kind, config):
     monkeypatch.setitem(configs.TABLE, name, {**configs.TABLE.get(name, configs._AMPERE), kind: (config,)})
 
 
-@pytest.mark.parametrize(
-    "splits", [pytest.param(1, marks=pytest.mark.exhaustive), 3, pytest.param(50, marks=pytest.mark.exhaustive)]
-)
-@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
-def test_splits_and_groups(monkeypatch, splits, group):
-    """Any cut of the vocabulary, any order of the programs."""
-    monkeypatch.setattr("unisd_kernels.backends.triton.score.vocab_splits", lambda *_: splits)
+@pytest.mark.parametrize("programs", [pytest.param(1, marks=pytest.mark.exhaustive), 3, 50])
+@pytest.mark.parametrize("vocab_size", [500, pytest.param(512, marks=pytest.mark.exhaustive)])
+def test_any_number_of_programs(monkeypatch, programs, vocab_size):
+    """With one tile or many each, and of a vocabulary that ends within a tile or with one."""
+    monkeypatch.setattr("unisd_kernels.backends.triton.score.num_sms", lambda _: programs)
     for kind in ("score", "score-few", "score-heavy"):
-        use(monkeypatch, kind, GemmConfig(16, 32, 16, 4, 1, group=group))
-    check(on_device(make_problem(lengths=(70,), hidden_size=24, vocab_size=500, dtype=NARROW)), NARROW)
+        use(monkeypatch, kind, GemmConfig(16, 32, 16, 4, 1))
+    check(on_device(make_problem(lengths=(70,), hidden_size=24, vocab_size=vocab_size, dtype=NARROW)), NARROW)
 
 
-def test_more_splits_than_are_merged_at_a_time(monkeypatch):
-    monkeypatch.setattr("unisd_kernels.backends.triton.score.vocab_splits", lambda *_: 40)
+def test_more_blocks_than_are_merged_at_a_time(monkeypatch):
+    monkeypatch.setattr("unisd_kernels.backends.triton.score._MERGED_BLOCKS", 16)
     for kind in ("score", "score-few", "score-heavy"):
         use(monkeypatch, kind, GemmConfig(16, 16, 16, 4, 1))
     check(on_device(make_problem(lengths=(9,), hidden_size=16, vocab_size=640, dtype=NARROW)), NARROW)
@@ -135,14 +132,3 @@ def test_not_a_number_stays_one():
     hidden[3, 2] = torch.nan
     result = linear_logprobs(hidden, problem.student_head.detach(), problem.target_ids, impl="triton")
     assert result.logprobs.isnan().nonzero().tolist() == [[3]]
-
-
-def test_the_device_is_filled():
-    """64 rows give as many programs as 32768, and whole rounds of them."""
-    for row_blocks, column_blocks in ((1, 501), (2, 501), (64, 501), (256, 501), (5, 7), (1, 1)):
-        splits = vocab_splits(row_blocks, column_blocks, 132)
-        assert 1 <= splits <= column_blocks
-        rounds = -(-row_blocks * splits // 132)
-        work = row_blocks * column_blocks
-        if work >= 1000:
-            assert rounds * -(-column_blocks // splits) * 132 < 1.06 * work, (row_blocks, column_blocks, splits)

@@ -38,15 +38,24 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None
 
     def scaled(
-        self, scale: torch.Tensor | None, hidden_dtype: torch.dtype, weight_dtype: torch.dtype
+        self,
+        scale: torch.Tensor | None,
+        hidden_dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+        backend: Backend | None = None,
     ) -> tuple[torch.Tensor | None, ...]:
-        """Gradients for a backward to return: times a 0-dim scale, in the dtypes of what they are the gradients of."""
+        """Gradients for a backward to return: times a 0-dim scale, in the dtypes of what they are the gradients of.
+
+        `backend`: whose kernel multiplies the large ones; None in a graph that a compiler makes.
+        """
 
         def finish(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
             if gradient is None:
                 return None
             if scale is None:
                 return gradient.to(dtype)
+            if backend is not None and gradient.dim() == 2:
+                return backend.scale_rows(gradient, scale.expand(gradient.shape[0]), dtype)
             # Straight into the narrow dtype: a float32 product of a weight's gradient is large.
             return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 

@@ -140,7 +140,8 @@ class TorchBackend:
             torch.sub(seen.total.log(), seen.moment / seen.total, out=running.entropy)
 
     def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return (rows * scale.unsqueeze(-1)).to(dtype)
+        # Straight into the narrow dtype: a float32 product of a weight's gradient is large.
+        return torch.mul(rows, scale.unsqueeze(-1), out=torch.empty_like(rows, dtype=dtype))
 
     def divergence(
         self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad

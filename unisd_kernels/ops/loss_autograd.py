@@ -58,7 +58,7 @@ class LossFunction(torch.autograd.Function):
         result, gradients, grad_scale = loss_and_gradients(inputs, config, needs_grad, engine)
         ctx.mark_non_differentiable(*(value for value in result[1:] if value is not None))
         ctx.set_materialize_grads(False)
-        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.dtypes, ctx.backend = (hidden.dtype, weight.dtype), engine.backend
         ctx.save_for_backward(*gradients, grad_scale)
         return tuple(result)
 
@@ -68,7 +68,8 @@ class LossFunction(torch.autograd.Function):
         if upstream is None:
             return (None,) * 7
         *gradients, grad_scale = ctx.saved_tensors
-        return (*Gradients(*gradients).scaled(upstream * grad_scale, *ctx.dtypes), *(None,) * 4)
+        scaled = Gradients(*gradients).scaled(upstream * grad_scale, *ctx.dtypes, ctx.backend)
+        return (*scaled, *(None,) * 4)
 
 
 def loss_and_gradients(

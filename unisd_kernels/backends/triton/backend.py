@@ -26,7 +26,7 @@ class TritonBackend:
     """Triton's kernels as a `unisd_kernels.backends.base.Backend`.
 
     Args:
-        design: "fused" or "chunked" to insist on one for the KLs; None for the default of the device.
+        design: "fused" or "chunked" to insist on one; None for the default of the device.
     """
 
     name = "triton"
@@ -63,13 +63,15 @@ class TritonBackend:
     def divergence(
         self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
     ) -> Divergence:
-        """Fused for the two KLs of 16-bit operands through one head. Chunked for everything else: the JSD, whose sums
-        need the log-sum-exps first, float32 operands, and two heads, which share no tile."""
+        """Fused for 16-bit operands through one head. Chunked for everything else: float32 operands, two heads, which
+        share no tile, and in either design a JSD without a gradient, which the fused one would take of rounded
+        numbers."""
         _check_interpretable(student)
         _check_interpretable(teacher)
         narrow = all(p.hidden.dtype in (torch.float16, torch.bfloat16) for p in (student, teacher))
         one_weight = narrow and student.weight_is(teacher)
-        fused = beta in (0.0, 1.0) and (one_weight if self._design is None else self._design == "fused")
+        fused = one_weight if self._design is None else self._design == "fused"
+        fused = fused and (beta in (0.0, 1.0) or needs_grad.any)
         design = FusedDivergence if fused else ChunkedDivergence
         return design(student, teacher, beta, workspace_bytes, needs_grad)
 

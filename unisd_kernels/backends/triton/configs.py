@@ -29,7 +29,6 @@ class GemmConfig:
     Attributes:
         rows, columns, width: of a tile, and the step along the inner dimension.
         warps, stages: of a program; of its software pipeline.
-        group: row blocks that walk the vocabulary together (scoring).
         parts: blocks of statistics a tile (fused divergence).
         occupancy: programs that share a multiprocessor; with two, the products of one run beside the statistics of the
             other.
@@ -43,7 +42,6 @@ class GemmConfig:
     width: int
     warps: int
     stages: int
-    group: int = 32
     parts: int = 1
     occupancy: int = 1
     descriptors: bool = False
@@ -76,7 +74,7 @@ _AMPERE: dict[str, tuple[GemmConfig, ...]] = {
 _HOPPER: dict[str, tuple[GemmConfig, ...]] = {
     # Three stages and not four: measured on an H100 (docs/gpu.md), the more of a gain the smaller H is.
     "score": (
-        GemmConfig(128, 256, 64, 8, 3, group=8, descriptors=True),
+        GemmConfig(128, 256, 64, 8, 3, descriptors=True),
         GemmConfig(128, 256, 64, 8, 4, descriptors=True),
         GemmConfig(256, 128, 64, 8, 4, descriptors=True),
     ),
@@ -92,6 +90,7 @@ _HOPPER: dict[str, tuple[GemmConfig, ...]] = {
     # Not flattened, and in one part: otherwise the assembler waits for every matrix product, or registers spill.
     "fused-divergence": (
         GemmConfig(128, 128, 64, 8, 3, descriptors=True),
+        GemmConfig(128, 128, 128, 8, 2, descriptors=True),
         GemmConfig(128, 64, 64, 8, 4, descriptors=True),
     ),
     # Two parts: with a soft cap the epilogue of one spills.
@@ -123,7 +122,7 @@ _BLACKWELL: dict[str, tuple[GemmConfig, ...]] = {
 }
 # The interpreter's time is per operation and not per element; odd shapes need more than one tile all the same.
 _INTERPRETER: dict[str, tuple[GemmConfig, ...]] = {
-    kind: (GemmConfig(16, 32, 16, 4, 1, group=2, parts=2 if "fused" in kind else 1),) for kind in _AMPERE
+    kind: (GemmConfig(16, 32, 16, 4, 1, parts=2 if "fused" in kind else 1),) for kind in _AMPERE
 }
 TABLE: dict[str, dict[str, tuple[GemmConfig, ...]]] = {
     "sm_80": _AMPERE,

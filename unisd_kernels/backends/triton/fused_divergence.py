@@ -13,8 +13,12 @@ float16 (for bfloat16 operands too) rounds x to e |x|, e = 2^-11. With mu the me
     forward   the gradient has p_t, off by e p_t |x|. Of the block's p_t, E_t[|x|] < E_t[x] + 1 (a negative x has
               p_t |x| = p_s e^x |x|); if E_t[x] > 1 the block is far and stores z_t - max z_t instead.
 
-Weighted by p_s, as in a reverse KL, z_t would be rounded where it is far from its maximum: by e times hundreds. A JSD
-needs both and is not made here.
+    JSD       the gradient is p_s times a function of delta whose slope is p_t's share of the mixture. As forward: where
+              z_t is rounded far from its maximum, and p_s is not nothing, that share is. Its sums, which need both
+              log-sum-exps first, are taken of the rounded numbers in a pass of their own (mixture.py): D is off by
+              their e, not by float32's.
+
+Weighted by p_s, as in a reverse KL, z_t would be rounded where it is far from its maximum: by e times hundreds.
 
 Under a soft cap, z_s in [-C, C], the gradient has the slope (1 - z_s / C) (1 + z_s / C) too. What is stored of z_s is
 its distance to the block's maximum or, where that is the shorter one, to -C, as a positive number. It is then no larger
@@ -40,6 +44,7 @@ from unisd_kernels.backends.triton.gemm import Side, gemm_tile, load_tile
 from unisd_kernels.backends.triton.gradients import Saved
 from unisd_kernels.backends.triton.launch import ROW_PADDING, LogitTile, ceil_div, gemm_operands, num_sms, on_device
 from unisd_kernels.backends.triton.math import COUNTS, apply_softcap
+from unisd_kernels.backends.triton.mixture import mix
 from unisd_kernels.backends.triton.rows import teacher_rows
 from unisd_kernels.backends.triton.statistics import (
     MASKED,
@@ -93,7 +98,8 @@ def finish_block(
     TEACHER_IS_DELTA: tl.constexpr,  # may `is_delta` be true?
     WANT_ENTROPY: tl.constexpr,
     STORE: tl.constexpr,
-    FORWARD: tl.constexpr,
+    KEEP_FAR: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,  # is every column there?
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Make partial statistics and, if asked for, shifted logits of the products of one block of columns."""
@@ -110,12 +116,15 @@ def finish_block(
     z = apply_softcap(z * student.scale, student.tanh_scale)
     other = apply_softcap(other * teacher.scale, teacher.tanh_scale)
     if TEACHER_IS_DELTA:
-        delta = other - tl.where(is_delta, 0.0, 1.0)[:, None] * z
-        other = tl.where(is_delta[:, None], z + other, other)
+        # Where z_s is not finite, so is this: 0 times it is a NaN.
+        held = tl.where(is_delta, 1.0, 0.0)[:, None]
+        delta = other - (1.0 - held) * z
+        other = other + held * z
     else:
         delta = other - z
-    z = tl.where(column_mask[None, :], z, MASKED)
-    other = tl.where(column_mask[None, :], other, MASKED)
+    if not EVEN_COLUMNS:
+        z = tl.where(column_mask[None, :], z, MASKED)
+        other = tl.where(column_mask[None, :], other, MASKED)
     highest, shift, teacher_highest, far = store_partials(
         partials, z, delta, other, row_mask, rows, num_rows, block, num_blocks, WANT_ENTROPY
     )
@@ -125,7 +134,7 @@ def finish_block(
         # The teacher's first, whose third tile of numbers is then done with: the other way round the assembler spills.
         mask = row_mask[:, None] & (columns < teacher_out.stride)[None, :]
         away = delta - shift[:, None]
-        if FORWARD:
+        if KEEP_FAR:
             # Far from the student the teacher's own logit is the better one to round: where p_t is, it is near its
             # maximum.
             away = tl.where(far[:, None], other - teacher_highest[:, None], away)
@@ -171,7 +180,8 @@ def fused_divergence_kernel(
     SHARED_WEIGHT: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     STORE: tl.constexpr,  # write student_out and teacher_out? (Triton 3.6 cannot ask whether a tuple is None)
-    FORWARD: tl.constexpr,  # KL(p_t || p_s), or KL(p_s || p_t)? Decides what is stored
+    KEEP_FAR: tl.constexpr,  # keep z_t where the teacher is far? Not for a reverse KL
+    EVEN_COLUMNS: tl.constexpr,  # does the vocabulary end with a tile?
     DESCRIPTORS: tl.constexpr,
     EVEN_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -295,13 +305,15 @@ def fused_divergence_kernel(
                 TEACHER_IS_DELTA,
                 WANT_ENTROPY,
                 STORE,
-                FORWARD,
+                KEEP_FAR,
+                EVEN_COLUMNS,
                 WIDTH,
             )
 
 
 class FusedDivergence(TritonDivergence):
-    """A KL by one product kernel for both views; what the gradient needs in 16 bits (32 for float32 operands).
+    """A divergence by one product kernel for both views; what the gradient, and the sums of a mixture, need in 16 bits
+    (32 for float32 operands).
 
     See `unisd_kernels.backends.base.Divergence`. The student's shifted logits lie where the gradient of their rows
     will, which overwrites them; the teacher's in a buffer for one block.
@@ -315,6 +327,9 @@ class FusedDivergence(TritonDivergence):
         self._shared = student.weight_is(teacher)
         self._student, self._teacher = student, teacher = _row_major_pair(student, teacher)
         self._beta, self._needs_grad = beta, needs_grad.any
+        self._is_mixture = 0.0 < beta < 1.0
+        # Its sums are taken of what is stored for the gradient.
+        assert self._needs_grad or not self._is_mixture, "a mixture without a gradient is a chunked one's"
         self._kind = _kind(student, teacher, self._shared)
         dtype, device, columns = student.hidden.dtype, student.hidden.device, student.num_columns
         options = candidates(self._kind, device) if autotuning() else candidates(self._kind, device)[:1]
@@ -351,11 +366,12 @@ class FusedDivergence(TritonDivergence):
             shape = (count, student.num_columns, hidden.shape[1])
             partials = launch(choose(self._kind, hidden.device, shape, launch))
             statistics = combine(partials, student, teacher, row_is_delta, target_ids, want_entropy, self._beta)
+            if self._is_mixture:
+                mix(*_both(tiles), row_is_delta, partials, statistics, self._beta, student.num_columns, shifted=True)
         result = divergence_rows(statistics, target_ids is not None, want_entropy)
-        student_tile, teacher_tile = tiles
-        if student_tile is None or teacher_tile is None:
+        if not self._needs_grad:
             return result, None
-        return result, Saved(student_tile, teacher_tile, row_is_delta, partials, statistics, gradient)
+        return result, Saved(*_both(tiles), row_is_delta, partials, statistics, gradient)
 
     def _launch(
         self,
@@ -385,12 +401,21 @@ class FusedDivergence(TritonDivergence):
             SHARED_WEIGHT=self._shared,
             WANT_ENTROPY=want_entropy,
             STORE=self._needs_grad,
-            FORWARD=self._beta == 0.0,
+            KEEP_FAR=self._beta != 1.0,
+            EVEN_COLUMNS=num_columns % config.columns == 0,
             FLATTEN=config.flatten,
             PARTS=config.parts,
             **constants,
         )
         return partials
+
+
+def _both(tiles: tuple[LogitTile | None, LogitTile | None]) -> tuple[LogitTile, LogitTile]:
+    """Of a block that stores."""
+    student, teacher = tiles
+    assert student is not None
+    assert teacher is not None
+    return student, teacher
 
 
 def _kind(student: Projection, teacher: Projection, shared: bool) -> str:

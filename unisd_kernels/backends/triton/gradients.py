@@ -24,21 +24,26 @@ from unisd_kernels.backends.triton.launch import (
     on_device,
     tile_grid,
 )
-from unisd_kernels.backends.triton.math import COUNTS, apply_softcap, exp, expm1, log1p, softcap_gradient, tile_block
+from unisd_kernels.backends.triton.math import (
+    COUNTS,
+    apply_softcap,
+    exp,
+    expm1,
+    short_log1p,
+    softcap_gradient,
+    tile_block,
+)
+from unisd_kernels.backends.triton.shifted import block_references, differences, student_base
 from unisd_kernels.backends.triton.statistics import (
     LOGSUMEXP_DIFFERENCE,
     MEAN_DIFFERENCE,
-    MOMENT,
     RECORD,
     SHIFT,
     STUDENT_KL,
     STUDENT_LOGSUMEXP,
     STUDENT_MAX,
     TEACHER_LOGSUMEXP,
-    TEACHER_MAX,
-    TEACHER_SUM,
     Partials,
-    is_far,
     load_logits,
 )
 
@@ -90,33 +95,34 @@ def divergence_gradient_kernel(
     wide = rows.to(tl.int64)[:, None]
     logsumexp = tl.load(statistics + STUDENT_LOGSUMEXP * num_rows + rows, mask=row_mask, other=0.0)
     difference = tl.load(statistics + LOGSUMEXP_DIFFERENCE * num_rows + rows, mask=row_mask, other=0.0)
-    if FORWARD:
+    if not REVERSE:
         teacher_logsumexp = tl.load(statistics + TEACHER_LOGSUMEXP * num_rows + rows, mask=row_mask, other=0.0)
     if SHIFTED:
-        reference = partials + (rows * num_blocks + block) * RECORD
-        highest = tl.load(reference + STUDENT_MAX, mask=row_mask, other=0.0)
-        shift = tl.load(reference + SHIFT, mask=row_mask, other=0.0)
+        place = rows * num_blocks + block
         z = tl.load(student.logits + wide * student.stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         d = tl.load(teacher.logits + wide * teacher.stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        base = highest[:, None]
+        if REVERSE:
+            highest = tl.load(partials + place * RECORD + STUDENT_MAX, mask=row_mask, other=0.0)
+            shift = tl.load(partials + place * RECORD + SHIFT, mask=row_mask, other=0.0)
+        else:
+            highest, shift, teacher_highest, far = block_references(partials, place, row_mask)
+        base = student_base(z, highest[:, None], student.tanh_scale)
         if student.tanh_scale is not None:
-            # What is above 0 is relative to -C.
-            base = tl.where(z > 0.0, -student.tanh_scale, base)
             slope = ((student.tanh_scale - base) - z) * ((student.tanh_scale + base) + z)
             slope /= student.tanh_scale * student.tanh_scale
         logprob = z + (base - logsumexp[:, None])
-        if FORWARD:
-            moment = tl.load(reference + MOMENT, mask=row_mask, other=0.0)
-            teacher_sum = tl.load(reference + TEACHER_SUM, mask=row_mask, other=1.0)
-            teacher_highest = tl.load(reference + TEACHER_MAX, mask=row_mask, other=0.0)
-            far = is_far(highest, shift, teacher_highest, teacher_sum, moment)[:, None]
-            # What the second tile holds is relative to the teacher's maximum where the teacher is far, else to the
-            # shift.
-            far_logprob = d + (teacher_highest - teacher_logsumexp)[:, None]
-            d = tl.where(far, far_logprob - logprob, d + (shift - difference)[:, None])
-            teacher_logprob = tl.where(far, far_logprob, logprob + d)
-        else:
+        if REVERSE:
             delta, origin = d, shift
+        else:
+            d, teacher_logprob = differences(
+                logprob,
+                d,
+                shift[:, None],
+                teacher_highest[:, None],
+                far[:, None],
+                difference[:, None],
+                teacher_logsumexp[:, None],
+            )
     else:
         is_delta = row_is_delta
         if row_is_delta is not None:
@@ -142,15 +148,13 @@ def divergence_gradient_kernel(
             result = -p * (delta + (origin - mean)[:, None])
         else:
             student_kl = tl.load(statistics + STUDENT_KL * num_rows + rows, mask=row_mask, other=0.0)
-            # u = log(m / p_s) = log1p(beta expm1(d)); where that cancels or overflows, the logarithm of m over the
-            # larger of the two. e^80 is still a number. Between -0.5 and 1 the logarithm multiplies the rounding of
-            # growth by 1.44 at most.
+            # u = log(m / p_s) = log1p(beta expm1(d)); where that does not cancel, the logarithm of m over the larger of
+            # the two. e^80 is still a number. Beyond a growth of 0.1 the rounding of that logarithm is 1e-6 of u.
             growth = beta * expm1(tl.minimum(d, 80.0))
             smaller = exp(-tl.abs(d))
             share = tl.where(d > 0.0, beta + complement * smaller, complement + beta * smaller)
             of_larger = tl.maximum(d, 0.0) + tl.log(tl.maximum(share, 1e-37))
-            usual = (growth >= -0.5) & (growth <= 1.0)
-            u = tl.where(usual, log1p(tl.where(usual, growth, 0.0)), of_larger)
+            u = tl.where(tl.abs(growth) < 0.1, short_log1p(growth), of_larger)
             result = -complement * p * (u + student_kl[:, None])
     if weight is not None:
         result *= tl.load(weight + rows, mask=row_mask, other=0.0)[:, None]

@@ -10,7 +10,7 @@ import triton.language as tl
 
 # Arguments that change from call to call and are no addresses: Triton would compile another variant where one is 1, or
 # a multiple of 16.
-COUNTS = ["num_rows", "num_blocks", "num_programs", "num_splits", "blocks_per_split"]
+COUNTS = ["num_rows", "num_blocks", "num_programs", "num_splits"]
 
 
 @triton.jit
@@ -66,6 +66,27 @@ def log1p_remainder(x):
     series = 2.0 / 3.0 + square * series
     small = half_square - s * (half_square + square * series)
     return tl.where(near == x, small, x - tl.log(1.0 + x))
+
+
+@triton.jit
+def short_log1p(x):
+    """log(1 + x) for |x| < 0.1, by its series: the first term left out is x^7 / 7, of the result 1.5e-7 at most."""
+    series = 1.0 / 5.0 - x * (1.0 / 6.0)
+    series = 1.0 / 4.0 - x * series
+    series = 1.0 / 3.0 - x * series
+    series = 1.0 / 2.0 - x * series
+    return x * (1.0 - x * series)
+
+
+@triton.jit
+def short_log1p_remainder(x):
+    """x - log(1 + x) for |x| < 0.125, by its series: the first term left out is x^9 / 9, of the result 1e-7 at most."""
+    series = 1.0 / 7.0 - x * (1.0 / 8.0)
+    series = 1.0 / 6.0 - x * series
+    series = 1.0 / 5.0 - x * series
+    series = 1.0 / 4.0 - x * series
+    series = 1.0 / 3.0 - x * series
+    return x * x * (1.0 / 2.0 - x * series)
 
 
 @triton.jit
