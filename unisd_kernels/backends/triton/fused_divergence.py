@@ -46,6 +46,7 @@ from unisd_kernels.backends.triton.launch import ROW_PADDING, LogitTile, ceil_di
 from unisd_kernels.backends.triton.math import COUNTS, apply_softcap
 from unisd_kernels.backends.triton.mixture import mix
 from unisd_kernels.backends.triton.rows import teacher_rows
+from unisd_kernels.backends.triton.shifted import LARGEST
 from unisd_kernels.backends.triton.statistics import (
     MASKED,
     Partials,
@@ -56,8 +57,6 @@ from unisd_kernels.backends.triton.statistics import (
     store_partials,
 )
 
-# float16's largest number, less a margin; what is beyond it has no probability.
-_LARGEST = tl.constexpr(60000.0)
 # float16's smallest number above 0.
 _SMALLEST = tl.constexpr(2.0**-24)
 
@@ -138,7 +137,7 @@ def finish_block(
             # Far from the student the teacher's own logit is the better one to round: where p_t is, it is near its
             # maximum.
             away = tl.where(far[:, None], other - teacher_highest[:, None], away)
-        away = tl.minimum(tl.maximum(away, -_LARGEST), _LARGEST)
+        away = tl.minimum(tl.maximum(away, -LARGEST), LARGEST)
         tl.store(
             teacher_out.logits + wide * teacher_out.stride + columns[None, :],
             away.to(teacher_out.logits.dtype.element_ty),
@@ -148,7 +147,7 @@ def finish_block(
         # z_s less the block's maximum and delta less the block's mean, and not less the row's: those are known when
         # all blocks are. A block away from the row's maximum has less probability, and needs no more digits.
         # A logit further below its block's maximum than float16 reaches has no probability: any number will do.
-        low = tl.maximum(z - highest[:, None], -_LARGEST)
+        low = tl.maximum(z - highest[:, None], -LARGEST)
         if student.tanh_scale is not None:
             # Of a masked column both are as large; a distance of 0 is to the maximum.
             above = tl.abs(z + student.tanh_scale)

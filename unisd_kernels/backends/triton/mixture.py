@@ -12,7 +12,7 @@ import triton.language as tl
 
 from unisd_kernels.backends.triton.launch import LogitTile, ceil_div
 from unisd_kernels.backends.triton.math import COUNTS, exp, expm1, nan_unless_finite, short_log1p_remainder
-from unisd_kernels.backends.triton.shifted import block_references, differences, student_base
+from unisd_kernels.backends.triton.shifted import LARGEST, block_references, differences, student_base
 from unisd_kernels.backends.triton.statistics import (
     DIVERGENCE,
     LOGSUMEXP_DIFFERENCE,
@@ -31,38 +31,37 @@ ROWS_OF_SUMS = 32
 
 @triton.jit
 def mixture_terms(student_logprob, teacher_logprob, d, beta, complement):
-    """A token's term of KL(p_s || m) and of KL(p_t || m), m = (1 - beta) p_s + beta p_t, of second order in d.
+    """A token's terms of KL(p_s || m) and of KL(p_t || m), `m = (1 - beta) p_s + beta p_t`, of second order in d.
 
-    With the larger probability g, the smaller one `e = g e^q`, `q = -|d|`, `E = e^q - 1` and w the weight of the
-    smaller one in m: `m / g = 1 + w E` and `m / e = 1 + t`, `t = (1 - w) (e^-q - 1)`. To both KLs are added terms that
-    sum to zero over the vocabulary, m - p_s and m - p_t, so that no term is negative, with `R(x) = x - log(1 + x)`:
+    To both KLs are added terms that sum to zero over the vocabulary, m - p_s and m - p_t, so that no term is negative.
+    With `m / p_s = 1 + g`, `g = beta (e^d - 1)`, `m / p_t = 1 + f`, `f = (1 - beta) (e^-d - 1)` and
+    `R(x) = x - log(1 + x)`:
 
-        g log(g / m) - g + m = g R(w E)
-        e log(e / m) - e + m = g e^q R(t)
+        p_s log(p_s / m) - p_s + m = p_s R(g) = beta (p_t - p_s) - p_s log(m / p_s)
+        p_t log(p_t / m) - p_t + m = p_t R(f) = (1 - beta) (p_s - p_t) - p_t log(m / p_t)
+
+    on the right what holds at any distance, with one logarithm, that of m over the larger of the two; it cancels where
+    g or f is small, and there is the series of R.
 
     Against the plain `sum p log(p / m)`: its terms are of first order in d and of both signs, so that a divergence of
     1e-6 is the rest of terms of 1e-3, and float32 leaves it four digits at best.
     """
-    larger = exp(tl.maximum(student_logprob, teacher_logprob))
-    teacher_larger = d > 0.0
-    weight = tl.where(teacher_larger, complement, beta)
-    other_weight = tl.where(teacher_larger, beta, complement)
-    # e^80 is still a number, and e^-80 of the larger probability counts for nothing.
-    q = tl.maximum(-tl.abs(d), -80.0)
-    e = expm1(q)
-    ratio = exp(q)
-    growth = weight * e
-    # Beyond 0.125 nothing cancels in R that matters: its rounding is 1e-5 there, and falls. 1 + w E is (1 - w) + w e^q,
-    # which near w = 1 keeps its digits.
-    of_larger = tl.where(
-        growth > -0.125,
-        short_log1p_remainder(growth),
-        growth - tl.log(tl.maximum(other_weight + weight * ratio, 1e-37)),
-    )
-    t = -other_weight * e * exp(-q)
-    of_smaller = ratio * tl.where(t < 0.125, short_log1p_remainder(t), t - tl.log(1.0 + t))
-    student_term = larger * tl.where(teacher_larger, of_smaller, of_larger)
-    teacher_term = larger * tl.where(teacher_larger, of_larger, of_smaller)
+    p_s = exp(student_logprob)
+    p_t = exp(teacher_logprob)
+    smaller = exp(-tl.abs(d))
+    share = tl.where(d > 0.0, beta + complement * smaller, complement + beta * smaller)
+    log_share = tl.log(tl.maximum(share, 1e-37))
+    apart = p_t - p_s
+    student_term = beta * apart - p_s * (tl.maximum(d, 0.0) + log_share)
+    teacher_term = -complement * apart - p_t * (tl.maximum(-d, 0.0) + log_share)
+    # e^80 is still a number; that far apart no series is taken but of a weight that is nothing.
+    bounded = tl.minimum(tl.maximum(d, -80.0), 80.0)
+    e = expm1(bounded)
+    g = beta * e
+    f = -complement * e * exp(-bounded)
+    # Beyond 0.125 the rounding of the other form is 1e-5 of R.
+    student_term = tl.where(tl.abs(g) < 0.125, p_s * short_log1p_remainder(g), student_term)
+    teacher_term = tl.where(tl.abs(f) < 0.125, p_t * short_log1p_remainder(f), teacher_term)
     return student_term, teacher_term
 
 
@@ -110,8 +109,9 @@ def mixture_kernel(
             highest, shift, teacher_highest, far = block_references(
                 partials, row * num_blocks + blocks, blocks < num_blocks
             )
-            z = tl.load(student.logits + wide * student.stride + columns, mask=mask, other=0.0).to(tl.float32)
-            other = tl.load(teacher.logits + wide * teacher.stride + columns, mask=mask, other=0.0).to(tl.float32)
+            # A column that is not there has no probability.
+            z = tl.load(student.logits + wide * student.stride + columns, mask=mask, other=-LARGEST).to(tl.float32)
+            other = tl.load(teacher.logits + wide * teacher.stride + columns, mask=mask, other=-LARGEST).to(tl.float32)
             base = student_base(z, highest[:, None], student.tanh_scale)
             student_logprob = z + (base - logsumexp)
             d, teacher_logprob = differences(
@@ -126,10 +126,8 @@ def mixture_kernel(
         else:
             z, delta, teacher_z = load_logits(student, teacher, wide, columns, mask, is_delta)
             d = delta - difference
-            student_logprob = z - logsumexp
-            teacher_logprob = teacher_z - teacher_logsumexp
-        student_logprob = tl.where(mask, student_logprob, -float("inf"))
-        teacher_logprob = tl.where(mask, teacher_logprob, -float("inf"))
+            student_logprob = tl.where(mask, z - logsumexp, -float("inf"))
+            teacher_logprob = tl.where(mask, teacher_z - teacher_logsumexp, -float("inf"))
         student_term, teacher_term = mixture_terms(student_logprob, teacher_logprob, d, beta, complement)
         student_terms += student_term
         teacher_terms += teacher_term

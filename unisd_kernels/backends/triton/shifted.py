@@ -15,6 +15,9 @@ from unisd_kernels.backends.triton.statistics import (
     is_far,
 )
 
+# float16's largest number, less a margin; what is beyond it has no probability.
+LARGEST = tl.constexpr(60000.0)
+
 
 @triton.jit
 def block_references(
