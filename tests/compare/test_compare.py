@@ -69,6 +69,23 @@ def test_other_items_are_not_compared(folders):
     assert mean_gain(score_table(runs), 3)[1] is None
 
 
+def test_items_of_one_number_and_another_prompt_are_others(folders):
+    file = folders[1] / "eval" / "cos_e.jsonl"
+    file.write_text(file.read_text().replace("question 3?", "question 30?"))
+    runs = [load_run(folder) for folder in folders]
+    assert [score.difference is None for score in score_table(runs)["cos_e"]] == [True, True, False]
+    numbers = {item["number"] for item in completions_side_by_side(runs, most=20)}
+    assert numbers == set(range(20)) - {3}
+
+
+def test_replies_may_hold_any_end_of_a_line(tmp_path):
+    folder = write_run(tmp_path / "a", range(3), reply="one\u2028two\x85three\n")
+    file = folder / "eval" / "cos_e.jsonl"
+    rows = [json.loads(line) for line in file.read_text().split("\n") if line]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert load_run(folder).benchmarks["cos_e"].rows[19]["reply"] == "one\u2028two\x85three\n"
+
+
 def test_what_a_folder_says(folders):
     base, better, other = (load_run(folder) for folder in folders)
     assert (base.drift_kl, base.seconds, base.peak_memory, base.history) == (None, None, None, ())

@@ -82,7 +82,7 @@ def test_what_is_run_with_what(tmp_path):
             "3",
         ],
         ["eval", "cos_e", "--limit", "5", "--model", folder, "-o", f"{folder}/eval"],
-        ["eval", "drift", "--model", folder, "--output", f"{folder}/eval/drift.json"],
+        ["eval", "drift", "--model", folder, "-o", f"{folder}/eval"],
     ]
 
 
@@ -174,8 +174,14 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "| procedural | plain | 1 |" in (tmp_path / "out" / "sweep.md").read_text()
     assert "procedural-plain-3" in (tmp_path / "out" / "compare.html").read_text()
     assert machine.commands[0][-2:] == ["--max_steps", "2"]
-    assert main([*words, "--", "--preset", "gkd"]) == 2
-    assert "--preset is set by the sweep" in capsys.readouterr().err
+    for more, message in (
+        (["--", "--preset", "gkd"], "--preset is set by the sweep"),
+        (["--eval", "procedral"], "does not begin with an evaluation: procedural, diagnostic"),
+        (["--eval", "behaviour --output x.json"], "--output is set by the sweep"),
+        (["--drift", "--eval", "procedural drift"], "are one evaluation"),
+    ):
+        assert main([*words, *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_real_process(tmp_path):

@@ -5,15 +5,19 @@ unisd eval diagnostic --model runs/mine --steps 5 10 20 --look-back 3
 unisd eval retention --model runs/demo/adapter      (fixed answers to general chat)
 unisd eval drift --model runs/mine                  (the two models' own completions)
 unisd eval behaviour --model runs/mine              (refusals, willingness, facts, formats)
+unisd eval procedural drift behaviour --model runs/mine -o runs/mine/eval      (several, with one load of the model)
 unisd eval scienceqa cos_e --model runs/mine        (benchmarks: unisd eval scienceqa --help)
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from unisd.benchmarks import benchmarks
 from unisd.cli.device import choose_device
@@ -23,10 +27,13 @@ from unisd.cli.parser import CommandParser, natural, positive
 from unisd.data.diagnostic import OPERATIONS, RANGES, DiagnosticSettings, diagnostic_tasks
 from unisd.data.procedural import SPLITS, procedural_rows
 from unisd.evaluation import evaluate_procedural, evaluate_retention
+from unisd.evaluation.base import base_of
 from unisd.evaluation.behaviour import evaluate_behaviour, load_items
 from unisd.evaluation.diagnostic import evaluate_diagnostic
 from unisd.evaluation.drift import evaluate_drift
+from unisd.evaluation.environment import environment
 from unisd.models import SMOLLM2, load_model
+from unisd.peak_memory import peak_memory_gib
 from unisd_kernels.files import write_json, write_json_lines
 
 OWN = ("procedural", "diagnostic", "retention", "drift", "behaviour")
@@ -48,8 +55,124 @@ def main(arguments: list[str]) -> int:
     known = benchmarks()
     if any(word in known for word in arguments) and not any(word in OWN for word in arguments):
         return _of_benchmarks(arguments)
+    parser = _parser([*OWN, *known])
+    options = parser.parse_args(arguments)
+    options.what = list(dict.fromkeys(options.what))
+    of_known = [name for name in options.what if name in known]
+    if of_known == options.what:  # and a value is called like one of ours
+        return _of_benchmarks(arguments)
+    if of_known:
+        raise CommandError(f"{of_known[0]} is a benchmark, which has options of its own: use a second command, same -o")
+    _refuse_idle(parser, options)
+    _check_output(options)
+    # Deprecations between the libraries underneath; nothing a reader of the scores could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+    with setting_up():
+        drawn = _drawn(options) if "diagnostic" in options.what else None
+        probe = None if options.probe is None else load_items(options.probe)
+        device = choose_device(options.device)
+        loading = {
+            "dtype": choose_dtype(options.dtype, device),
+            "device": device,
+            "attn_implementation": options.attn_implementation,
+            "trust_remote_code": options.trust_remote_code,
+        }
+        model, tokenizer = load_model(options.model, adapter=options.adapter, **loading)
+        base = None if options.base is None else load_model(options.base, **loading)[0]
+        if set(options.what) & set(READ_BY["base"]):
+            base_of(model, base)  # refuses now what would be refused after the evaluations before it
+    print(f"{options.model} on {device}, {str(loading['dtype']).removeprefix('torch.')}", flush=True)
+    for what in options.what:
+        if len(options.what) > 1:
+            print(f"{what}:")
+        started = time.perf_counter()
+        scores: Any
+        if what == "procedural":
+            rows = procedural_rows(
+                options.count,
+                seed=options.seed,
+                split=options.split,
+                num_steps=options.steps or (1, 2, 3),
+                look_back=options.look_back,
+                num_auxiliary=0,
+            )
+            scores = evaluate_procedural(model, tokenizer, rows, accuracy=not options.no_accuracy)
+        elif what == "diagnostic":
+            scores = evaluate_diagnostic(model, tokenizer, diagnostic_tasks(options.count, drawn))
+        elif what == "behaviour":
+            scores = evaluate_behaviour(model, tokenizer, probe)
+        elif what == "drift":
+            scores = evaluate_drift(model, tokenizer, base_model=base, max_new_tokens=options.max_new_tokens)
+        else:
+            scores = evaluate_retention(model, tokenizer, base_model=base)
+        print(scores.table(), flush=True)
+        file = options.output if options.folder is None else options.folder / f"{what}.json"
+        if file is not None:
+            _write(file, what, scores, options, time.perf_counter() - started, device)
+            print(f"  {file}")
+    return 0
+
+
+def _write(
+    file: Path, what: str, scores: Any, options: argparse.Namespace, seconds: float, device: torch.device
+) -> None:
+    """Scores, and every completion beside them."""
+    settings = {name: getattr(options, name) for name, readers in READ_BY.items() if what in readers}
+    result = {
+        "model": str(options.model),
+        "adapter": options.adapter,
+        "settings": {name: value.name if isinstance(value, Path) else value for name, value in settings.items()},
+        **scores.as_dict(),
+        "seconds": round(seconds, 1),
+        "peak_memory_gib": round(peak_memory_gib(device), 3),
+        "environment": environment(),
+    }
+    if hasattr(scores, "completions"):
+        write_json_lines(file.with_suffix(".jsonl"), scores.completions())
+    write_json(file, result)
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    """Raise CommandError for a file where a folder is meant, or the reverse."""
+    if options.output is not None and options.folder is not None:
+        raise CommandError("-o FOLDER and --output FILE are two names for one thing: give one of them")
+    if options.output is not None and len(options.what) > 1:
+        raise CommandError(
+            f"--output is the file of one evaluation, and {len(options.what)} are asked for: give a folder with -o"
+        )
+    if options.folder is not None and options.folder.suffix == ".json":
+        raise CommandError(f"-o {options.folder} is a folder, for NAME.json of each evaluation; --output is a file")
+
+
+def _of_benchmarks(arguments: list[str]) -> int:
+    from unisd.cli import evaluate_benchmarks  # which needs much that the others do not
+
+    return evaluate_benchmarks.main(arguments)
+
+
+def _drawn(options: argparse.Namespace) -> DiagnosticSettings:
+    return DiagnosticSettings(
+        seed=options.seed,
+        split=options.split,
+        num_steps=tuple(options.steps or (5, 10)),
+        look_back=options.look_back,
+        values=options.values,
+        operations=tuple(options.operations),
+    )
+
+
+def _refuse_idle(parser: CommandParser, options: argparse.Namespace) -> None:
+    """Raise CommandError for an option of another evaluation."""
+    for name, readers in READ_BY.items():
+        if not set(options.what) & set(readers) and getattr(options, name) != parser.get_default(name):
+            flag = name if name == "max_new_tokens" else name.replace("_", "-")
+            raise CommandError(f"--{flag} has no effect with {', '.join(options.what)}")
+
+
+def _parser(names: list[str]) -> CommandParser:
     parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*OWN, *known])
+    parser.add_argument("what", nargs="+", choices=names, metavar="EVALUATION", help=", ".join(names))
     parser.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
     parser.add_argument("--adapter", help="folder of a PEFT adapter to put on --model")
     parser.add_argument("--base", help="retention, drift: model to compare with (default: without adapter)")
@@ -76,75 +199,13 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--no-accuracy", action="store_true", help="procedural: perplexity only (no generation)")
     parser.add_argument(
-        "--output", type=Path, help="JSON file for the scores (diagnostic, behaviour: completions beside it, .jsonl)"
+        "-o",
+        dest="folder",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for NAME.json (scores) and NAME.jsonl (completions)",
     )
-    options = parser.parse_args(arguments)
-    if options.what in known:  # and a value is called like one of ours
-        return _of_benchmarks(arguments)
-    _refuse_idle(parser, options)
-    # Deprecations between the libraries underneath; nothing a reader of the scores could act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-    with setting_up():
-        drawn = _drawn(options) if options.what == "diagnostic" else None
-        probe = None if options.probe is None else load_items(options.probe)
-        device = choose_device(options.device)
-        loading = {
-            "dtype": choose_dtype(options.dtype, device),
-            "device": device,
-            "attn_implementation": options.attn_implementation,
-            "trust_remote_code": options.trust_remote_code,
-        }
-        model, tokenizer = load_model(options.model, adapter=options.adapter, **loading)
-        base = None if options.base is None else load_model(options.base, **loading)[0]
-    print(f"{options.model} on {device}, {str(loading['dtype']).removeprefix('torch.')}", flush=True)
-    scores: Any
-    if options.what == "procedural":
-        rows = procedural_rows(
-            options.count,
-            seed=options.seed,
-            split=options.split,
-            num_steps=options.steps or (1, 2, 3),
-            look_back=options.look_back,
-            num_auxiliary=0,
-        )
-        scores = evaluate_procedural(model, tokenizer, rows, accuracy=not options.no_accuracy)
-    elif options.what == "diagnostic":
-        scores = evaluate_diagnostic(model, tokenizer, diagnostic_tasks(options.count, drawn))
-    elif options.what == "behaviour":
-        scores = evaluate_behaviour(model, tokenizer, probe)
-    elif options.what == "drift":
-        scores = evaluate_drift(model, tokenizer, base_model=base, max_new_tokens=options.max_new_tokens)
-    else:
-        scores = evaluate_retention(model, tokenizer, base_model=base)
-    print(scores.table())
-    if options.output:
-        write_json(options.output, scores.as_dict())
-        if options.what in ("diagnostic", "behaviour"):
-            write_json_lines(options.output.with_suffix(".jsonl"), scores.completions())
-    return 0
-
-
-def _of_benchmarks(arguments: list[str]) -> int:
-    from unisd.cli import evaluate_benchmarks  # which needs much that the others do not
-
-    return evaluate_benchmarks.main(arguments)
-
-
-def _drawn(options: argparse.Namespace) -> DiagnosticSettings:
-    return DiagnosticSettings(
-        seed=options.seed,
-        split=options.split,
-        num_steps=tuple(options.steps or (5, 10)),
-        look_back=options.look_back,
-        values=options.values,
-        operations=tuple(options.operations),
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the same for one evaluation, by the name of its file"
     )
-
-
-def _refuse_idle(parser: CommandParser, options: argparse.Namespace) -> None:
-    """Raise CommandError for an option of another evaluation."""
-    for name, readers in READ_BY.items():
-        if options.what not in readers and getattr(options, name) != parser.get_default(name):
-            flag = name if name == "max_new_tokens" else name.replace("_", "-")
-            raise CommandError(f"--{flag} has no effect with {options.what}")
+    return parser

@@ -1,6 +1,7 @@
 """`unisd sweep`: presets x seeds x data by one command, one table and one page.
 
-unisd sweep --presets plain unisd_star sft --seeds 0 1 2 --dataset cos_e --eval "cos_e --limit 200" -o runs/sweep \\
+unisd sweep --presets plain unisd_star sft --seeds 0 1 2 --dataset cos_e --eval "cos_e --limit 200" \\
+    --eval "procedural drift behaviour --count 60" -o runs/sweep \\
     -- --model_name_or_path smollm2-135m-instruct --max_steps 200 --use_peft true
 
 Words after -- go to every `unisd train`. Each run is a process of its own. The same command again goes on where the
@@ -15,7 +16,9 @@ import argparse
 import shlex
 from pathlib import Path
 
+from unisd.benchmarks import benchmarks
 from unisd.cli.errors import CommandError, setting_up
+from unisd.cli.evaluate import OWN
 from unisd.cli.parser import CommandParser, natural
 from unisd.compare import load_run, page
 from unisd.presets import PRESETS
@@ -34,9 +37,12 @@ def main(arguments: list[str]) -> int:
     for word in train:
         if word.partition("=")[0] in _SET_HERE:
             raise CommandError(f"{word.partition('=')[0]} is set by the sweep: leave it out behind --")
+    evaluations = [_evaluation(words) for words in options.eval]
+    if options.drift and any("drift" in words for words in evaluations):
+        raise CommandError("--drift and drift in --eval are one evaluation: leave one out")
     with setting_up():
         runs = cells(options.dataset, options.presets, options.seeds)
-    sweep = Sweep(options.output, train, [shlex.split(words) for words in options.eval], options.drift, launch=launch)
+    sweep = Sweep(options.output, train, evaluations, options.drift, launch=launch)
     outcomes = sweep.run(runs)
     text = table(runs, options.output)
     whole = [load_run(options.output / each.cell.name) for each in outcomes if each.status != "failed"]
@@ -53,6 +59,18 @@ def main(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
+def _evaluation(text: str) -> list[str]:
+    """Words of `unisd eval`, refused now where they could only fail behind the first run."""
+    words = shlex.split(text)
+    names = [*OWN, *benchmarks()]
+    if not words or words[0] not in names:
+        raise CommandError(f"--eval {text!r} does not begin with an evaluation: {', '.join(names)}")
+    for word in words:
+        if word.partition("=")[0] in ("--model", "-o", "--output"):
+            raise CommandError(f"{word.partition('=')[0]} is set by the sweep: leave it out of --eval {text!r}")
+    return words
+
+
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="unisd sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -65,7 +83,8 @@ def _parser() -> CommandParser:
         action="append",
         default=[],
         metavar="WORDS",
-        help='of unisd eval, e.g. "cos_e --limit 200"; again for more',
+        help='of unisd eval, e.g. "cos_e --limit 200" or "procedural drift --count 60" (one load of the model); again '
+        "for more",
     )
     parser.add_argument("--drift", action="store_true", help="also unisd eval drift")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the runs, the table and the page")

@@ -21,10 +21,11 @@ _PEAK = "unisd/peak_memory_gib"
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """A benchmark's file and completions.
+    """The file and completions of a benchmark, or of the procedural tasks or the diagnostic.
 
     Attributes:
-        name, kind: of the benchmark.
+        name: of the benchmark; of the file where that adds to it ("procedural-hard").
+        kind: of the benchmark.
         result: the JSON of `unisd eval`.
         rows: completions by number of the row.
     """
@@ -38,6 +39,18 @@ class BenchmarkResult:
     def measure(self) -> str:
         """The measure that counts first."""
         return MEASURES[self.kind][0]
+
+    @property
+    def score(self) -> Mapping[str, Any] | None:
+        """That measure with its interval; None where no replies were asked for."""
+        scores: Mapping[str, Any] = self.result["scores"]
+        return scores.get(self.measure)
+
+    def has_items_of(self, other: BenchmarkResult) -> bool:
+        """Whether both were asked the same: rows of the same numbers, with the same prompts where they are kept."""
+        return self.rows.keys() == other.rows.keys() and all(
+            row.get("prompt") == other.rows[number].get("prompt") for number, row in self.rows.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -107,14 +120,20 @@ def load_run(folder: Path) -> Run:
     for file in sorted(evaluated.glob("*.json")):
         result = _json(file)
         if isinstance(result, Mapping) and "benchmark" in result and "kind" in result:
+            benchmark = result["benchmark"]
+            name = file.stem if file.stem.startswith(benchmark) else benchmark
+            if name in benchmarks:
+                raise ValueError(
+                    f"{evaluated} holds two files with scores of {name}; one is {file.name}: move one away"
+                )
             rows = _rows(file.with_suffix(".jsonl"))
-            benchmarks[result["benchmark"]] = BenchmarkResult(result["benchmark"], result["kind"], result, rows)
+            benchmarks[name] = BenchmarkResult(name, result["kind"], result, rows)
             environment = result.get("environment") or environment
     drift = _json(evaluated / "drift.json")
     if not state and not benchmarks and drift is None:
         raise ValueError(
-            f"{folder} is no run: it holds neither trainer_state.json (unisd train) nor scores (unisd eval BENCHMARK "
-            f"-o {folder / EVALUATIONS})"
+            f"{folder} is no run: it holds neither trainer_state.json (unisd train) nor scores (unisd eval NAME -o "
+            f"{folder / EVALUATIONS})"
         )
     name = folder.resolve().name
     return Run(name, settings, tuple(state.get("log_history", ())), benchmarks, drift, environment)
@@ -150,5 +169,5 @@ def _json(file: Path) -> Any:
 def _rows(file: Path) -> dict[int, dict[str, Any]]:
     if not file.is_file():
         return {}
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     return {int(row["number"]): row for row in rows}

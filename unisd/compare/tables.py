@@ -45,12 +45,12 @@ def score_table(runs: Sequence[Run]) -> dict[str, list[Score]]:
 
 def _score(runs: Sequence[Run], place: int, name: str) -> Score:
     found = runs[place].benchmarks.get(name)
-    if found is None:
+    scores = None if found is None else found.score
+    if found is None or scores is None:
         return Score(None, None, None, 0, None)
-    scores = found.result["scores"][found.measure]
     first = runs[0].benchmarks.get(name)
     difference = None
-    if place > 0 and first is not None and found.rows and found.rows.keys() == first.rows.keys():
+    if place > 0 and first is not None and found.rows and found.has_items_of(first):
         numbers = sorted(found.rows)
         before, now = ([float(each.rows[n][found.measure]) for n in numbers] for each in (first, found))
         difference = paired_difference(before, now)
@@ -78,10 +78,12 @@ def completions_side_by_side(runs: Sequence[Run], most: int = 6) -> list[dict[st
         if len(with_it) < 2:
             continue
         results = [run.benchmarks[name] for run in with_it]
-        numbers = sorted(set.intersection(*(set(result.rows) for result in results)))
+        shared = sorted(set.intersection(*(set(result.rows) for result in results)))
+        asked = [{str(result.rows[n].get("prompt")) for result in results} for n in shared]
+        numbers = [n for n, prompts in zip(shared, asked, strict=True) if len(prompts) == 1]
         measure = results[0].measure
         disagree = [n for n in numbers if len({result.rows[n][measure] for result in results}) > 1]
-        for number in [*disagree, *(n for n in numbers if n not in disagree)][:most]:
+        for number in [*disagree, *(n for n in numbers if n not in set(disagree))][:most]:
             rows = [result.rows[number] for result in results]
             if "prompt" not in rows[0]:
                 break  # a secret benchmark

@@ -41,8 +41,8 @@ class BehaviourScores:
 
     def completions(self) -> Iterator[dict[str, Any]]:
         """A row for each item."""
-        for item, reply, good in zip(self.items, self.replies, self.good, strict=True):
-            yield {**item, "reply": reply, "as_it_should": good}
+        for number, (item, reply, good) in enumerate(zip(self.items, self.replies, self.good, strict=True)):
+            yield {**item, "number": number, "reply": reply, "as_it_should": good}
 
     def table(self) -> str:
         """For a terminal."""

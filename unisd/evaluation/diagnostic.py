@@ -11,9 +11,11 @@ from typing import Any
 from unisd.data.diagnostic import DiagnosticTask
 from unisd.evaluation.token_limit import token_limit
 from unisd.generation import greedy_replies
-from unisd.scoring import Interval, mean_interval, wilson
+from unisd.scoring import MEASURES, Interval, mean_interval, wilson
 from unisd.scoring.trace import KINDS, Execution, execution
 from unisd.turns import as_prompt, readable
+
+_SHARES = ("first_answer", "all_exact")
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,42 @@ class DiagnosticScores:
         - `exact_steps`, `executed_steps`: mean share of the n steps with the right value, and that are written at all;
         - `all_exact`: share of replies of which every step is right.
         """
-        return {steps: _measures(self._of(steps), steps) for steps in sorted({len(task.steps) for task in self.tasks})}
+        values = list(self._values())
+        groups = {
+            steps: [each for each, task in zip(values, self.tasks, strict=True) if len(task.steps) == steps]
+            for steps in sorted({len(task.steps) for task in self.tasks})
+        }
+        return {steps: _measures(group) for steps, group in groups.items()}
+
+    @cached_property
+    def measures(self) -> dict[str, Interval]:
+        """The same of all tasks together."""
+        return _measures(list(self._values()))
 
     @property
     def kinds(self) -> dict[int, dict[str, int]]:
         """Number of steps -> kind of reply (`unisd.scoring.trace.KINDS`) -> count."""
-        counts = {steps: Counter(found.kind for found in self._of(steps)) for steps in self.by_steps}
+        counts: dict[int, Counter[str]] = {steps: Counter() for steps in self.by_steps}
+        for task, found in zip(self.tasks, self.executions, strict=True):
+            counts[len(task.steps)][found.kind] += 1
         return {steps: {kind: count[kind] for kind in KINDS} for steps, count in counts.items()}
 
-    def _of(self, steps: int) -> list[Execution]:
-        return [found for task, found in zip(self.tasks, self.executions, strict=True) if len(task.steps) == steps]
+    def _values(self) -> Iterator[dict[str, float]]:
+        """For each task measure -> number in [0, 1]."""
+        for task, found in zip(self.tasks, self.executions, strict=True):
+            yield {
+                "first_answer": float(found.is_right),
+                "all_exact": float(found.first_wrong is None),
+                "exact_steps": found.exact / len(task.steps),
+                "executed_steps": found.executed / len(task.steps),
+            }
 
     def completions(self) -> Iterator[dict[str, Any]]:
-        """A row for each task."""
-        for task, reply, found in zip(self.tasks, self.replies, self.executions, strict=True):
-            row: dict[str, Any] = {"task_id": task.task_id, "num_steps": len(task.steps), "prompt": task.question}
-            row |= {"gold": task.gold_trace, "reply": reply, "kind": found.kind}
+        """A row for each task, with its measures and what its reply did."""
+        rows = zip(self.tasks, self.replies, self.executions, self._values(), strict=True)
+        for number, (task, reply, found, values) in enumerate(rows):
+            row: dict[str, Any] = {"number": number, "task_id": task.task_id, "num_steps": len(task.steps), **values}
+            row |= {"prompt": task.question, "gold": task.gold_trace, "reply": reply, "kind": found.kind}
             answer = None if found.answer is None else str(found.answer)
             yield {**row, **vars(found), "answer": answer}
 
@@ -61,7 +83,14 @@ class DiagnosticScores:
             str(steps): {name: interval.as_dict() for name, interval in measures.items()}
             for steps, measures in self.by_steps.items()
         }
-        return {"by_steps": by_steps, "kinds": {str(steps): counts for steps, counts in self.kinds.items()}}
+        return {
+            "benchmark": "diagnostic",
+            "kind": "diagnostic",
+            "items": len(self.tasks),
+            "scores": {name: interval.as_dict() for name, interval in self.measures.items()},
+            "by_steps": by_steps,
+            "kinds": {str(steps): counts for steps, counts in self.kinds.items()},
+        }
 
     def table(self) -> str:
         """For a terminal: a line for each number of steps, and what the replies are."""
@@ -118,10 +147,10 @@ def evaluate_diagnostic(
     return DiagnosticScores(tuple(tasks), tuple(replies), executions)
 
 
-def _measures(found: Sequence[Execution], steps: int) -> dict[str, Interval]:
+def _measures(values: Sequence[dict[str, float]]) -> dict[str, Interval]:
+    """Means: of a share with Wilson's interval, else with the bootstrap's."""
+    columns = {name: [each[name] for each in values] for name in MEASURES["diagnostic"]}
     return {
-        "first_answer": wilson(sum(each.is_right for each in found), len(found)),
-        "exact_steps": mean_interval([each.exact / steps for each in found]),
-        "executed_steps": mean_interval([each.executed / steps for each in found]),
-        "all_exact": wilson(sum(each.first_wrong is None for each in found), len(found)),
+        name: wilson(round(sum(column)), len(column)) if name in _SHARES else mean_interval(column)
+        for name, column in columns.items()
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from unisd.data.procedural import parse_answer
 from unisd.evaluation.perplexity import CompletionScores, completion_scores
 from unisd.evaluation.token_limit import token_limit
 from unisd.generation import greedy_replies
+from unisd.scoring import Interval, wilson
 from unisd.turns import Prompt, readable
 
 Generate = Callable[[Sequence[Prompt]], Sequence[str]]
@@ -33,18 +34,60 @@ class StepScores:
     answered: float | None
     perplexity: float | None
 
+    @property
+    def measures(self) -> dict[str, Interval]:
+        """`accuracy` and `answered` with Wilson's 95% interval; {} if replies were not asked for."""
+        shares = {"accuracy": self.accuracy, "answered": self.answered}
+        return {
+            name: wilson(round(share * self.count), self.count) for name, share in shares.items() if share is not None
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "scores": {name: interval.as_dict() for name, interval in self.measures.items()}}
+
 
 @dataclass(frozen=True)
 class ProceduralScores:
-    """Scores by number of steps (ascending), of all tasks, and the replies in the order of the rows."""
+    """Scores of a model.
+
+    Attributes:
+        by_steps: by number of steps, ascending.
+        overall: of all tasks.
+        replies: in the order of the rows; () if they were not asked for.
+        tasks: the rows that they reply to: `prompt` (as it was asked), `completion`, `answer`, `num_steps`.
+    """
 
     by_steps: tuple[StepScores, ...]
     overall: StepScores
     replies: tuple[str, ...]
+    tasks: tuple[Mapping[str, Any], ...] = ()
+
+    def completions(self) -> Iterator[dict[str, Any]]:
+        """A row for each reply, with its measures."""
+        for number, (task, reply) in enumerate(zip(self.tasks, self.replies, strict=bool(self.replies))):
+            answer = parse_answer(reply)
+            yield {
+                "number": number,
+                "num_steps": int(task["num_steps"]),
+                "accuracy": float(answer == task["answer"]),
+                "answered": float(answer is not None),
+                "prompt": task["prompt"],
+                "gold": task["completion"],
+                "reply": reply,
+            }
 
     def as_dict(self) -> dict[str, Any]:
-        """Dictionary for JSON: `{"by_steps": [...], "overall": {...}}`, without the replies."""
-        return {"by_steps": [asdict(scores) for scores in self.by_steps], "overall": asdict(self.overall)}
+        """For JSON, without the replies: what a benchmark's result has, and the scores by number of steps."""
+        overall = self.overall.as_dict()
+        return {
+            "benchmark": "procedural",
+            "kind": "procedural",
+            "items": self.overall.count,
+            "scores": overall["scores"],
+            "by_steps": [scores.as_dict() for scores in self.by_steps],
+            "overall": overall,
+        }
 
     def table(self) -> str:
         """A plain-text table, one line for each number of steps and one for all."""
@@ -131,6 +174,10 @@ def evaluate_procedural(
         by_steps=tuple(scores(steps, groups[steps]) for steps in sorted(groups)),
         overall=scores(None, range(len(tasks))),
         replies=tuple(replies) if accuracy else (),
+        tasks=tuple(
+            {"prompt": prompt, **{name: task[name] for name in ("completion", "answer", "num_steps")}}
+            for prompt, task in zip(asked, tasks, strict=True)
+        ),
     )
 
 

@@ -17,8 +17,11 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "code": ("pass@1", "format", "timed_out"),
     "tools": ("full", "action", "arguments", "extracted"),
     "open": ("exact",),
+    "procedural": ("accuracy", "answered"),
+    "diagnostic": ("first_answer", "all_exact", "exact_steps", "executed_steps"),
 }
-"""Kind of task -> its measures, the one that counts first."""
+"""Kind of task -> its measures, the one that counts first. The last two are scored by `unisd.evaluation`."""
+_SCORED_HERE = ("choice", "code", "tools", "open")
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,15 @@ def score_replies(
     """Score every reply.
 
     Args:
-        kind: of the task, see `MEASURES`.
+        kind: of the task: choice, code, tools or open.
         isolation: of code that is run, see `unisd.sandbox.Sandbox`.
         progress: whether to show a bar where it takes time.
 
     Raises:
         ValueError: an unknown kind, different numbers of examples and replies, or no sandbox for code.
     """
-    if kind not in MEASURES:
-        raise ValueError(f"kind must be one of {', '.join(MEASURES)}, got {kind!r}")
+    if kind not in _SCORED_HERE:
+        raise ValueError(f"kind must be one of {', '.join(_SCORED_HERE)}, got {kind!r}")
     if len(examples) != len(replies):
         raise ValueError(f"got {len(examples)} examples and {len(replies)} replies")
     if kind == "code":

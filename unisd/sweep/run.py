@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from unisd.compare.runs import EVALUATIONS
 from unisd.run.checkpoints import is_checkpoint
 from unisd.sweep.cells import FINISHED, Cell, finished
 from unisd_kernels.files import write_json
@@ -107,14 +108,9 @@ class Sweep:
                 f"{cell.name}: out of memory with a micro-batch of {batch}; again with {smaller[_BATCH]}, and "
                 f"{smaller[_ACCUMULATION]} of them a step instead of {accumulation}"
             )
-        evaluations = [list(words) for words in self.evaluations]
-        where = [["-o", str(folder / "eval")] for _ in evaluations]
-        if self.drift:
-            evaluations.append(["drift"])
-            where.append(["--output", str(folder / "eval" / "drift.json")])
-        for words, output in zip(evaluations, where, strict=True):
+        for asked in [*self.evaluations, *([["drift"]] if self.drift else [])]:
             begins_at = log.stat().st_size if log.is_file() else 0
-            if self.launch(["eval", *words, "--model", str(folder), *output], log) != 0:
+            if self.launch(["eval", *asked, "--model", str(folder), "-o", str(folder / EVALUATIONS)], log) != 0:
                 return _last_line(_said(log, begins_at))
         record = {"data": cell.data, "preset": cell.preset, "seed": cell.seed, "made_smaller": smaller}
         write_json(folder / FINISHED, record)

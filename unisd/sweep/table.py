@@ -30,7 +30,8 @@ def table(cells: Sequence[Cell], output: Path) -> str:
 
 def _share(run: Run, name: str) -> float | None:
     found = run.benchmarks.get(name)
-    return None if found is None else found.result["scores"][found.measure]["value"]
+    score = None if found is None else found.score
+    return None if score is None else score["value"]
 
 
 def _spread(values: Sequence[float | None], times: float = 1, unit: str = "") -> str:
