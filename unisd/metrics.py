@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from unisd.step import StepResult
 
 PREFIX = "unisd/"
+LOW_WEIGHT = 0.9
+"""Agreement weights below it are counted."""
 
 
 class MetricWindow:
@@ -165,10 +167,11 @@ def add_loss_statistics(
 ) -> None:
     """Add the result of `unisd_loss` for one micro-batch.
 
-    Adds: `divergence` (mean over tokens, before clipping), `clipped_share`, `agreement_weight` and
-    `agreement_weight_min`, `disagreement`, `contrastive` and `contrastive_active` (share of tokens with C > 0),
-    `feature_distance`, `student_entropy`, `teacher_entropy`, and `nonfinite_share` (share of micro-batches whose loss
-    is NaN or infinite). Units are those of `UniSDLoss`; mechanisms that are off add nothing.
+    Adds: `divergence` (mean over tokens, before clipping), `clipped_share`, `agreement_weight`, `agreement_weight_min`
+    and `agreement_low_share` (share of weights below 0.9), `disagreement`, `contrastive` and `contrastive_active`
+    (share of tokens with C > 0), `feature_distance`, `student_entropy`, `teacher_entropy`, and `nonfinite_share`
+    (share of micro-batches whose loss is NaN or infinite). Units are those of `UniSDLoss`; mechanisms that are off add
+    nothing.
     """
     if result.divergence is not None:
         window.add_values("divergence", result.divergence)
@@ -177,6 +180,7 @@ def add_loss_statistics(
     if agreement_weights is not None:
         window.add_values("agreement_weight", agreement_weights)
         window.add_minimum("agreement_weight_min", agreement_weights)
+        window.add_values("agreement_low_share", agreement_weights < LOW_WEIGHT)
     if disagreement is not None:
         window.add_values("disagreement", disagreement)
     if result.contrastive is not None:

@@ -1,8 +1,10 @@
 """The window of metrics: means over tokens, minima, several processes."""
 
+from types import SimpleNamespace
+
 import torch
 
-from unisd.metrics import MetricWindow
+from unisd.metrics import MetricWindow, add_loss_statistics
 
 
 def test_means_are_over_items_not_over_micro_batches():
@@ -37,3 +39,12 @@ def test_nothing_to_average_is_left_out():
     window.add_minimum("w", torch.zeros(0))
     window.add_values("n", torch.tensor([1.0]))
     assert window.flush(lambda tensor: tensor) == {"n": (1.0, 1.0)}
+
+
+def test_low_weights_are_counted():
+    window, weights = MetricWindow(), torch.tensor([0.5, 0.89, 0.95, 1.0, 0.1])
+    off = dict.fromkeys(("divergence", "contrastive", "feature_distance", "student_entropy", "teacher_entropy"))
+    result = SimpleNamespace(loss=torch.tensor(1.0), clipped=None, **off)
+    add_loss_statistics(window, result, clips=False, agreement_weights=weights, disagreement=None)
+    found = window.flush(lambda tensor: tensor)
+    assert round(found["agreement_low_share"][0], 6) == 0.6
