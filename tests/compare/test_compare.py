@@ -1,5 +1,6 @@
 """Runs side by side: what is read of a folder, what is compared with what, and a page that stands alone."""
 
+import itertools
 import json
 import random
 import re
@@ -9,8 +10,10 @@ import pytest
 
 from unisd.cli import main
 from unisd.compare import figures, load_run
-from unisd.compare.runs import differing_settings
-from unisd.compare.tables import completions_side_by_side, mean_gain, score_table
+from unisd.compare.beside import differing_settings
+from unisd.compare.completions import completions_side_by_side
+from unisd.compare.groups import group_runs
+from unisd.compare.tables import mean_gain, score_table
 
 
 def write_run(folder, right, *, trained=True, secret=False, lr=1e-3, reply="<b>so & so</b>"):
@@ -49,14 +52,14 @@ def folders(tmp_path):
 
 
 def test_differences_are_of_the_same_items(folders):
-    runs = [load_run(folder) for folder in folders]
+    runs = group_runs([load_run(folder) for folder in folders])
     base, better, other = score_table(runs)["cos_e"]
     assert (base.value, base.difference, base.verdict) == (0.25, None, "")
     assert better.difference.value == pytest.approx(0.5)
     assert better.verdict == "better"
     assert other.difference.value == 0.0
     assert other.verdict == ""
-    assert mean_gain(score_table(runs), 3) == [0.0, pytest.approx(0.5), 0.0]
+    assert [gain.value for gain in mean_gain(score_table(runs), runs)] == [0.0, pytest.approx(0.5), 0.0]
     backwards = score_table([runs[1], runs[0]])["cos_e"][1]
     assert (backwards.difference.value, backwards.verdict) == (pytest.approx(-0.5), "worse")
 
@@ -64,17 +67,17 @@ def test_differences_are_of_the_same_items(folders):
 def test_other_items_are_not_compared(folders):
     lines = (folders[1] / "eval" / "cos_e.jsonl").read_text().splitlines()[:-1]
     (folders[1] / "eval" / "cos_e.jsonl").write_text("\n".join(lines) + "\n")
-    runs = [load_run(folder) for folder in folders]
+    runs = group_runs([load_run(folder) for folder in folders])
     assert score_table(runs)["cos_e"][1].difference is None
-    assert mean_gain(score_table(runs), 3)[1] is None
+    assert mean_gain(score_table(runs), runs)[1] is None
 
 
 def test_items_of_one_number_and_another_prompt_are_others(folders):
     file = folders[1] / "eval" / "cos_e.jsonl"
     file.write_text(file.read_text().replace("question 3?", "question 30?"))
     runs = [load_run(folder) for folder in folders]
-    assert [score.difference is None for score in score_table(runs)["cos_e"]] == [True, True, False]
-    numbers = {item["number"] for item in completions_side_by_side(runs, most=20)}
+    assert [score.difference is None for score in score_table(group_runs(runs))["cos_e"]] == [True, True, False]
+    numbers = {item["number"] for item in completions_side_by_side(runs, most=20)["cos_e"]}
     assert numbers == set(range(20)) - {3}
 
 
@@ -91,12 +94,12 @@ def test_what_a_folder_says(folders):
     assert (base.drift_kl, base.seconds, base.peak_memory, base.history) == (None, None, None, ())
     assert (better.drift_kl, better.seconds, better.peak_memory) == (5e-3, 12.5, 1.5)
     assert better.curve("loss") == [(float(step), 2.0 / step) for step in range(1, 6)]
-    assert differing_settings([base, better, other]) == {"learning_rate": ["-", "0.001", "0.002"]}
+    assert differing_settings(group_runs([base, better, other])) == {"learning_rate": ["-", "0.001", "0.002"]}
 
 
 def test_items_on_which_runs_disagree_come_first(folders):
     runs = [load_run(folder) for folder in folders]
-    items = completions_side_by_side(runs, most=14)
+    items = completions_side_by_side(runs, most=14)["cos_e"]
     assert [item["number"] for item in items[:3]] == [0, 5, 6]
     numbers = [item["number"] for item in items]
     assert numbers[11:] == [19, 1, 2]
@@ -139,13 +142,15 @@ def test_the_page_stands_alone_and_escapes_what_models_write(folders, tmp_path, 
     assert "&lt;b&gt;so &amp; so&lt;/b&gt;" in text
     assert "<title>a &lt;b&gt; c</title>" in text
     assert text.count("<svg") == 3  # gain against drift, loss, drift
+    assert text.index('class="finding better"') < text.index("<table>") < text.index("<svg")
+    assert re.search(r"25\.0% &rarr; <b>75\.0%</b>, \+50\.0 points \[.*\]\s+on 20 items: <b", text)
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
     assert re.search(r'class="better">\+50\.0 \[', text)
     written = (tmp_path / "out" / "compare.md").read_text()
     assert written.strip() in capsys.readouterr().out
     assert "| better | 75.0% [55.0%, 95.0%], +50.0 [" in written
-    assert "| better | 0.005 | 2.5 | 2.5 | 0.01 | 12.5 | 1.5 |" in written
+    assert "| better | 0.005 | 2.5 | 2.5 | 0.01 | - | 12.5 | 1.5 | - |" in written
 
 
 def test_texts_of_a_secret_benchmark_are_not_asked_for(tmp_path, capsys):
@@ -182,5 +187,15 @@ def test_marks_are_round_and_span_the_values():
 
 
 def test_nothing_to_draw():
-    assert figures.lines([("a", [(0.0, 1.0)])], "x", "y") == ""
-    assert figures.scatter([("a", 0.0, 1.0)], "x", "y") == ""
+    one = figures.Ranged(1.0, 1.0, 1.0)
+    assert figures.lines([(0, "a", [(0.0, 1.0)])], "x", "y") is None
+    assert figures.scatter([(0, "a", one, one)], "x", "y") is None
+
+
+def test_names_of_dots_do_not_hide_each_other():
+    near = [figures.Ranged(0.5 + 0.001 * n, 0.5, 0.6) for n in range(5)]
+    drawing = figures.scatter([(n, f"a long name {n}", near[n], near[n]) for n in range(5)], "x", "y")
+    heights = sorted(dot.text_y for dot in drawing.dots)
+    assert all(later - former >= 13 for former, later in itertools.pairwise(heights))
+    assert all(0 < height <= drawing.bottom for height in heights)
+    assert all(dot.left < dot.x < dot.right for dot in drawing.dots[1:])

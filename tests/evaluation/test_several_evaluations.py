@@ -7,6 +7,7 @@ import pytest
 from tests.evaluation.conftest import make_model
 from unisd.cli import main
 from unisd.compare import load_run
+from unisd.compare.groups import group_runs
 from unisd.compare.tables import score_table
 from unisd.scoring import wilson
 
@@ -26,7 +27,7 @@ def test_one_load_of_the_model_and_a_file_for_each(tmp_path, words, monkeypatch,
     monkeypatch.setattr(evaluate, "load_model", lambda *a, **k: loads.append(a[0]) or load(*a, **k))
     probe, run, base = tmp_path / "items.jsonl", tmp_path / "run", tmp_path / "base"
     probe.write_text('{"kind": "harmless", "prompt": "hello?"}\n')
-    tasks = ["--count", "3", "--steps", "1", "2"]
+    tasks = ["--count", "2", "--steps", "1", "2"]
     more = [*tasks, "--max_new_tokens", "4", "--probe", str(probe), "--base", str(tmp_path / "1")]
     names = ["procedural", "diagnostic", "drift", "behaviour"]
     assert main(["eval", *names, *words, *more, "-o", str(run / "eval")]) == 0
@@ -41,14 +42,14 @@ def test_one_load_of_the_model_and_a_file_for_each(tmp_path, words, monkeypatch,
     assert written["behaviour"]["settings"] == {"probe": "items.jsonl"}
 
     assert main(["eval", "procedural", "diagnostic", *words, *tasks, "-o", str(base)]) == 0
-    table = score_table([load_run(base), load_run(run)])
+    table = score_table(group_runs([load_run(base), load_run(run)]))
     assert list(table) == ["diagnostic", "procedural"]
-    assert [score.difference.count for _, score in table.values()] == [3, 3]
+    assert [score.difference.count for _, score in table.values()] == [2, 2]
     other = [*tasks, "--seed", "1"]
     assert main(["eval", "procedural", *words, *other, "--output", str(base / "procedural.json")]) == 0
-    assert score_table([load_run(base), load_run(run)])["procedural"][1].difference is None
+    assert score_table(group_runs([load_run(base), load_run(run)]))["procedural"][1].difference is None
     assert main(["eval", "procedural", *words, *other, "--no-accuracy", "-o", str(base)]) == 0
-    assert score_table([load_run(base)])["procedural"][0].value is None
+    assert score_table(group_runs([load_run(base)]))["procedural"][0].value is None
     assert main(["compare", str(base), str(run), "-o", str(tmp_path / "page")]) == 0
     capsys.readouterr()
 

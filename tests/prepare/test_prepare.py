@@ -235,7 +235,7 @@ def test_train_takes_raw_rows(tmp_path, capsys):
     for preset in ("unisd_star", "sft", "gkd"):
         assert main(["train", *flags, "--preset", preset, "--output_dir", str(tmp_path / preset)]) == 0
         said = capsys.readouterr()
-        assert f"unisd eval retention --model {tmp_path / preset}" in said.out
+        assert f"unisd eval retention drift behaviour --model {tmp_path / preset}" in said.out
         assert "8 rows are fewer than a step of 4 x 4 takes: it is 4 x 2 here" in said.err
         # Neither baseline reads more than the gold answer: the second one finds the rows of the first.
         assert ("the rows were prepared before" if preset == "gkd" else "8 of 8 rows kept") in said.err

@@ -9,10 +9,11 @@ reply, accuracy of the model's own reply, and retention (how far chat that has n
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
+import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,19 @@ from transformers import ProgressCallback, TrainerCallback
 
 from unisd.cli.errors import setting_up
 from unisd.cli.parser import CommandParser, natural, positive, positive_number
+from unisd.compare import load_run, rendered
 from unisd.data.procedural import procedural_dataset, procedural_rows
 from unisd.evaluation import evaluate_procedural, evaluate_retention
 from unisd.evaluation.environment import environment
-from unisd.evaluation.report import write_report
+from unisd.evaluation.files import write_result
+from unisd.evaluation.folder import EVALUATIONS
 from unisd.models import SMOLLM2, load_model
 from unisd.presets import PRESETS
+from unisd_kernels.files import replacing, write_json
 
 STEPS_OF_TASKS = (1, 2)
+BEFORE = "before"
+"""Folder of the scores before training."""
 
 
 def main(arguments: list[str]) -> int:
@@ -88,18 +94,16 @@ def main(arguments: list[str]) -> int:
     print(after.table())
     print("\nretention, on held-out chat:")
     print(retention.table())
-    report = write_report(
-        options.output,
-        title="UniSD demo: SmolLM2-135M on procedural tasks",
-        history=trainer.state.log_history,
-        procedural={"before": before, "after": after},
-        retention=retention,
-        settings={**vars(options), "steps trained": trainer.state.global_step, "minutes taken": round(minutes, 1)},
-        notes=[
-            f"Held-out tasks of {' and '.join(map(str, STEPS_OF_TASKS))} steps; none was trained on.",
-            f"With the solution in its context the untrained model has perplexity {shown:.3f}.",
-        ],
-    )
+    trainer.save_state()  # the log
+    for folder, scores in ((BEFORE, before), (EVALUATIONS, after)):
+        write_result(options.output / folder / "procedural.json", scores, {"model": SMOLLM2}, {})
+    write_result(options.output / EVALUATIONS / "retention.json", retention, {"model": SMOLLM2}, {})
+    notes = [
+        f"Held-out tasks of {' and '.join(map(str, STEPS_OF_TASKS))} steps; none was trained on.",
+        f"With the solution in its context the untrained model has perplexity {shown:.3f}: that is the teacher.",
+    ]
+    facts = {"steps trained": trainer.state.global_step, "minutes taken": round(minutes, 1)}
+    report = write_report(options.output, notes, facts)
     summary = {
         "seed": options.seed,
         "optimizer_steps": trainer.state.global_step,
@@ -110,7 +114,7 @@ def main(arguments: list[str]) -> int:
         "minutes": minutes,
         "environment": environment(),
     }
-    (options.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(options.output / "summary.json", summary)
     print(f"\n{_verdict(before.overall, after.overall)}; {minutes:.1f} minutes")
     print(f"report: {report}\nadapter: {adapter} (unisd eval procedural --model {adapter})")
     print(
@@ -120,6 +124,17 @@ def main(arguments: list[str]) -> int:
         "  unisd prepare FILE -o prepared && unisd show prepared --row 0"
     )
     return 0
+
+
+def write_report(folder: Path, notes: Sequence[str], facts: Mapping[str, Any]) -> Path:
+    """The comparison of the model before and after as `report.html` of the demo's folder."""
+    runs = [load_run(folder / BEFORE, "before"), load_run(folder, "after")]
+    command = shlex.join(["unisd", *sys.argv[1:]])
+    title = "UniSD demo: SmolLM2-135M on procedural tasks"
+    page, _ = rendered(runs, title, notes=notes, facts={"command": command, **facts}, brief=True)
+    with replacing(folder / "report.html") as new:
+        new.write_text(page, encoding="utf-8")
+    return folder / "report.html"
 
 
 def multiplies_bfloat16() -> bool:

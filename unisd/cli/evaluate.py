@@ -31,10 +31,9 @@ from unisd.evaluation.base import base_of
 from unisd.evaluation.behaviour import evaluate_behaviour, load_items
 from unisd.evaluation.diagnostic import evaluate_diagnostic
 from unisd.evaluation.drift import evaluate_drift
-from unisd.evaluation.environment import environment
+from unisd.evaluation.files import write_result
 from unisd.models import SMOLLM2, load_model
 from unisd.peak_memory import peak_memory_gib
-from unisd_kernels.files import write_json, write_json_lines
 
 OWN = ("procedural", "diagnostic", "retention", "drift", "behaviour")
 """What is evaluated here; benchmarks have a command line of their own."""
@@ -119,18 +118,13 @@ def _write(
 ) -> None:
     """Scores, and every completion beside them."""
     settings = {name: getattr(options, name) for name, readers in READ_BY.items() if what in readers}
-    result = {
+    before = {
         "model": str(options.model),
         "adapter": options.adapter,
         "settings": {name: value.name if isinstance(value, Path) else value for name, value in settings.items()},
-        **scores.as_dict(),
-        "seconds": round(seconds, 1),
-        "peak_memory_gib": round(peak_memory_gib(device), 3),
-        "environment": environment(),
     }
-    if hasattr(scores, "completions"):
-        write_json_lines(file.with_suffix(".jsonl"), scores.completions())
-    write_json(file, result)
+    after = {"seconds": round(seconds, 1), "peak_memory_gib": round(peak_memory_gib(device), 3)}
+    write_result(file, scores, before, after)
 
 
 def _check_output(options: argparse.Namespace) -> None:

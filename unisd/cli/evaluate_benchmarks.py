@@ -24,12 +24,11 @@ from unisd.cli.dtype import DTYPES, choose_dtype
 from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.parser import CommandParser, natural, positive
 from unisd.evaluation.benchmark import BenchmarkScores, evaluate_benchmark
-from unisd.evaluation.environment import environment
+from unisd.evaluation.files import write_result
 from unisd.generation import make_generator
 from unisd.models import SMOLLM2, load_model, resolve_model
 from unisd.peak_memory import peak_memory_gib
 from unisd.sandbox import ISOLATIONS, Sandbox
-from unisd_kernels.files import write_json, write_json_lines
 
 
 def main(arguments: list[str]) -> int:
@@ -98,7 +97,7 @@ def _has_chat_template(model: str) -> bool:
 def _write(
     scores: BenchmarkScores, benchmark: Benchmark, options: argparse.Namespace, seconds: float, device: torch.device
 ) -> Path:
-    result = {
+    before = {
         "model": str(options.model),
         "adapter": options.adapter,
         "split": options.split or benchmark.default_split,
@@ -106,16 +105,15 @@ def _write(
         "limit": options.limit,
         "seed": options.seed,
         "decoding": f"greedy, at most {options.max_new_tokens} tokens, by {options.generator}",
-        **scores.as_dict(),
+    }
+    after = {
         "source": benchmark.source,
         "licence": benchmark.licence,
         "seconds": round(seconds, 1),
         "peak_memory_gib": round(peak_memory_gib(device), 3),
-        "environment": environment(),
     }
     file: Path = options.output / f"{benchmark.name}.json"
-    write_json_lines(file.with_suffix(".jsonl"), scores.completions())
-    write_json(file, result)
+    write_result(file, scores, before, after)
     return file
 
 

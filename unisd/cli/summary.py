@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from unisd.benchmarks import is_benchmark
 from unisd.cli.checks import GENERATED
 from unisd.drift.schedule import NAME as DRIFT
+from unisd.evaluation.folder import EVALUATIONS
 from unisd.modules import is_peft
 from unisd.presets import get_preset
 from unisd.run.checkpoints import newest_complete
@@ -85,7 +86,9 @@ def _commands(trainer: UniSDTrainer, model: str, dataset: str, prepared: Path | 
     lines = {}
     if dataset in GENERATED or is_benchmark(dataset):
         lines["evaluate"] = f"unisd eval {dataset} --model {quoted}"
-    lines["compare"] = f"unisd eval retention --model {quoted}{against}"
+    evaluations = shlex.quote(f"{folder.rstrip('/')}/{EVALUATIONS}")
+    lines["drift"] = f"unisd eval retention drift behaviour --model {quoted}{against} -o {evaluations}"
+    lines["page"] = f"unisd compare {quoted}"
     if isinstance(trainer.teacher, EMATeacher):
         lines["teacher"] = f"unisd export --ema {quoted} -o {shlex.quote(folder.rstrip('/') + '-teacher')}"
     if _is_adapter(trainer):

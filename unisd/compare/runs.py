@@ -12,10 +12,12 @@ from typing import Any
 import yaml
 
 from unisd.drift.schedule import NAME as DRIFT
+from unisd.energy import FILE_NAME as ENERGY
+from unisd.evaluation.folder import EVALUATIONS
 from unisd.scoring import MEASURES
 
-EVALUATIONS = "eval"
-"""Folder of a run's evaluations: `unisd eval ... -o RUN/eval`."""
+PLACES = ("output_dir", "logging_dir", "run_name", "hub_model_id")
+"""Settings that say where a run is, not what it is."""
 _PEAK = "unisd/peak_memory_gib"
 
 
@@ -41,16 +43,29 @@ class BenchmarkResult:
         return MEASURES[self.kind][0]
 
     @property
+    def by_steps(self) -> dict[int, Mapping[str, Any]]:
+        """Number of steps -> measure -> its interval; {} for what has no steps."""
+        found = self.result.get("by_steps", {})
+        if isinstance(found, Mapping):
+            return {int(steps): measures for steps, measures in found.items()}
+        return {entry["num_steps"]: entry["scores"] for entry in found if entry["scores"]}
+
+    @property
+    def perplexity_by_steps(self) -> dict[int, float]:
+        """Number of steps -> perplexity of the right reply; {} where it was not asked for."""
+        found = self.result.get("by_steps", [])
+        entries = [] if isinstance(found, Mapping) else found
+        return {each["num_steps"]: each["perplexity"] for each in entries if each["perplexity"] is not None}
+
+    @property
     def score(self) -> Mapping[str, Any] | None:
         """That measure with its interval; None where no replies were asked for."""
         scores: Mapping[str, Any] = self.result["scores"]
         return scores.get(self.measure)
 
     def has_items_of(self, other: BenchmarkResult) -> bool:
-        """Whether both were asked the same: rows of the same numbers, with the same prompts where they are kept."""
-        return self.rows.keys() == other.rows.keys() and all(
-            row.get("prompt") == other.rows[number].get("prompt") for number, row in self.rows.items()
-        )
+        """Whether both were asked the same, as far as rows are kept."""
+        return bool(self.rows) and same_items(self.rows, other.rows)
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,10 @@ class Run:
         settings: resolved, {} where there are none (a model that was only evaluated).
         history: entries of the trainer's log.
         benchmarks: by name.
-        drift: of `unisd eval drift --output RUN/eval/drift.json`, or None.
+        drift, retention, behaviour: of `unisd eval drift retention behaviour -o RUN/eval`, or None.
+        behaviour_rows: replies to the probe, by number.
+        energy: of training (`unisd.energy`), or None.
+        environment: versions and machine of the evaluation, else {}.
     """
 
     name: str
@@ -71,6 +89,10 @@ class Run:
     benchmarks: Mapping[str, BenchmarkResult]
     drift: Mapping[str, Any] | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
+    retention: Mapping[str, Any] | None = None
+    behaviour: Mapping[str, Any] | None = None
+    behaviour_rows: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    energy: Mapping[str, Any] | None = None
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """Points (step, value) of a number that was logged; infinite ones and NaN are left out."""
@@ -96,16 +118,29 @@ class Run:
         return self.last("train_runtime")
 
     @property
+    def joules(self) -> float | None:
+        """Energy of training; see `energy` for how it is known."""
+        return None if self.energy is None else float(self.energy["joules"])
+
+    @property
     def peak_memory(self) -> float | None:
         """GiB, the most that was logged."""
         return max((value for _, value in self.curve(_PEAK)), default=None)
 
 
-def load_run(folder: Path) -> Run:
+def same_items(rows: Mapping[int, Mapping[str, Any]], others: Mapping[int, Mapping[str, Any]]) -> bool:
+    """Whether they have the same numbers, with the same prompts where they are kept."""
+    return rows.keys() == others.keys() and all(
+        row.get("prompt") == others[number].get("prompt") for number, row in rows.items()
+    )
+
+
+def load_run(folder: Path, name: str | None = None) -> Run:
     """A run by its folder.
 
     Args:
         folder: of `unisd train`, with `eval/` in it; or of `unisd eval` alone (a base model, say).
+        name: to show; None for the folder's.
 
     Raises:
         ValueError: no such folder, or nothing in it.
@@ -121,36 +156,32 @@ def load_run(folder: Path) -> Run:
         result = _json(file)
         if isinstance(result, Mapping) and "benchmark" in result and "kind" in result:
             benchmark = result["benchmark"]
-            name = file.stem if file.stem.startswith(benchmark) else benchmark
-            if name in benchmarks:
+            called = file.stem if file.stem.startswith(benchmark) else benchmark
+            if called in benchmarks:
                 raise ValueError(
-                    f"{evaluated} holds two files with scores of {name}; one is {file.name}: move one away"
+                    f"{evaluated} holds two files with scores of {called}; one is {file.name}: move one away"
                 )
             rows = _rows(file.with_suffix(".jsonl"))
-            benchmarks[name] = BenchmarkResult(name, result["kind"], result, rows)
+            benchmarks[called] = BenchmarkResult(called, result["kind"], result, rows)
             environment = result.get("environment") or environment
-    drift = _json(evaluated / "drift.json")
-    if not state and not benchmarks and drift is None:
+    others = {what: _json(evaluated / f"{what}.json") for what in ("drift", "retention", "behaviour")}
+    for other in others.values():
+        environment = environment or (other or {}).get("environment", {})
+    if not state and not benchmarks and not any(others.values()):
         raise ValueError(
             f"{folder} is no run: it holds neither trainer_state.json (unisd train) nor scores (unisd eval NAME -o "
             f"{folder / EVALUATIONS})"
         )
-    name = folder.resolve().name
-    return Run(name, settings, tuple(state.get("log_history", ())), benchmarks, drift, environment)
-
-
-def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
-    """Settings in which the runs differ -> their values; folders and what follows from them are left out."""
-    names = sorted({name for run in runs for name in run.settings} - {"output_dir", "logging_dir", "run_name"})
-    shown = {name: [_short(run.settings.get(name)) for run in runs] for name in names}
-    trained = [run for run in runs if run.settings]
-    return {
-        name: values for name, values in shown.items() if len({_short(run.settings.get(name)) for run in trained}) > 1
-    }
-
-
-def _short(value: Any) -> str:
-    return "-" if value is None else str(value) if not isinstance(value, (dict, list)) else json.dumps(value)
+    return Run(
+        name or folder.resolve().name,
+        settings,
+        tuple(state.get("log_history", ())),
+        benchmarks,
+        environment=environment,
+        behaviour_rows=_rows(evaluated / "behaviour.jsonl"),
+        energy=_json(folder / ENERGY),
+        **others,
+    )
 
 
 def _yaml(file: Path) -> dict[str, Any]:
@@ -170,4 +201,4 @@ def _rows(file: Path) -> dict[int, dict[str, Any]]:
     if not file.is_file():
         return {}
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    return {int(row["number"]): row for row in rows}
+    return {int(row.get("number", place)): row for place, row in enumerate(rows)}

@@ -1,6 +1,6 @@
 """Evaluation of a trained model, on its task and on what it could before: procedural accuracy, perplexity, retention.
 
-`unisd.evaluation.report` (which needs matplotlib) writes them down.
+`unisd.evaluation.files` writes them down; `unisd.compare` makes pages of them.
 """
 
 from unisd.evaluation.perplexity import CompletionScores, completion_scores

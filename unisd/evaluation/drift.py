@@ -58,6 +58,7 @@ class OwnCompletions:
             "jsd": mean_interval(self.jsd).as_dict(),
             "mean_change": _or_none(statistics.fmean(self.changes) if self.changes else math.nan),
             "median_change": _or_none(statistics.median(self.changes) if self.changes else math.nan),
+            "change_percentiles": {str(p): _percentile(sorted(self.changes), p) for p in PERCENTILES},
             "completions": len(self.perplexity),
             "tokens": len(self.changes),
             "empty": self.empty,

@@ -56,26 +56,26 @@ class ProceduralScores:
         overall: of all tasks.
         replies: in the order of the rows; () if they were not asked for.
         tasks: the rows that they reply to: `prompt` (as it was asked), `completion`, `answer`, `num_steps`.
+        gold_nll: of each correct reply, mean over its tokens of minus the log-probability, nats; () if not asked for.
     """
 
     by_steps: tuple[StepScores, ...]
     overall: StepScores
     replies: tuple[str, ...]
     tasks: tuple[Mapping[str, Any], ...] = ()
+    gold_nll: tuple[float, ...] = ()
 
     def completions(self) -> Iterator[dict[str, Any]]:
-        """A row for each reply, with its measures."""
-        for number, (task, reply) in enumerate(zip(self.tasks, self.replies, strict=bool(self.replies))):
-            answer = parse_answer(reply)
-            yield {
-                "number": number,
-                "num_steps": int(task["num_steps"]),
-                "accuracy": float(answer == task["answer"]),
-                "answered": float(answer is not None),
-                "prompt": task["prompt"],
-                "gold": task["completion"],
-                "reply": reply,
-            }
+        """A row for each task, with the measures that were asked for."""
+        for number, task in enumerate(self.tasks):
+            row: dict[str, Any] = {"number": number, "num_steps": int(task["num_steps"])}
+            if self.gold_nll:
+                row["gold_nll"] = self.gold_nll[number]
+            if self.replies:
+                answer = parse_answer(self.replies[number])
+                row |= {"accuracy": float(answer == task["answer"]), "answered": float(answer is not None)}
+            row |= {"prompt": task["prompt"], "gold": task["completion"]}
+            yield {**row, "reply": self.replies[number]} if self.replies else row
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, without the replies: what a benchmark's result has, and the scores by number of steps."""
@@ -178,6 +178,9 @@ def evaluate_procedural(
             {"prompt": prompt, **{name: task[name] for name in ("completion", "answer", "num_steps")}}
             for prompt, task in zip(asked, tasks, strict=True)
         ),
+        gold_nll=()
+        if likelihood is None
+        else tuple(nll / count for nll, count in zip(likelihood.nll, likelihood.num_tokens, strict=True)),
     )
 
 

@@ -34,6 +34,8 @@ PAPER = {
 }
 """The paper, as TRL's trainers name theirs."""
 
+EVALUATIONS_BEGIN, EVALUATIONS_END = "<!-- evaluations -->", "<!-- end of the evaluations -->"
+"""What `unisd eval -o RUN/eval` writes stands between them; weights that are saved have none yet."""
 _PACKAGES = ("unisd-kernels", "torch", "transformers", "trl", "peft", "datasets")
 _RECIPE = (
     *sorted(preset_fields() - {"num_train_epochs", "max_prompt_length", "max_completion_length"}),
@@ -98,7 +100,7 @@ def model_card(
         "",
         f"Preset `{args.preset}`; {trainer.state.global_step} optimizer steps. All settings: `{FILE_NAME}`.",
         "",
-        *_table(("setting", "value"), [(f"`{key}`", _setting(trainer, key)) for key in _RECIPE + _OPTIMIZATION]),
+        *table(("setting", "value"), [(f"`{key}`", _setting(trainer, key)) for key in _RECIPE + _OPTIMIZATION]),
         "",
         "## Metrics",
         "",
@@ -107,6 +109,12 @@ def model_card(
         "## Drift from the base model",
         "",
         *_drift(trainer.state.log_history),
+        "",
+        "## Evaluations",
+        "",
+        EVALUATIONS_BEGIN,
+        "Not evaluated yet: `unisd eval procedural drift retention behaviour --model RUN -o RUN/eval` writes it here.",
+        EVALUATIONS_END,
         "",
         "## Versions",
         "",
@@ -175,7 +183,7 @@ def _metrics(history: list[dict[str, Any]]) -> list[str]:
         if values:
             (first_step, first), (last_step, last) = values[0], values[-1]
             rows.append((f"`{name}`", f"{_shown(first)} (step {first_step})", f"{_shown(last)} (step {last_step})"))
-    return _table(("metric", "first logged", "last logged"), rows) if rows else ["Nothing was logged."]
+    return table(("metric", "first logged", "last logged"), rows) if rows else ["Nothing was logged."]
 
 
 def _drift(history: list[dict[str, Any]]) -> list[str]:
@@ -188,7 +196,7 @@ def _drift(history: list[dict[str, Any]]) -> list[str]:
         "KL(base || this model) in nats a token, on a fixed chat probe that has nothing to do with the training data: "
         f"{_shown(points[-1][1])} at step {points[-1][0]}, at most {_shown(highest)}.",
         "",
-        *_table(("step", "drift"), [(str(step), _shown(value)) for step, value in _at_most(points, 12)]),
+        *table(("step", "drift"), [(str(step), _shown(value)) for step, value in _at_most(points, 12)]),
     ]
 
 
@@ -199,7 +207,8 @@ def _at_most(points: list[tuple[int, float]], count: int) -> list[tuple[int, flo
     return [points[round(place * (len(points) - 1) / (count - 1))] for place in range(count)]
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a Markdown table."""
     return [_row(head), _row(("---",) * len(head)), *map(_row, rows)]
 
 

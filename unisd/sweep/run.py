@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from unisd.compare.runs import EVALUATIONS
+from unisd.evaluation.folder import EVALUATIONS
 from unisd.run.checkpoints import is_checkpoint
 from unisd.sweep.cells import FINISHED, Cell, finished
 from unisd_kernels.files import write_json
