@@ -115,7 +115,7 @@ def scatter(named: Sequence[tuple[int, str, Ranged, Ranged]], x_label: str, y_la
     frame = _Frame([*ends, (0.0, 0.0)], HEIGHT + 16 * max(0, len(named) - 4))
     middles = [frame.at(x.value, y.value) for _, _, x, y in named]
     taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in middles]
-    dots = []
+    dots: list[Dot] = []
     for place, name, x, y in named:
         px, py = middles[len(dots)]
         left, bottom = frame.at(x.low, y.low)
