@@ -82,7 +82,7 @@ RAW_ROWS = (
     "demos_per_context",
     "context_pool",
     "generator",
-    "isolation",
+    "unsafe_code",
 )
 """Settings of how rows of questions and answers are prepared."""
 

@@ -28,7 +28,7 @@ from unisd.evaluation.environment import environment
 from unisd.generation import make_generator
 from unisd.models import SMOLLM2, load_model, resolve_model
 from unisd.peak_memory import peak_memory_gib
-from unisd.sandbox import ISOLATIONS, Sandbox
+from unisd.sandbox import Sandbox
 from unisd_kernels.files import write_json, write_json_lines
 
 
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
             split = options.split or known[name].default_split
             rows[name] = known[name].rows(split, options.data)[: options.limit]
         if any(known[name].kind == "code" for name in rows):
-            Sandbox(options.isolation)  # refuses now what would be refused when all replies have been written
+            Sandbox(options.unsafe_code)  # refuses now what would be refused when all replies have been written
     for name, of_one in rows.items():
         started = time.perf_counter()
         scores = evaluate_benchmark(
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
             chats=chats,
             max_new_tokens=options.max_new_tokens,
             seed=options.seed,
-            isolation=options.isolation,
+            unsafe_code=options.unsafe_code,
             scored_by=loaded if options.likelihood and known[name].kind == "choice" else None,
             progress=sys.stderr.isatty() or options.progress,
         )
@@ -140,6 +140,6 @@ def _parser() -> CommandParser:
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights")
     parser.add_argument("--attn_implementation", help="sdpa, eager, flash_attention_2, ...")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--isolation", choices=ISOLATIONS, default="bubblewrap", help="of code that is run")
+    parser.add_argument("--unsafe_code", action="store_true", help="run a model's code without bubblewrap")
     parser.add_argument("--progress", action="store_true", help="bars although standard error is no terminal")
     return parser

@@ -31,7 +31,6 @@ from unisd.prepare.folder import is_prepared, save_prepared
 from unisd.prepare.pipeline import prepare
 from unisd.prepare.settings import CONTEXTS, NEGATIVES, PrepareSettings
 from unisd.prepare.sources import load_rows
-from unisd.sandbox import ISOLATIONS
 from unisd.tasks import KINDS, Columns
 from unisd.text_tokenizer import load_tokenizer
 
@@ -94,7 +93,7 @@ def settings_of(options: Any) -> PrepareSettings:
         template=TeacherTemplate.of(options),
         seed=options.seed,
         retries=options.retries,
-        isolation=options.isolation,
+        unsafe_code=options.unsafe_code,
         encoder=options.encoder,
     )
 
@@ -141,7 +140,7 @@ def _parser() -> CommandParser:
     model.add_argument("--device", default="auto", help="of the model, for --generator transformers")
     model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     model.add_argument("--batch_size", type=positive, help="prompts generated together")
-    model.add_argument("--isolation", choices=ISOLATIONS, default="bubblewrap", help="of code that is run")
+    model.add_argument("--unsafe_code", action="store_true", help="run a model's code without bubblewrap")
     model.add_argument("--max_prompt_length", type=positive, help="rows with a longer view are dropped, in tokens")
     return parser
 

@@ -39,14 +39,14 @@ def score_replies(
     examples: Sequence[Example],
     replies: Sequence[str],
     *,
-    isolation: str = "bubblewrap",
+    unsafe_code: bool = False,
     progress: bool = False,
 ) -> list[Scored]:
     """Score every reply.
 
     Args:
         kind: of the task, see `MEASURES`.
-        isolation: of code that is run, see `unisd.sandbox.Sandbox`.
+        unsafe_code: run code without bubblewrap, see `unisd.sandbox.Sandbox`.
         progress: whether to show a bar where it takes time.
 
     Raises:
@@ -57,7 +57,7 @@ def score_replies(
     if len(examples) != len(replies):
         raise ValueError(f"got {len(examples)} examples and {len(replies)} replies")
     if kind == "code":
-        return _code(examples, replies, Sandbox(isolation), progress)
+        return _code(examples, replies, Sandbox(unsafe_code), progress)
     of_one = {"choice": _choice, "tools": _tools, "open": _open}[kind]
     return [of_one(example, reply) for example, reply in zip(examples, replies, strict=True)]
 
