@@ -26,7 +26,7 @@ from unisd.evaluation import evaluate_procedural, evaluate_retention
 from unisd.evaluation.behaviour import evaluate_behaviour, load_items
 from unisd.evaluation.diagnostic import evaluate_diagnostic
 from unisd.evaluation.drift import evaluate_drift
-from unisd.models import SMOLLM2, load_model
+from unisd.models import FETCHED, SMOLLM2, load_model
 from unisd_kernels.files import write_json, write_json_lines
 
 OWN = ("procedural", "diagnostic", "retention", "drift", "behaviour")
@@ -50,7 +50,9 @@ def main(arguments: list[str]) -> int:
         return _of_benchmarks(arguments)
     parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*OWN, *known])
-    parser.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
+    parser.add_argument(
+        "--model", default=SMOLLM2, help=f"model id, {', '.join(FETCHED)}, local folder, or folder of a PEFT adapter"
+    )
     parser.add_argument("--adapter", help="folder of a PEFT adapter to put on --model")
     parser.add_argument("--base", help="retention, drift: model to compare with (default: without adapter)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if it is there, else the CPU), cpu, cuda, cuda:1")

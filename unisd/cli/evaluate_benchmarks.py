@@ -26,7 +26,7 @@ from unisd.cli.parser import CommandParser, natural, positive
 from unisd.evaluation.benchmark import BenchmarkScores, evaluate_benchmark
 from unisd.evaluation.environment import environment
 from unisd.generation import make_generator
-from unisd.models import SMOLLM2, load_model, resolve_model
+from unisd.models import FETCHED, SMOLLM2, load_model, resolve_model
 from unisd.peak_memory import peak_memory_gib
 from unisd.sandbox import Sandbox
 from unisd_kernels.files import write_json, write_json_lines
@@ -123,7 +123,11 @@ def _parser() -> CommandParser:
     parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(benchmarks())
     parser.add_argument("names", nargs="+", choices=names, metavar="BENCHMARK", help=", ".join(names))
-    parser.add_argument("--model", default=SMOLLM2, help="model id, local folder, run, or folder of a PEFT adapter")
+    parser.add_argument(
+        "--model",
+        default=SMOLLM2,
+        help=f"model id, {', '.join(FETCHED)}, local folder, run, or folder of a PEFT adapter",
+    )
     parser.add_argument("--adapter", help="folder of a PEFT adapter to put on --model")
     parser.add_argument("--data", help="a local file in the benchmark's original format, in place of the hub")
     parser.add_argument(

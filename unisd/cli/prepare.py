@@ -26,7 +26,7 @@ from unisd.cli.parser import CommandParser, natural, positive
 from unisd.contexts import LengthLimit
 from unisd.contexts.template import TeacherTemplate
 from unisd.generation import make_generator
-from unisd.models import SMOLLM2, resolve_model
+from unisd.models import FETCHED, SMOLLM2, resolve_model
 from unisd.prepare.folder import is_prepared, save_prepared
 from unisd.prepare.pipeline import prepare
 from unisd.prepare.settings import CONTEXTS, NEGATIVES, PrepareSettings
@@ -134,7 +134,9 @@ def _parser() -> CommandParser:
     made.add_argument("--seed", type=natural, default=42)
 
     model = parser.add_argument_group("model (writes negatives and instructions; its tokenizer measures lengths)")
-    model.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
+    model.add_argument(
+        "--model", default=SMOLLM2, help=f"model id, {', '.join(FETCHED)}, local folder, or folder of a PEFT adapter"
+    )
     model.add_argument("--generator", default="transformers", help="transformers, vllm, or the URL of a server")
     model.add_argument("--served_model", help="the model's name at the server (default: the only one there)")
     model.add_argument("--device", default="auto", help="of the model, for --generator transformers")
