@@ -3,7 +3,8 @@
 unisd eval procedural --model runs/demo/adapter --steps 1 2 3 --count 30
 unisd eval diagnostic --model runs/mine --steps 5 10 20 --look-back 3
 unisd eval retention --model runs/demo/adapter      (fixed answers to general chat)
-unisd eval drift --model runs/mine                  (the two models' own completions)
+unisd eval drift --model runs/mine                  (the two models' own completions of general chat)
+unisd eval drift --model runs/mine --dataset cos_e  (and of a task's prompts, with its gold completions)
 unisd eval behaviour --model runs/mine              (refusals, willingness, facts, formats)
 unisd eval scienceqa cos_e --model runs/mine        (benchmarks: unisd eval scienceqa --help)
 """
@@ -25,20 +26,23 @@ from unisd.data.procedural import SPLITS, procedural_rows
 from unisd.evaluation import evaluate_procedural, evaluate_retention
 from unisd.evaluation.behaviour import evaluate_behaviour, load_items
 from unisd.evaluation.diagnostic import evaluate_diagnostic
-from unisd.evaluation.drift import evaluate_drift
+from unisd.evaluation.drift import DriftWithTask, evaluate_drift
+from unisd.evaluation.task_prompts import TaskPrompts, task_prompts
 from unisd.models import FETCHED, SMOLLM2, load_model
 from unisd_kernels.files import write_json, write_json_lines
 
 OWN = ("procedural", "diagnostic", "retention", "drift", "behaviour")
 """What is evaluated here; benchmarks have a command line of their own."""
 _TASKS = ("procedural", "diagnostic")
+_OF_DATASET = ("data", "count", "steps", "look_back", "split", "seed")
+"""What `drift` reads only with --dataset."""
 READ_BY = {
-    **dict.fromkeys(("count", "steps", "look_back", "split", "seed"), _TASKS),
+    **dict.fromkeys(("count", "steps", "look_back", "split", "seed"), (*_TASKS, "drift")),
+    **dict.fromkeys(("dataset", "data", "max_new_tokens"), ("drift",)),
     "base": ("retention", "drift"),
     "values": ("diagnostic",),
     "operations": ("diagnostic",),
     "no_accuracy": ("procedural",),
-    "max_new_tokens": ("drift",),
     "probe": ("behaviour",),
 }
 """Option -> the evaluations that read it."""
@@ -65,12 +69,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--attn_implementation", "--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--max_new_tokens", type=positive, default=128, help="drift: longest completion")
+    parser.add_argument("--dataset", help="drift: also a task: procedural, a benchmark, a file, a prepared folder")
+    parser.add_argument("--data", help="drift: file of the benchmark that --dataset names, in its original format")
     parser.add_argument("--probe", type=Path, help="behaviour: items in place of the package's (JSON lines)")
-    tasks = parser.add_argument_group("procedural and diagnostic")
+    tasks = parser.add_argument_group("procedural, diagnostic, and drift with --dataset")
     tasks.add_argument("--count", type=positive, default=30, help="number of tasks")
     tasks.add_argument("--steps", type=positive, nargs="+", help="numbers of steps, in turn (1 2 3; diagnostic: 5 10)")
     tasks.add_argument("--look-back", type=positive, default=1, help="how far back operands may lie")
-    tasks.add_argument("--split", choices=SPLITS, default="test", help="tasks to take")
+    tasks.add_argument("--split", choices=SPLITS, help="tasks to take (default: test)")
     tasks.add_argument("--seed", type=natural, default=0)
     tasks.add_argument("--values", choices=list(RANGES), default="small", help="diagnostic: range of the two inputs")
     tasks.add_argument(
@@ -99,13 +105,14 @@ def main(arguments: list[str]) -> int:
         }
         model, tokenizer = load_model(options.model, adapter=options.adapter, **loading)
         base = None if options.base is None else load_model(options.base, **loading)[0]
+        task = None if options.dataset is None else _task(options, tokenizer)
     print(f"{options.model} on {device}, {str(loading['dtype']).removeprefix('torch.')}", flush=True)
     scores: Any
     if options.what == "procedural":
         rows = procedural_rows(
             options.count,
             seed=options.seed,
-            split=options.split,
+            split=options.split or "test",
             num_steps=options.steps or (1, 2, 3),
             look_back=options.look_back,
             num_auxiliary=0,
@@ -116,7 +123,12 @@ def main(arguments: list[str]) -> int:
     elif options.what == "behaviour":
         scores = evaluate_behaviour(model, tokenizer, probe)
     elif options.what == "drift":
-        scores = evaluate_drift(model, tokenizer, base_model=base, max_new_tokens=options.max_new_tokens)
+        drift: dict[str, Any] = {"base_model": base, "max_new_tokens": options.max_new_tokens}
+        scores = evaluate_drift(model, tokenizer, **drift)
+        if task is not None:
+            scores = DriftWithTask(
+                scores, task, evaluate_drift(model, tokenizer, task.prompts, golds=task.golds, **drift)
+            )
     else:
         scores = evaluate_retention(model, tokenizer, base_model=base)
     print(scores.table())
@@ -136,7 +148,7 @@ def _of_benchmarks(arguments: list[str]) -> int:
 def _drawn(options: argparse.Namespace) -> DiagnosticSettings:
     return DiagnosticSettings(
         seed=options.seed,
-        split=options.split,
+        split=options.split or "test",
         num_steps=tuple(options.steps or (5, 10)),
         look_back=options.look_back,
         values=options.values,
@@ -144,9 +156,26 @@ def _drawn(options: argparse.Namespace) -> DiagnosticSettings:
     )
 
 
+def _task(options: argparse.Namespace, tokenizer: Any) -> TaskPrompts:
+    return task_prompts(
+        options.dataset,
+        options.count,
+        split=options.split,
+        file=options.data,
+        chats=getattr(tokenizer, "chat_template", None) is not None,
+        seed=options.seed,
+        num_steps=options.steps,
+        look_back=options.look_back,
+    )
+
+
 def _refuse_idle(parser: CommandParser, options: argparse.Namespace) -> None:
     """Raise CommandError for an option of another evaluation."""
     for name, readers in READ_BY.items():
-        if options.what not in readers and getattr(options, name) != parser.get_default(name):
-            flag = name if name == "max_new_tokens" else name.replace("_", "-")
+        if getattr(options, name) == parser.get_default(name):
+            continue
+        flag = name if name == "max_new_tokens" else name.replace("_", "-")
+        if options.what not in readers:
             raise CommandError(f"--{flag} has no effect with {options.what}")
+        if options.what == "drift" and options.dataset is None and name in _OF_DATASET:
+            raise CommandError(f"--{flag} has no effect on drift without --dataset")

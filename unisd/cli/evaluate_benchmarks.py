@@ -3,6 +3,7 @@
 unisd eval scienceqa cos_e --model runs/mine
 unisd eval mbpp --model Qwen/Qwen2.5-0.5B-Instruct --limit 100
 unisd eval toolalpaca --data eval_simulated.json --model runs/mine
+unisd eval arc_challenge --model runs/mine --via lm-eval    (the same rows by EleutherAI's lm-evaluation-harness)
 
 Decoding is greedy for certain: whatever else the model's generation config asks for is put aside. A run that was killed
 goes on where it was. For each benchmark the folder gets NAME.json (scores) and NAME.jsonl (completions).
@@ -15,16 +16,19 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from unisd.benchmarks import Benchmark, benchmarks
+from unisd.cli import evaluate_lm_eval as by_harness
 from unisd.cli.device import choose_device
 from unisd.cli.dtype import DTYPES, choose_dtype
 from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.parser import CommandParser, natural, positive
 from unisd.evaluation.benchmark import BenchmarkScores, evaluate_benchmark
 from unisd.evaluation.environment import environment
+from unisd.evaluation.lm_eval import HarnessScores
 from unisd.generation import make_generator
 from unisd.models import FETCHED, SMOLLM2, load_model, resolve_model
 from unisd.peak_memory import peak_memory_gib
@@ -33,7 +37,8 @@ from unisd_kernels.files import write_json, write_json_lines
 
 
 def main(arguments: list[str]) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     known = benchmarks()
     if options.data is not None and len(options.names) > 1:
         raise CommandError(f"--data is the file of one benchmark, and {len(options.names)} are asked for")
@@ -43,6 +48,10 @@ def main(arguments: list[str]) -> int:
     # Deprecations between the libraries underneath; nothing a reader of the scores could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with setting_up():
+        given = None
+        if options.via:
+            by_harness.check(options, parser.parse_args(options.names))
+            given = by_harness.given_rows(options)
         device = choose_device(options.device)
         loaded = None
         if in_process:
@@ -56,6 +65,12 @@ def main(arguments: list[str]) -> int:
             print(f"{options.model} on {device}, {str(dtype).removeprefix('torch.')}", flush=True)
         else:
             chats = options.generator.startswith("http") or _has_chat_template(options.model)
+    if options.via:
+        assert loaded is not None, "another --generator is refused with --via"
+        for scores, beside, seconds in by_harness.results(options, loaded, given, device):
+            _say(scores, _write(scores, known[scores.benchmark.name], options, beside, seconds, device))
+        return 0
+    with setting_up():
         generator = make_generator(
             options.generator,
             options.model,
@@ -70,6 +85,7 @@ def main(arguments: list[str]) -> int:
             rows[name] = known[name].rows(split, options.data)[: options.limit]
         if any(known[name].kind == "code" for name in rows):
             Sandbox(options.unsafe_code)  # refuses now what would be refused when all replies have been written
+    longest = options.max_new_tokens or 1024
     for name, of_one in rows.items():
         started = time.perf_counter()
         scores = evaluate_benchmark(
@@ -77,16 +93,24 @@ def main(arguments: list[str]) -> int:
             of_one,
             generator,
             chats=chats,
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=longest,
             seed=options.seed,
             unsafe_code=options.unsafe_code,
             scored_by=loaded if options.likelihood and known[name].kind == "choice" else None,
             progress=sys.stderr.isatty() or options.progress,
         )
-        print(scores.table(), flush=True)
-        file = _write(scores, known[name], options, time.perf_counter() - started, device)
-        print(f"  {file}, {file.with_suffix('.jsonl').name}")
+        beside = {
+            "split": options.split or known[name].default_split,
+            "seed": options.seed,
+            "decoding": f"greedy, at most {longest} tokens, by {options.generator}",
+        }
+        _say(scores, _write(scores, known[name], options, beside, time.perf_counter() - started, device))
     return 0
+
+
+def _say(scores: BenchmarkScores | HarnessScores, file: Path) -> None:
+    print(scores.table(), flush=True)
+    print(f"  {file}, {file.with_suffix('.jsonl').name}")
 
 
 def _has_chat_template(model: str) -> bool:
@@ -96,16 +120,19 @@ def _has_chat_template(model: str) -> bool:
 
 
 def _write(
-    scores: BenchmarkScores, benchmark: Benchmark, options: argparse.Namespace, seconds: float, device: torch.device
+    scores: BenchmarkScores | HarnessScores,
+    benchmark: Benchmark,
+    options: argparse.Namespace,
+    beside: dict[str, Any],
+    seconds: float,
+    device: torch.device,
 ) -> Path:
     result = {
         "model": str(options.model),
         "adapter": options.adapter,
-        "split": options.split or benchmark.default_split,
         "file": None if options.data is None else Path(options.data).name,
         "limit": options.limit,
-        "seed": options.seed,
-        "decoding": f"greedy, at most {options.max_new_tokens} tokens, by {options.generator}",
+        **beside,
         **scores.as_dict(),
         "source": benchmark.source,
         "licence": benchmark.licence,
@@ -113,7 +140,7 @@ def _write(
         "peak_memory_gib": round(peak_memory_gib(device), 3),
         "environment": environment(),
     }
-    file: Path = options.output / f"{benchmark.name}.json"
+    file: Path = options.output / f"{benchmark.name}{'_lm_eval' if options.via else ''}.json"
     write_json_lines(file.with_suffix(".jsonl"), scores.completions())
     write_json(file, result)
     return file
@@ -135,7 +162,7 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--limit", type=positive, help="the first rows only")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/eval"), help="folder for scores, completions")
-    parser.add_argument("--max_new_tokens", type=positive, default=1024, help="longest reply")
+    parser.add_argument("--max_new_tokens", type=positive, help="longest reply (default: 1024)")
     parser.add_argument("--seed", type=natural, default=42, help="of the order of the choices")
     parser.add_argument("--likelihood", action="store_true", help="multiple choice: also by the options' probability")
     parser.add_argument("--generator", default="transformers", help="transformers, vllm, or the URL of a server")
@@ -145,5 +172,8 @@ def _parser() -> CommandParser:
     parser.add_argument("--attn_implementation", help="sdpa, eager, flash_attention_2, ...")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--unsafe_code", action="store_true", help="run a model's code without bubblewrap")
+    parser.add_argument(
+        "--via", choices=["lm-eval"], help="by lm-evaluation-harness (pip install 'unisd-kernels[lm-eval]')"
+    )
     parser.add_argument("--progress", action="store_true", help="bars although standard error is no terminal")
     return parser

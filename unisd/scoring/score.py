@@ -10,6 +10,7 @@ from unisd.scoring.choice import lenient_letter, strict_letter
 from unisd.scoring.code import code_in, run_codes
 from unisd.scoring.tools import calls_of, score_calls
 from unisd.tasks.base import Example
+from unisd.tasks.reading import KINDS
 from unisd.tasks.text import plain
 
 MEASURES: dict[str, tuple[str, ...]] = {
@@ -17,8 +18,9 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "code": ("pass@1", "format", "timed_out"),
     "tools": ("full", "action", "arguments", "extracted"),
     "open": ("exact",),
+    "likelihood": ("acc", "acc_norm"),
 }
-"""Kind of task -> its measures, the one that counts first."""
+"""Kind of task -> its measures, the one that counts first; "likelihood" is of lm-evaluation-harness only."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,15 @@ def score_replies(
     """Score every reply.
 
     Args:
-        kind: of the task, see `MEASURES`.
+        kind: of the task, one of `unisd.tasks.KINDS`.
         unsafe_code: run code without bubblewrap, see `unisd.sandbox.Sandbox`.
         progress: whether to show a bar where it takes time.
 
     Raises:
         ValueError: an unknown kind, different numbers of examples and replies, or no sandbox for code.
     """
-    if kind not in MEASURES:
-        raise ValueError(f"kind must be one of {', '.join(MEASURES)}, got {kind!r}")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if len(examples) != len(replies):
         raise ValueError(f"got {len(examples)} examples and {len(replies)} replies")
     if kind == "code":
