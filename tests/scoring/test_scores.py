@@ -111,7 +111,7 @@ def test_an_argument_without_gold_value_is_not_counted():
 
 def test_what_cannot_be_scored_is_refused():
     examples = read_rows([COS_E]).examples
-    with pytest.raises(ValueError, match="kind must be one of choice, code, tools, open, got 'poetry'"):
+    with pytest.raises(ValueError, match="kind must be one of open, choice, code, tools, got 'poetry'"):
         score_replies("poetry", examples, [""])
     with pytest.raises(ValueError, match="got 1 examples and 2 replies"):
         score_replies("choice", examples, ["", ""])
