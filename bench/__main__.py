@@ -18,6 +18,7 @@ COMMANDS = {
     "steps": ("bench.studies.steps", "whole training steps of every preset, ours and dense"),
     "pooled-steps": ("bench.studies.pooled_steps", "steps whose auxiliary contexts come from a pool of fixed sets"),
     "recipes": ("bench.studies.recipes", "every recipe on real rows, from the file to the falling loss"),
+    "family": ("bench.studies.family", "another family of models: evaluated, trained, evaluated"),
     "preparation": ("bench.studies.preparation", "time and memory of preparing many rows"),
     "scorers": ("bench.studies.scorers", "gold and shuffled answers of the benchmarks, scored"),
     "rollouts": ("bench.studies.rollouts", "sampling through a LoRA adapter against merged weights"),

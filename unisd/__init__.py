@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from unisd.config import UniSDConfig
     from unisd.drift import DriftProbe
     from unisd.loss import self_distillation_loss
-    from unisd.models import load_model
+    from unisd.models import fetch_model, load_model
     from unisd.presets import PRESETS, Preset
-    from unisd.smollm2 import fetch_smollm2
     from unisd.trainer import UniSDTrainer
 
 _MODULES = {
@@ -26,7 +25,7 @@ _MODULES = {
     "UniSDConfig": "unisd.config",
     "UniSDTrainer": "unisd.trainer",
     "completion_batch": "unisd.completions",
-    "fetch_smollm2": "unisd.smollm2",
+    "fetch_model": "unisd.models",
     "hidden_rows": "unisd.completions",
     "load_model": "unisd.models",
     "self_distillation_loss": "unisd.loss",
@@ -40,7 +39,7 @@ __all__ = [
     "UniSDConfig",
     "UniSDTrainer",
     "completion_batch",
-    "fetch_smollm2",
+    "fetch_model",
     "hidden_rows",
     "load_model",
     "self_distillation_loss",

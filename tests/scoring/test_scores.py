@@ -9,10 +9,10 @@ from unisd.scoring import MEASURES, score_replies
 from unisd.tasks import read_rows
 
 
-def scored(rows, reply, isolation="process", **kind):
+def scored(rows, reply, unsafe_code=True, **kind):
     reading = read_rows(rows, **kind)
     replies = [reply(example) for example in reading.examples]
-    found = score_replies(reading.task.name, reading.examples, replies, isolation=isolation)
+    found = score_replies(reading.task.name, reading.examples, replies, unsafe_code=unsafe_code)
     assert all(set(each.values) == set(MEASURES[reading.task.name]) for each in found)
     return reading.examples, found
 
@@ -64,8 +64,8 @@ def test_code_that_does_not_end(monkeypatch):
     from unisd.scoring import score
 
     class Hasty(score.Sandbox):
-        def __init__(self, isolation):
-            super().__init__(isolation, seconds=0.7)
+        def __init__(self, unsafe_code):
+            super().__init__(unsafe_code, seconds=0.7)
 
     monkeypatch.setattr(score, "Sandbox", Hasty)
     _, (found,) = scored([MBPP], lambda _: "def add_one(n):\n    while True: pass")
@@ -111,7 +111,7 @@ def test_an_argument_without_gold_value_is_not_counted():
 
 def test_what_cannot_be_scored_is_refused():
     examples = read_rows([COS_E]).examples
-    with pytest.raises(ValueError, match="kind must be one of choice, code, tools, open, got 'poetry'"):
+    with pytest.raises(ValueError, match="kind must be one of open, choice, code, tools, got 'poetry'"):
         score_replies("poetry", examples, [""])
     with pytest.raises(ValueError, match="got 1 examples and 2 replies"):
         score_replies("choice", examples, ["", ""])

@@ -14,7 +14,7 @@ def example_of(row):
 
 OPEN, CHOICE, CODE = example_of(rows.OPEN[0]), example_of(rows.COS_E), example_of(rows.MBPP)
 TOOLS, SECOND, _ = read_rows([rows.TOOLS]).examples
-TASKS = {name: make_task(name, isolation="process") for name in ("open", "choice", "code", "tools")}
+TASKS = {name: make_task(name, unsafe_code=True) for name in ("open", "choice", "code", "tools")}
 WHY = "A kite needs a dark and quiet room."
 
 
@@ -102,7 +102,7 @@ def test_replies_that_are_refused_with_a_reason_that_holds_no_content(kind, exam
 
 
 def test_code_that_does_not_end_is_refused():
-    task = make_task("code", isolation="process")
+    task = make_task("code", unsafe_code=True)
     task._sandbox.seconds = 0.5
     with pytest.raises(Rejected, match="does not end"):
         task.read_negative(CODE, 0, fence("def add_one(n):\n    while True: pass"))

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tests.trainer.tiny_run import PROBE, llama, lora, trainer
-from unisd.smollm2 import SMOLLM2, SMOLLM2_HUB_ID
+from unisd.models import FETCHED, SMOLLM2
 
 
 def metadata_of(card: str) -> dict:
@@ -17,7 +17,7 @@ def metadata_of(card: str) -> dict:
     ("name", "metadata", "shown"),
     [
         ("someone/model", "someone/model", "[someone/model](https://huggingface.co/someone/model)"),
-        (f"/home/someone/.cache/{SMOLLM2}", SMOLLM2_HUB_ID, f"[{SMOLLM2_HUB_ID}]("),
+        (f"/home/someone/.cache/{SMOLLM2}", FETCHED[SMOLLM2].hub_id, f"[{FETCHED[SMOLLM2].hub_id}]("),
         ("/models/mine", None, "`mine`"),
         ("", None, "`LlamaForCausalLM built in Python`"),
     ],

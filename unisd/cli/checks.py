@@ -15,8 +15,8 @@ from transformers.integrations import get_available_reporting_integrations
 
 from unisd.cli.errors import CommandError
 from unisd.liger import why_no_liger
+from unisd.models import FETCHED
 from unisd.run.checkpoints import is_checkpoint
-from unisd.smollm2 import SMOLLM2
 
 _NO_PREDICTIONS = "an evaluation computes losses only; use `unisd eval` for scores of replies"
 _OWN_LOSS = "the loss is UniSD's own"
@@ -82,7 +82,7 @@ RAW_ROWS = (
     "demos_per_context",
     "context_pool",
     "generator",
-    "isolation",
+    "unsafe_code",
 )
 """Settings of how rows of questions and answers are prepared."""
 
@@ -218,7 +218,7 @@ def _check_model(settings: Mapping[str, Any]) -> None:
     storage = settings["bnb_4bit_quant_storage"]
     if storage not in (None, "uint8", "float16", "bfloat16", "float32"):
         raise CommandError(f"bnb_4bit_quant_storage must be uint8, float16, bfloat16 or float32, got {storage!r}")
-    if settings["model_revision"] != "main" and (name == SMOLLM2 or Path(name).expanduser().is_dir()):
+    if settings["model_revision"] != "main" and (name in FETCHED or Path(name).expanduser().is_dir()):
         raise CommandError(
             f"model_revision={settings['model_revision']} has no effect on {name}, which is a folder here: only "
             "model ids have revisions"

@@ -65,7 +65,7 @@ class DataArguments:
     generator: str = field(
         default="transformers", metadata={"help": "What writes negatives: transformers, vllm or the URL of a server."}
     )
-    isolation: str = field(default="bubblewrap", metadata={"help": "Of code that is run: bubblewrap or process."})
+    unsafe_code: bool = field(default=False, metadata={"help": "Run a model's code without bubblewrap."})
     procedural_rows: int = field(default=512, metadata={"help": "Rows to generate for 'procedural' or 'diagnostic'."})
     procedural_steps: list[int] = field(
         default_factory=lambda: [1, 2, 3], metadata={"help": "Numbers of steps, which rows take in turn."}

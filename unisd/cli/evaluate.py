@@ -3,7 +3,8 @@
 unisd eval procedural --model runs/demo/adapter --steps 1 2 3 --count 30
 unisd eval diagnostic --model runs/mine --steps 5 10 20 --look-back 3
 unisd eval retention --model runs/demo/adapter      (fixed answers to general chat)
-unisd eval drift --model runs/mine                  (the two models' own completions)
+unisd eval drift --model runs/mine                  (the two models' own completions of general chat)
+unisd eval drift --model runs/mine --dataset cos_e  (and of a task's prompts, with its gold completions)
 unisd eval behaviour --model runs/mine              (refusals, willingness, facts, formats)
 unisd eval procedural drift behaviour --model runs/mine -o runs/mine/eval      (several, with one load of the model)
 unisd eval scienceqa cos_e --model runs/mine        (benchmarks: unisd eval scienceqa --help)
@@ -30,21 +31,24 @@ from unisd.evaluation import evaluate_procedural, evaluate_retention
 from unisd.evaluation.base import base_of
 from unisd.evaluation.behaviour import evaluate_behaviour, load_items
 from unisd.evaluation.diagnostic import evaluate_diagnostic
-from unisd.evaluation.drift import evaluate_drift
+from unisd.evaluation.drift import DriftWithTask, evaluate_drift
 from unisd.evaluation.files import write_result
-from unisd.models import SMOLLM2, load_model
+from unisd.evaluation.task_prompts import TaskPrompts, task_prompts
+from unisd.models import FETCHED, SMOLLM2, load_model
 from unisd.peak_memory import peak_memory_gib
 
 OWN = ("procedural", "diagnostic", "retention", "drift", "behaviour")
 """What is evaluated here; benchmarks have a command line of their own."""
 _TASKS = ("procedural", "diagnostic")
+_OF_DATASET = ("data", "count", "steps", "look_back", "split", "seed")
+"""What `drift` reads only with --dataset."""
 READ_BY = {
-    **dict.fromkeys(("count", "steps", "look_back", "split", "seed"), _TASKS),
+    **dict.fromkeys(("count", "steps", "look_back", "split", "seed"), (*_TASKS, "drift")),
+    **dict.fromkeys(("dataset", "data", "max_new_tokens"), ("drift",)),
     "base": ("retention", "drift"),
     "values": ("diagnostic",),
     "operations": ("diagnostic",),
     "no_accuracy": ("procedural",),
-    "max_new_tokens": ("drift",),
     "probe": ("behaviour",),
 }
 """Option -> the evaluations that read it."""
@@ -81,6 +85,7 @@ def main(arguments: list[str]) -> int:
         base = None if options.base is None else load_model(options.base, **loading)[0]
         if set(options.what) & set(READ_BY["base"]):
             base_of(model, base)  # refuses now what would be refused after the evaluations before it
+        task = None if options.dataset is None else _task(options, tokenizer)
     print(f"{options.model} on {device}, {str(loading['dtype']).removeprefix('torch.')}", flush=True)
     for what in options.what:
         if len(options.what) > 1:
@@ -91,7 +96,7 @@ def main(arguments: list[str]) -> int:
             rows = procedural_rows(
                 options.count,
                 seed=options.seed,
-                split=options.split,
+                split=options.split or "test",
                 num_steps=options.steps or (1, 2, 3),
                 look_back=options.look_back,
                 num_auxiliary=0,
@@ -102,7 +107,11 @@ def main(arguments: list[str]) -> int:
         elif what == "behaviour":
             scores = evaluate_behaviour(model, tokenizer, probe)
         elif what == "drift":
-            scores = evaluate_drift(model, tokenizer, base_model=base, max_new_tokens=options.max_new_tokens)
+            drift: dict[str, Any] = {"base_model": base, "max_new_tokens": options.max_new_tokens}
+            scores = evaluate_drift(model, tokenizer, **drift)
+            if task is not None:
+                on_task = evaluate_drift(model, tokenizer, task.prompts, golds=task.golds, **drift)
+                scores = DriftWithTask(scores, task, on_task)
         else:
             scores = evaluate_retention(model, tokenizer, base_model=base)
         print(scores.table(), flush=True)
@@ -118,6 +127,10 @@ def _write(
 ) -> None:
     """Scores, and every completion beside them."""
     settings = {name: getattr(options, name) for name, readers in READ_BY.items() if what in readers}
+    if what in _TASKS:
+        settings["split"] = options.split or "test"
+    elif settings.get("data") is not None:
+        settings["data"] = Path(options.data).name
     before = {
         "model": str(options.model),
         "adapter": options.adapter,
@@ -148,7 +161,7 @@ def _of_benchmarks(arguments: list[str]) -> int:
 def _drawn(options: argparse.Namespace) -> DiagnosticSettings:
     return DiagnosticSettings(
         seed=options.seed,
-        split=options.split,
+        split=options.split or "test",
         num_steps=tuple(options.steps or (5, 10)),
         look_back=options.look_back,
         values=options.values,
@@ -156,18 +169,38 @@ def _drawn(options: argparse.Namespace) -> DiagnosticSettings:
     )
 
 
+def _task(options: argparse.Namespace, tokenizer: Any) -> TaskPrompts:
+    return task_prompts(
+        options.dataset,
+        options.count,
+        split=options.split,
+        file=options.data,
+        chats=getattr(tokenizer, "chat_template", None) is not None,
+        seed=options.seed,
+        num_steps=options.steps,
+        look_back=options.look_back,
+    )
+
+
 def _refuse_idle(parser: CommandParser, options: argparse.Namespace) -> None:
     """Raise CommandError for an option of another evaluation."""
     for name, readers in READ_BY.items():
-        if not set(options.what) & set(readers) and getattr(options, name) != parser.get_default(name):
-            flag = name if name == "max_new_tokens" else name.replace("_", "-")
+        if getattr(options, name) == parser.get_default(name):
+            continue
+        flag = name if name == "max_new_tokens" else name.replace("_", "-")
+        reading = set(options.what) & set(readers)
+        if not reading:
             raise CommandError(f"--{flag} has no effect with {', '.join(options.what)}")
+        if reading == {"drift"} and options.dataset is None and name in _OF_DATASET:
+            raise CommandError(f"--{flag} has no effect on drift without --dataset")
 
 
 def _parser(names: list[str]) -> CommandParser:
     parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=names, metavar="EVALUATION", help=", ".join(names))
-    parser.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
+    parser.add_argument(
+        "--model", default=SMOLLM2, help=f"model id, {', '.join(FETCHED)}, local folder, or folder of a PEFT adapter"
+    )
     parser.add_argument("--adapter", help="folder of a PEFT adapter to put on --model")
     parser.add_argument("--base", help="retention, drift: model to compare with (default: without adapter)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if it is there, else the CPU), cpu, cuda, cuda:1")
@@ -180,12 +213,16 @@ def _parser(names: list[str]) -> CommandParser:
     parser.add_argument("--attn_implementation", "--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--max_new_tokens", type=positive, default=128, help="drift: longest completion")
+    parser.add_argument("--dataset", help="drift: also a task: procedural, a benchmark, a file, a prepared folder")
+    parser.add_argument("--data", help="drift: file of the benchmark that --dataset names, in its original format")
+    parser.add_argument("--dataset", help="drift: also a task: procedural, a benchmark, a file, a prepared folder")
+    parser.add_argument("--data", help="drift: file of the benchmark that --dataset names, in its original format")
     parser.add_argument("--probe", type=Path, help="behaviour: items in place of the package's (JSON lines)")
-    tasks = parser.add_argument_group("procedural and diagnostic")
+    tasks = parser.add_argument_group("procedural, diagnostic, and drift with --dataset")
     tasks.add_argument("--count", type=positive, default=30, help="number of tasks")
     tasks.add_argument("--steps", type=positive, nargs="+", help="numbers of steps, in turn (1 2 3; diagnostic: 5 10)")
     tasks.add_argument("--look-back", type=positive, default=1, help="how far back operands may lie")
-    tasks.add_argument("--split", choices=SPLITS, default="test", help="tasks to take")
+    tasks.add_argument("--split", choices=SPLITS, help="tasks to take (default: test)")
     tasks.add_argument("--seed", type=natural, default=0)
     tasks.add_argument("--values", choices=list(RANGES), default="small", help="diagnostic: range of the two inputs")
     tasks.add_argument(

@@ -3,6 +3,7 @@
 unisd eval scienceqa cos_e --model runs/mine
 unisd eval mbpp --model Qwen/Qwen2.5-0.5B-Instruct --limit 100
 unisd eval toolalpaca --data eval_simulated.json --model runs/mine
+unisd eval arc_challenge --model runs/mine --via lm-eval    (the same rows by EleutherAI's lm-evaluation-harness)
 
 Decoding is greedy for certain: whatever else the model's generation config asks for is put aside. A run that was killed
 goes on where it was. For each benchmark the folder gets NAME.json (scores) and NAME.jsonl (completions).
@@ -15,24 +16,28 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from unisd.benchmarks import Benchmark, benchmarks
+from unisd.cli import evaluate_lm_eval as by_harness
 from unisd.cli.device import choose_device
 from unisd.cli.dtype import DTYPES, choose_dtype
 from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.parser import CommandParser, natural, positive
 from unisd.evaluation.benchmark import BenchmarkScores, evaluate_benchmark
 from unisd.evaluation.files import write_result
+from unisd.evaluation.lm_eval import HarnessScores
 from unisd.generation import make_generator
-from unisd.models import SMOLLM2, load_model, resolve_model
+from unisd.models import FETCHED, SMOLLM2, load_model, resolve_model
 from unisd.peak_memory import peak_memory_gib
-from unisd.sandbox import ISOLATIONS, Sandbox
+from unisd.sandbox import Sandbox
 
 
 def main(arguments: list[str]) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     known = benchmarks()
     if options.data is not None and len(options.names) > 1:
         raise CommandError(f"--data is the file of one benchmark, and {len(options.names)} are asked for")
@@ -42,6 +47,10 @@ def main(arguments: list[str]) -> int:
     # Deprecations between the libraries underneath; nothing a reader of the scores could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with setting_up():
+        given = None
+        if options.via:
+            by_harness.check(options, parser.parse_args(options.names))
+            given = by_harness.given_rows(options)
         device = choose_device(options.device)
         loaded = None
         if in_process:
@@ -55,6 +64,12 @@ def main(arguments: list[str]) -> int:
             print(f"{options.model} on {device}, {str(dtype).removeprefix('torch.')}", flush=True)
         else:
             chats = options.generator.startswith("http") or _has_chat_template(options.model)
+    if options.via:
+        assert loaded is not None, "another --generator is refused with --via"
+        for scores, beside, seconds in by_harness.results(options, loaded, given, device):
+            _say(scores, _write(scores, known[scores.benchmark.name], options, beside, seconds, device))
+        return 0
+    with setting_up():
         generator = make_generator(
             options.generator,
             options.model,
@@ -68,7 +83,8 @@ def main(arguments: list[str]) -> int:
             split = options.split or known[name].default_split
             rows[name] = known[name].rows(split, options.data)[: options.limit]
         if any(known[name].kind == "code" for name in rows):
-            Sandbox(options.isolation)  # refuses now what would be refused when all replies have been written
+            Sandbox(options.unsafe_code)  # refuses now what would be refused when all replies have been written
+    longest = options.max_new_tokens or 1024
     for name, of_one in rows.items():
         started = time.perf_counter()
         scores = evaluate_benchmark(
@@ -76,16 +92,24 @@ def main(arguments: list[str]) -> int:
             of_one,
             generator,
             chats=chats,
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=longest,
             seed=options.seed,
-            isolation=options.isolation,
+            unsafe_code=options.unsafe_code,
             scored_by=loaded if options.likelihood and known[name].kind == "choice" else None,
             progress=sys.stderr.isatty() or options.progress,
         )
-        print(scores.table(), flush=True)
-        file = _write(scores, known[name], options, time.perf_counter() - started, device)
-        print(f"  {file}, {file.with_suffix('.jsonl').name}")
+        beside = {
+            "split": options.split or known[name].default_split,
+            "seed": options.seed,
+            "decoding": f"greedy, at most {longest} tokens, by {options.generator}",
+        }
+        _say(scores, _write(scores, known[name], options, beside, time.perf_counter() - started, device))
     return 0
+
+
+def _say(scores: BenchmarkScores | HarnessScores, file: Path) -> None:
+    print(scores.table(), flush=True)
+    print(f"  {file}, {file.with_suffix('.jsonl').name}")
 
 
 def _has_chat_template(model: str) -> bool:
@@ -95,16 +119,19 @@ def _has_chat_template(model: str) -> bool:
 
 
 def _write(
-    scores: BenchmarkScores, benchmark: Benchmark, options: argparse.Namespace, seconds: float, device: torch.device
+    scores: BenchmarkScores | HarnessScores,
+    benchmark: Benchmark,
+    options: argparse.Namespace,
+    beside: dict[str, Any],
+    seconds: float,
+    device: torch.device,
 ) -> Path:
     before = {
         "model": str(options.model),
         "adapter": options.adapter,
-        "split": options.split or benchmark.default_split,
         "file": None if options.data is None else Path(options.data).name,
         "limit": options.limit,
-        "seed": options.seed,
-        "decoding": f"greedy, at most {options.max_new_tokens} tokens, by {options.generator}",
+        **beside,
     }
     after = {
         "source": benchmark.source,
@@ -112,7 +139,7 @@ def _write(
         "seconds": round(seconds, 1),
         "peak_memory_gib": round(peak_memory_gib(device), 3),
     }
-    file: Path = options.output / f"{benchmark.name}.json"
+    file: Path = options.output / f"{benchmark.name}{'_lm_eval' if options.via else ''}.json"
     write_result(file, scores, before, after)
     return file
 
@@ -121,7 +148,11 @@ def _parser() -> CommandParser:
     parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(benchmarks())
     parser.add_argument("names", nargs="+", choices=names, metavar="BENCHMARK", help=", ".join(names))
-    parser.add_argument("--model", default=SMOLLM2, help="model id, local folder, run, or folder of a PEFT adapter")
+    parser.add_argument(
+        "--model",
+        default=SMOLLM2,
+        help=f"model id, {', '.join(FETCHED)}, local folder, run, or folder of a PEFT adapter",
+    )
     parser.add_argument("--adapter", help="folder of a PEFT adapter to put on --model")
     parser.add_argument("--data", help="a local file in the benchmark's original format, in place of the hub")
     parser.add_argument(
@@ -129,7 +160,7 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--limit", type=positive, help="the first rows only")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/eval"), help="folder for scores, completions")
-    parser.add_argument("--max_new_tokens", type=positive, default=1024, help="longest reply")
+    parser.add_argument("--max_new_tokens", type=positive, help="longest reply (default: 1024)")
     parser.add_argument("--seed", type=natural, default=42, help="of the order of the choices")
     parser.add_argument("--likelihood", action="store_true", help="multiple choice: also by the options' probability")
     parser.add_argument("--generator", default="transformers", help="transformers, vllm, or the URL of a server")
@@ -138,6 +169,9 @@ def _parser() -> CommandParser:
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights")
     parser.add_argument("--attn_implementation", help="sdpa, eager, flash_attention_2, ...")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--isolation", choices=ISOLATIONS, default="bubblewrap", help="of code that is run")
+    parser.add_argument("--unsafe_code", action="store_true", help="run a model's code without bubblewrap")
+    parser.add_argument(
+        "--via", choices=["lm-eval"], help="by lm-evaluation-harness (pip install 'unisd-kernels[lm-eval]')"
+    )
     parser.add_argument("--progress", action="store_true", help="bars although standard error is no terminal")
     return parser

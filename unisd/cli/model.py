@@ -10,7 +10,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from unisd.cli.errors import CommandError
 from unisd.config import UniSDConfig
-from unisd.models import SMOLLM2, is_adapter, resolve_model
+from unisd.models import FETCHED, SMOLLM2, is_adapter, resolve_model
 from unisd.text_tokenizer import load_tokenizer
 
 
@@ -19,7 +19,8 @@ class ModelArguments(ModelConfig):
     """TRL's model settings with the recipe's defaults: LoRA on all linear layers."""
 
     model_name_or_path: str | None = field(
-        default=SMOLLM2, metadata={"help": "Model id, local folder, or 'smollm2-135m-instruct' (fetched once)."}
+        default=SMOLLM2,
+        metadata={"help": f"Model id, local folder, or one that is fetched once: {', '.join(FETCHED)}."},
     )
     use_peft: bool = field(default=True, metadata={"help": "Train LoRA adapters; --no_use_peft trains all weights."})
     lora_target_modules: list[str] | None = field(

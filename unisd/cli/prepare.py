@@ -26,12 +26,11 @@ from unisd.cli.parser import CommandParser, natural, positive
 from unisd.contexts import LengthLimit
 from unisd.contexts.template import TeacherTemplate
 from unisd.generation import make_generator
-from unisd.models import SMOLLM2, resolve_model
+from unisd.models import FETCHED, SMOLLM2, resolve_model
 from unisd.prepare.folder import is_prepared, save_prepared
 from unisd.prepare.pipeline import prepare
 from unisd.prepare.settings import CONTEXTS, NEGATIVES, PrepareSettings
 from unisd.prepare.sources import load_rows
-from unisd.sandbox import ISOLATIONS
 from unisd.tasks import KINDS, Columns
 from unisd.text_tokenizer import load_tokenizer
 
@@ -94,7 +93,7 @@ def settings_of(options: Any) -> PrepareSettings:
         template=TeacherTemplate.of(options),
         seed=options.seed,
         retries=options.retries,
-        isolation=options.isolation,
+        unsafe_code=options.unsafe_code,
         encoder=options.encoder,
     )
 
@@ -135,13 +134,15 @@ def _parser() -> CommandParser:
     made.add_argument("--seed", type=natural, default=42)
 
     model = parser.add_argument_group("model (writes negatives and instructions; its tokenizer measures lengths)")
-    model.add_argument("--model", default=SMOLLM2, help="model id, local folder, or folder of a PEFT adapter")
+    model.add_argument(
+        "--model", default=SMOLLM2, help=f"model id, {', '.join(FETCHED)}, local folder, or folder of a PEFT adapter"
+    )
     model.add_argument("--generator", default="transformers", help="transformers, vllm, or the URL of a server")
     model.add_argument("--served_model", help="the model's name at the server (default: the only one there)")
     model.add_argument("--device", default="auto", help="of the model, for --generator transformers")
     model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     model.add_argument("--batch_size", type=positive, help="prompts generated together")
-    model.add_argument("--isolation", choices=ISOLATIONS, default="bubblewrap", help="of code that is run")
+    model.add_argument("--unsafe_code", action="store_true", help="run a model's code without bubblewrap")
     model.add_argument("--max_prompt_length", type=positive, help="rows with a longer view are dropped, in tokens")
     return parser
 

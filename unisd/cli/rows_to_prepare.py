@@ -100,7 +100,7 @@ def settings_of_run(data: DataArguments, config: UniSDConfig) -> PrepareSettings
         kind=data.task,
         template=TeacherTemplate.of(config),
         seed=config.seed,
-        isolation=data.isolation,
+        unsafe_code=data.unsafe_code,
     )
 
 

@@ -112,7 +112,7 @@ def evaluate_benchmark(
     chats: bool = True,
     max_new_tokens: int = 1024,
     seed: int = 42,
-    isolation: str = "bubblewrap",
+    unsafe_code: bool = False,
     scored_by: tuple[Any, Any] | None = None,
     store: Path | None = None,
     progress: bool = False,
@@ -129,7 +129,7 @@ def evaluate_benchmark(
         chats: whether it reads messages (it has a chat template) or plain text.
         max_new_tokens: longest reply.
         seed: of the order of choices, which is drawn by `Random(seed + number of the row)`.
-        isolation: of code that is run.
+        unsafe_code: run code without bubblewrap, see `unisd.sandbox.Sandbox`.
         scored_by: `(model, tokenizer)` for the likelihood of the options as a second, separate measure (multiple
             choice only): the option X whose "Answer: X" is the most probable reply, by `unisd_kernels` without logits.
         store: file of the replies; None for that of the user's cache.
@@ -140,7 +140,7 @@ def evaluate_benchmark(
     """
     if scored_by is not None and benchmark.kind != "choice":
         raise ValueError(f"likelihoods are of multiple choice, and {benchmark.name} is {benchmark.kind}")
-    reading = read_rows(rows, kind=benchmark.kind, seed=seed, isolation=isolation)
+    reading = read_rows(rows, kind=benchmark.kind, seed=seed, unsafe_code=unsafe_code)
     if not reading.examples:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in reading.rejected.most_common(5))
         raise ValueError(f"none of the {len(rows)} rows of {benchmark.name} can be read: {reasons}")
@@ -151,7 +151,7 @@ def evaluate_benchmark(
         Sampling(temperature=0.0, max_new_tokens=max_new_tokens),
         benchmark.name if progress else None,
     )
-    scored = score_replies(benchmark.kind, examples, replies, isolation=isolation, progress=progress)
+    scored = score_replies(benchmark.kind, examples, replies, unsafe_code=unsafe_code, progress=progress)
     if scored_by is not None:
         right = _most_likely(*scored_by, examples, prompts, generator.batch_size)
         scored = [Scored({**each.values, "likelihood": r}, each.found) for each, r in zip(scored, right, strict=True)]

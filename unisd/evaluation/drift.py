@@ -24,6 +24,7 @@ from unisd.completions import encode_pairs, hidden_rows, scoring_batches
 from unisd.data.chat_probe import CHAT_PROBE
 from unisd.evaluation.base import base_of
 from unisd.evaluation.perplexity import completion_scores
+from unisd.evaluation.task_prompts import TaskPrompts
 from unisd.generation import greedy_replies
 from unisd.modules import model_device, model_head, scoring_mode
 from unisd.scoring import Interval, mean_interval
@@ -119,6 +120,31 @@ class DriftScores:
             base, tuned = self.gold_perplexity
             lines.append(f"{'gold perplexity':<20} {base:8.4f} -> {tuned:.4f}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class DriftWithTask:
+    """Drift on general chat, and on the prompts of a task beside it.
+
+    Attributes:
+        chat: on the package's probe.
+        task: what was asked.
+        on_task: on that, with the perplexity of the gold completions.
+    """
+
+    chat: DriftScores
+    task: TaskPrompts
+    on_task: DriftScores
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: as `DriftScores.as_dict` on chat, and the task's under "task"."""
+        asked = {"dataset": self.task.source, "split": self.task.split, "prompts": len(self.task.prompts)}
+        return {**self.chat.as_dict(), "task": {**asked, **self.on_task.as_dict()}}
+
+    def table(self) -> str:
+        """For a terminal."""
+        heading = f"on {len(self.task.prompts)} prompts of {self.task.source}"
+        return f"on general chat\n{self.chat.table()}\n{heading}\n{self.on_task.table()}"
 
 
 def evaluate_drift(

@@ -68,7 +68,7 @@ def prepare(
             kind=settings.kind,
             seed=settings.seed,
             shuffle_choices=settings.shuffle_choices,
-            isolation=settings.isolation,
+            unsafe_code=settings.unsafe_code,
         )
         report.kind, report.read = reading.task.name, len(reading.examples) + reading.rejected.total()
         report.dropped.update(reading.rejected)

@@ -30,7 +30,7 @@ class PrepareSettings:
         template: of teacher's and negative's views.
         seed: of everything that is drawn.
         retries: further tries where a model's reply is rejected.
-        isolation: of code that is run, see `unisd.sandbox`.
+        unsafe_code: run code without bubblewrap, see `unisd.sandbox.Sandbox`.
         encoder: of the questions, for retrieval.
 
     Raises:
@@ -49,7 +49,7 @@ class PrepareSettings:
     template: TeacherTemplate = field(default_factory=TeacherTemplate)
     seed: int = 42
     retries: int = 2
-    isolation: str = "bubblewrap"
+    unsafe_code: bool = False
     encoder: str = DEFAULT_ENCODER
 
     def __post_init__(self) -> None:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from trl.trainer.utils import get_config_model_id
 
+from unisd.models import FETCHED
 from unisd.modules import is_peft
 from unisd.presets import preset_fields
 from unisd.run.settings import FILE_NAME
-from unisd.smollm2 import SMOLLM2, SMOLLM2_HUB_ID
 
 if TYPE_CHECKING:
     from unisd.trainer import UniSDTrainer
@@ -157,8 +157,8 @@ def _base_model(trainer: UniSDTrainer) -> tuple[str, bool]:
     if not name:
         return f"{type(model).__name__} built in Python", False
     # Converted here from the published model; the folder in a user's cache means nothing to a reader of the card.
-    if Path(name).name == SMOLLM2:
-        return SMOLLM2_HUB_ID, True
+    if Path(name).name in FETCHED:
+        return FETCHED[Path(name).name].hub_id, True
     if Path(name).is_dir() or name.count("/") > 1:
         return Path(name).name, False
     return name, True

@@ -6,6 +6,7 @@ inside/tester.py     holds the tests
 inside/candidate.py  holds the code, in a process of its own
 inside/wire.py       what goes between the two
 inside/remote.py     things of the code, as the tests hold them
+inside/seccomp.py    the filter of system calls that refuses processes
 """
 
 from __future__ import annotations
@@ -15,17 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unisd.sandbox.program import Outcome, Program
-    from unisd.sandbox.run import ISOLATIONS, Sandbox
+    from unisd.sandbox.run import Sandbox
 
 # Loaded when first used: the processes inside start a thousand times, and need neither.
 _MODULES = {
-    "ISOLATIONS": "unisd.sandbox.run",
     "Outcome": "unisd.sandbox.program",
     "Program": "unisd.sandbox.program",
     "Sandbox": "unisd.sandbox.run",
 }
 
-__all__ = ["ISOLATIONS", "Outcome", "Program", "Sandbox"]
+__all__ = ["Outcome", "Program", "Sandbox"]
 
 
 def __getattr__(name: str) -> Any:

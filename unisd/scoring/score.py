@@ -10,6 +10,7 @@ from unisd.scoring.choice import lenient_letter, strict_letter
 from unisd.scoring.code import code_in, run_codes
 from unisd.scoring.tools import calls_of, score_calls
 from unisd.tasks.base import Example
+from unisd.tasks.reading import KINDS
 from unisd.tasks.text import plain
 
 MEASURES: dict[str, tuple[str, ...]] = {
@@ -19,9 +20,10 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "open": ("exact",),
     "procedural": ("accuracy", "answered"),
     "diagnostic": ("first_answer", "all_exact", "exact_steps", "executed_steps"),
+    "likelihood": ("acc", "acc_norm"),
 }
-"""Kind of task -> its measures, the one that counts first. The last two are scored by `unisd.evaluation`."""
-_SCORED_HERE = ("choice", "code", "tools", "open")
+"""Kind of task -> its measures, the one that counts first. "procedural" and "diagnostic" are scored by
+`unisd.evaluation`, "likelihood" is of lm-evaluation-harness only."""
 
 
 @dataclass(frozen=True)
@@ -42,25 +44,25 @@ def score_replies(
     examples: Sequence[Example],
     replies: Sequence[str],
     *,
-    isolation: str = "bubblewrap",
+    unsafe_code: bool = False,
     progress: bool = False,
 ) -> list[Scored]:
     """Score every reply.
 
     Args:
-        kind: of the task: choice, code, tools or open.
-        isolation: of code that is run, see `unisd.sandbox.Sandbox`.
+        kind: of the task, one of `unisd.tasks.KINDS`.
+        unsafe_code: run code without bubblewrap, see `unisd.sandbox.Sandbox`.
         progress: whether to show a bar where it takes time.
 
     Raises:
         ValueError: an unknown kind, different numbers of examples and replies, or no sandbox for code.
     """
-    if kind not in _SCORED_HERE:
-        raise ValueError(f"kind must be one of {', '.join(_SCORED_HERE)}, got {kind!r}")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if len(examples) != len(replies):
         raise ValueError(f"got {len(examples)} examples and {len(replies)} replies")
     if kind == "code":
-        return _code(examples, replies, Sandbox(isolation), progress)
+        return _code(examples, replies, Sandbox(unsafe_code), progress)
     of_one = {"choice": _choice, "tools": _tools, "open": _open}[kind]
     return [of_one(example, reply) for example, reply in zip(examples, replies, strict=True)]
 

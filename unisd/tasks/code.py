@@ -29,19 +29,19 @@ class Code(Task):
     """A function to write, and statements that it must satisfy.
 
     Args:
-        isolation: how code is run to see whether it satisfies them, see `unisd.sandbox.Sandbox`.
+        unsafe_code: run code without bubblewrap to see whether it satisfies them, see `unisd.sandbox.Sandbox`.
     """
 
     name = "code"
 
-    def __init__(self, isolation: str = "bubblewrap") -> None:
-        self._isolation = isolation
+    def __init__(self, unsafe_code: bool = False) -> None:
+        self._unsafe_code = unsafe_code
         self._made: Sandbox | None = None
 
     @property
     def _sandbox(self) -> Sandbox:
         if self._made is None:  # when code is to run, not before: who makes no negatives needs none
-            self._made = Sandbox(self._isolation)
+            self._made = Sandbox(self._unsafe_code)
         return self._made
 
     def read(self, row: Mapping[str, Any], columns: Columns, rng: Random | None = None) -> Example:

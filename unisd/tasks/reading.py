@@ -35,17 +35,17 @@ class Reading:
     rejected: Counter[str] = field(default_factory=Counter)
 
 
-def make_task(kind: str, *, isolation: str = "bubblewrap") -> Task:
+def make_task(kind: str, *, unsafe_code: bool = False) -> Task:
     """The task of that name.
 
     Args:
-        isolation: of the code that is run, see `unisd.sandbox.Sandbox`.
+        unsafe_code: run code without bubblewrap, see `unisd.sandbox.Sandbox`.
 
     Raises:
         ValueError: no such kind.
     """
     if kind == "code":
-        return Code(isolation)
+        return Code(unsafe_code)
     tasks: dict[str, type[Task]] = {"open": OpenAnswer, "choice": MultipleChoice, "tools": Tools}
     if kind not in tasks:
         raise ValueError(f"the task must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -59,7 +59,7 @@ def read_rows(
     kind: str | None = None,
     seed: int = 42,
     shuffle_choices: bool = True,
-    isolation: str = "bubblewrap",
+    unsafe_code: bool = False,
 ) -> Reading:
     """Examples of raw rows.
 
@@ -77,7 +77,7 @@ def read_rows(
     if not rows:
         raise ValueError("there are no rows")
     columns = columns or Columns()
-    task = make_task(kind or kind_of(columns, rows[0]), isolation=isolation)
+    task = make_task(kind or kind_of(columns, rows[0]), unsafe_code=unsafe_code)
     if isinstance(task, Tools):
         rows = [one for row in rows for one in (instructions_of(row) if "Instructions" in row else (row,))]
     else:

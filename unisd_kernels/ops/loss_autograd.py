@@ -68,7 +68,7 @@ class LossFunction(torch.autograd.Function):
         if upstream is None:
             return (None,) * 7
         *gradients, grad_scale = ctx.saved_tensors
-        scaled = Gradients(*gradients).scaled(upstream * grad_scale, *ctx.dtypes, ctx.backend)
+        scaled = Gradients(*gradients).scaled(upstream * grad_scale, *ctx.dtypes, backend=ctx.backend)
         return (*scaled, *(None,) * 4)
 
 

@@ -1,8 +1,8 @@
 """The process of the code: runs it, then does what the tests ask, until they are done.
 
-    python -I -c "..." READING WRITING SECONDS MEMORY FILE PROCESSES
+    python -I -c "..." READING WRITING SECONDS MEMORY FILE THREADS
 
-Two file descriptors, CPU seconds, bytes of address space and of a file, processes (-1 for any number).
+Two file descriptors, CPU seconds, bytes of address space and of a file, threads (-1 without bubblewrap: any number).
 Python itself refuses the network, other processes and files outside the folder; bubblewrap, where it is around this,
 does so for code that gets past Python.
 """
@@ -33,8 +33,12 @@ _CHANGING = (
 
 def main(arguments: list[str]) -> None:
     """Serve until the tests' process ends."""
-    reading, writing, seconds, memory, size, processes = map(int, arguments)
-    _limit(seconds, memory, size, processes)
+    reading, writing, seconds, memory, size, threads = map(int, arguments)
+    if threads >= 0:
+        from unisd.sandbox.inside.seccomp import refuse_processes  # whose ctypes takes time to load
+
+        refuse_processes()
+    _limit(seconds, memory, size, threads)
     source, sink = os.fdopen(reading, "rb"), os.fdopen(writing, "wb")
     objects: list[Any] = []
     numbers: dict[int, int] = {}
@@ -88,10 +92,10 @@ def _operations(space: dict[str, Any]) -> dict[str, Callable[..., Any]]:
     }
 
 
-def _limit(seconds: int, memory: int, size: int, processes: int) -> None:
+def _limit(seconds: int, memory: int, size: int, threads: int) -> None:
     wanted = {"CPU": seconds, "AS": memory, "FSIZE": size, "NOFILE": 64, "CORE": 0}
-    if processes >= 0:
-        wanted["NPROC"] = processes
+    if threads >= 0:
+        wanted["NPROC"] = threads
     for name, limit in wanted.items():
         which = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(which)[1]

@@ -410,7 +410,7 @@ class FusedDivergence(TritonDivergence):
 
 
 def _both(tiles: tuple[LogitTile | None, LogitTile | None]) -> tuple[LogitTile, LogitTile]:
-    """Of a block that stores."""
+    """The two tiles, of a block that stores."""
     student, teacher = tiles
     assert student is not None
     assert teacher is not None
