@@ -1,8 +1,7 @@
 """Chunked divergence: library products into float32 tiles of a block of rows, whose statistics a kernel takes in one
 read. docs/gpu.md compares this design with the fused one.
 
-The JSD is made here whatever the operands: its sums need the log-sum-exps of both views before the first of their
-terms.
+A JSD without a gradient is made here whatever the operands: it keeps all of its digits so.
 """
 
 from __future__ import annotations
