@@ -92,8 +92,9 @@ class UniSDConfig(DistillationConfig):
         drift_probe_every: optimizer steps between measurements of the drift from the base model
             (`unisd/drift_kl`, see `unisd.drift`), which is measured before the first and after the last step too; 0
             turns it off.
-        drift_budget: bound on that drift, nats a token, kept by scaling the learning rate down as it nears; the run
-            stops where it is used up (docs/training.md, "A budget for the drift"). None for none.
+        drift_budget: bound on that drift, nats a token, kept by the learning rate and with LoRA by shrinking what was
+            learned where it passed it; else the run stops there (docs/training.md, "A budget for the drift"). None for
+            none.
         on_nonfinite: what a NaN or infinite loss or gradient does: "stop" raises FloatingPointError before the
             optimizer step, "skip" leaves that step out (docs/training.md, "When something is not finite").
         view_passes: how the teacher's views are run: "padded" (a pass a view), "packed" (all in one, without padding),
@@ -191,7 +192,7 @@ class UniSDConfig(DistillationConfig):
     )
     drift_budget: float | None = field(
         default=None,
-        metadata={"help": "Bound on the drift in nats a token, kept by the learning rate; None for none."},
+        metadata={"help": "Bound on the drift in nats a token, see docs/training.md; None for none."},
     )
     on_nonfinite: str = field(
         default="stop",

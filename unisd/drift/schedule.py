@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 from unisd.drift.budget import DriftBudget
 from unisd.drift.probe import DriftProbe, default_probe
+from unisd.drift.shrink import can_shrink, shrink
 from unisd.metrics import PREFIX
 from unisd.modules import is_peft
 from unisd.turns import reply_end_ids
@@ -26,6 +28,8 @@ NAME = f"{PREFIX}drift_kl"
 """Name in the logs."""
 SCALE = f"{PREFIX}drift_lr_scale"
 """Name of the learning rate's factor in the logs of a run with a budget."""
+SHRUNK = f"{PREFIX}drift_shrunk"
+"""Name of the factor by which what was learned was shrunk; the drift in the logs is that after it."""
 
 
 def make_drift_probe(
@@ -83,8 +87,10 @@ class DriftSchedule(TrainerCallback, ExportableState):
         self._trainer = trainer
         self._measured_at: int | None = None
         self._rates: list[float] = []
+        self._has_shrunk = False
         budget = trainer.args.drift_budget
-        self._budget = None if budget is None else DriftBudget(budget)
+        shrinks = not trainer._is_sharded and can_shrink(trainer.accelerator.unwrap_model(trainer.model))
+        self._budget = None if budget is None else DriftBudget(budget, can_shrink=shrinks)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as transformers wants it."""
@@ -119,32 +125,47 @@ class DriftSchedule(TrainerCallback, ExportableState):
         drift = self._measure(step)
         # The latest value of a log, not a mean over steps.
         metrics = self._trainer._metrics["train"]
-        metrics[NAME] = [drift]
         if self._budget is not None:
-            self._keep_within(self._budget, step, drift, args.drift_probe_every)
+            drift = self._keep_within(self._budget, step, drift, args.drift_probe_every)
             metrics[SCALE] = [self._budget.scale]
             control.should_training_stop |= self._budget.is_used_up
+        metrics[NAME] = [drift]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The last step may not have been seen to be the last.
         self._log(state.global_step)
 
-    def _keep_within(self, budget: DriftBudget, step: int, drift: float, every: int) -> None:
-        before = budget.scale
-        budget.update(step, drift, min(step, every - step) if step < every else every)
-        if not self._trainer.is_world_process_zero():
-            return
-        reached = f"step {step}: the drift from the base is {drift:.3g} of a budget of {budget.budget:.3g} nats a token"
-        if budget.is_used_up:
-            logger.warning("%s; training stops", reached)
-        elif budget.scale < 1.0 == before:
-            logger.warning("%s; the learning rate is scaled from now on, by %.2g at first", reached, budget.scale)
+    def _keep_within(self, budget: DriftBudget, step: int, drift: float, every: int) -> float:
+        """The drift afterwards."""
+        before, left_at = budget.scale, None
+        if budget.can_shrink and budget.budget <= drift < math.inf:
+            factor, left_at = self._trainer.run_on_student(shrink, self._probe.measure, drift, budget.budget)
+            self._trainer._metrics["train"][SHRUNK] = [factor]
+        budget.update(step, drift, min(step, every - step) if step < every else every, left_at)
+        if self._trainer.is_world_process_zero():
+            reached = (
+                f"step {step}: the drift from the base is {drift:.3g} of a budget of {budget.budget:.3g} nats a token"
+            )
+            if budget.is_used_up:
+                logger.warning("%s; training stops", reached)
+            elif left_at is not None and not self._has_shrunk:
+                logger.warning(
+                    "%s; what was learned is shrunk to %.3g, now and whenever it passes it", reached, left_at
+                )
+            elif budget.scale < 1.0 == before:
+                logger.warning("%s; the learning rate is scaled from now on, by %.2g at first", reached, budget.scale)
+        self._has_shrunk |= left_at is not None
+        return drift if left_at is None else left_at
 
     def _log(self, step: int) -> None:
         if self._measured_at != step:
             Trainer.log(self._trainer, {NAME: self._measure(step)})
 
     def _measure(self, step: int) -> float:
-        assert self._trainer.drift is not None
         self._measured_at = step
-        return self._trainer.run_on_student(self._trainer.drift.measure)
+        return self._trainer.run_on_student(self._probe.measure)
+
+    @property
+    def _probe(self) -> DriftProbe:
+        assert self._trainer.drift is not None
+        return self._trainer.drift
