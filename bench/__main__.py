@@ -20,6 +20,10 @@ COMMANDS = {
     "recipes": ("bench.studies.recipes", "every recipe on real rows, from the file to the falling loss"),
     "family": ("bench.studies.family", "another family of models: evaluated, trained, evaluated"),
     "preparation": ("bench.studies.preparation", "time and memory of preparing many rows"),
+    "study": (
+        "bench.studies.study",
+        "methods against each other on a small model: scores, drift, cost; can be resumed",
+    ),
     "scorers": ("bench.studies.scorers", "gold and shuffled answers of the benchmarks, scored"),
     "rollouts": ("bench.studies.rollouts", "sampling through a LoRA adapter against merged weights"),
     "ema": ("bench.studies.ema", "the moving average: time, and error after a thousand steps"),
