@@ -46,7 +46,7 @@ def test_what_it_says_next_works(run_flags: list[str], tmp_path: Path, kind: str
         assert list((run / "runs").rglob("events.out.tfevents*"))
     next_commands = commands(said)
     # No evaluation knows these rows.
-    assert next_commands.keys() == {"compare", "teacher", "look"} | ({"merge"} if kind == "adapter" else set())
+    assert next_commands.keys() == {"drift", "page", "teacher", "look"} | ({"merge"} if kind == "adapter" else set())
     for name, command in next_commands.items():
         assert main(command[1:]) == 0, name
     assert (tmp_path / "a run-teacher/config.json").is_file() == (kind == "model")

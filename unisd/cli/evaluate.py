@@ -126,7 +126,10 @@ def _write(
     file: Path, what: str, scores: Any, options: argparse.Namespace, seconds: float, device: torch.device
 ) -> None:
     """Scores, and every completion beside them."""
-    settings = {name: getattr(options, name) for name, readers in READ_BY.items() if what in readers}
+    read = [name for name, readers in READ_BY.items() if what in readers]
+    if what == "drift" and options.dataset is None:
+        read = [name for name in read if name not in _OF_DATASET]
+    settings = {name: getattr(options, name) for name in read}
     if what in _TASKS:
         settings["split"] = options.split or "test"
     elif settings.get("data") is not None:
@@ -213,8 +216,6 @@ def _parser(names: list[str]) -> CommandParser:
     parser.add_argument("--attn_implementation", "--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--max_new_tokens", type=positive, default=128, help="drift: longest completion")
-    parser.add_argument("--dataset", help="drift: also a task: procedural, a benchmark, a file, a prepared folder")
-    parser.add_argument("--data", help="drift: file of the benchmark that --dataset names, in its original format")
     parser.add_argument("--dataset", help="drift: also a task: procedural, a benchmark, a file, a prepared folder")
     parser.add_argument("--data", help="drift: file of the benchmark that --dataset names, in its original format")
     parser.add_argument("--probe", type=Path, help="behaviour: items in place of the package's (JSON lines)")

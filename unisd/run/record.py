@@ -36,7 +36,8 @@ class RunRecord(TrainerCallback):
         self._meter = EnergyMeter(self._trainer.accelerator.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self._meter is not None
+        if self._meter is None:  # a step outside `train()`, as a benchmark makes them
+            return
         # The latest value of a log, not a mean over steps.
         self._trainer._metrics["train"][NAME] = [self._before + self._meter.read().joules]
 

@@ -68,7 +68,8 @@ class LossFunction(torch.autograd.Function):
         if upstream is None:
             return (None,) * 7
         *gradients, grad_scale = ctx.saved_tensors
-        scaled = Gradients(*gradients).scaled(upstream * grad_scale, *ctx.dtypes, backend=ctx.backend)
+        hidden_dtype, weight_dtype = ctx.dtypes
+        scaled = Gradients(*gradients).scaled(upstream * grad_scale, hidden_dtype, weight_dtype, ctx.backend)
         return (*scaled, *(None,) * 4)
 
 
