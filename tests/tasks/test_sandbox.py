@@ -230,7 +230,9 @@ def test_what_the_tests_print_is_no_outcome(sandbox):
     assert sandbox.run(Program("def f(): return 1", tests)) == Outcome("passed")
 
 
-def test_answers_do_not_fill_the_memory_of_the_tests(sandbox):
+@NO_BUBBLEWRAP
+def test_answers_do_not_fill_the_memory_of_the_tests():
+    sandbox = Sandbox(False, seconds=5, memory_mib=512)
     # Where a generator is sent as its values, the code sends that they are 50 million.
     packer = "import sys\npacker = sys.modules['unisd.sandbox.inside.wire']._Packer\nplain = packer.persistent_id\n"
     packer += (
@@ -240,7 +242,9 @@ def test_answers_do_not_fill_the_memory_of_the_tests(sandbox):
         sandbox.run(Program(f"{packer.format(n=n)}\ndef f(): return 7.5", ("assert next(f()) == 0",)))
         for n in (5, 50_000_000)
     ]
-    assert [outcome.status for outcome in outcomes] == ["passed", "crashed"]
+    assert outcomes[0].status == "passed"
+    # Whichever limit it meets first: of memory, or of time on a slow machine.
+    assert outcomes[1].status in ("crashed", "timed out")
 
 
 def test_results_stand_in_the_order_of_the_programs(sandbox):
