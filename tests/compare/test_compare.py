@@ -184,6 +184,8 @@ def test_marks_are_round_and_span_the_values():
         slack = 1e-9 * (marks[-1] - marks[0])
         assert marks[0] - slack <= min(values) <= max(values) <= marks[-1] + slack
     assert figures._marks([0.0]) == figures._marks([0.0, 0.0])
+    assert figures._marks([1.0, 2.0], whole=True) == [1.0, 2.0]
+    assert all(mark.is_integer() for mark in figures._marks([0.0, 10.0], whole=True))
 
 
 def test_nothing_to_draw():

@@ -151,7 +151,9 @@ class _Frame:
 
     def __init__(self, points: Points, height: int = HEIGHT) -> None:
         self.height = height
-        self._xs, self._ys = _marks([x for x, _ in points]), _marks([y for _, y in points])
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        # Between two whole numbers of steps there is none.
+        self._xs, self._ys = _marks(xs, whole=all(float(x).is_integer() for x in xs)), _marks(ys)
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Place of a point."""
@@ -166,8 +168,8 @@ class _Frame:
         return Figure(x_label, y_label, xs, ys, lines, dots, self.height)
 
 
-def _marks(values: Sequence[float]) -> list[float]:
-    """Three to six round numbers that span the values."""
+def _marks(values: Sequence[float], whole: bool = False) -> list[float]:
+    """Two to seven round numbers that span the values; `whole`: whole ones."""
     low, high = min(values), max(values)
     if low == high:
         room = abs(low) / 10 or 1.0
@@ -175,5 +177,7 @@ def _marks(values: Sequence[float]) -> list[float]:
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
+    if whole:
+        step = float(max(1, math.ceil(step)))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
