@@ -1,4 +1,5 @@
-"""`python -m bench report`: writes docs/benchmarks.md, and the tables of README.md, from the files in bench/results.
+"""`python -m bench report`: writes docs/benchmarks.md, docs/study.md with its figure, and README.md's tables, from the
+files in bench/results.
 
 Nothing of it is typed: a figure is in a result file or nowhere. In README.md a table stands between
 `<!-- figures: NAME -->` and `<!-- end of figures -->`. `--check` writes nothing and fails where a page is not what the
@@ -16,11 +17,13 @@ from typing import Any
 from bench.parser import command_parser
 from bench.records.verdict import agree, same_rows
 from bench.report import compare, tables
+from bench.report import study as study_page
 from bench.studies import ema, numerics, scaling, steps
+from bench.studies.study_methods import PARTS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
-PAGE, README = Path("docs") / "benchmarks.md", Path("README.md")
+PAGE, STUDY, README = Path("docs") / "benchmarks.md", Path("docs") / "study.md", Path("README.md")
 FIGURES = Path("docs") / "figures"
 
 INTRODUCTION = """# Benchmarks
@@ -206,7 +209,15 @@ def readme(text: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    return {PAGE: page(), README: readme((ROOT / README).read_text())}
+    return {PAGE: page(), **study_pages(), README: readme((ROOT / README).read_text())}
+
+
+def study_pages() -> dict[Path, str]:
+    """docs/study.md and its figure."""
+    parts = {part: load(f"study_{part}_cpu") or {} for part in PARTS}
+    study = parts["study"]
+    text = study_page.page(parts, machine(study["environment"]))
+    return {STUDY: text, FIGURES / study_page.FIGURE: study_page.figure(study["runs"])}
 
 
 def main(arguments: Sequence[str]) -> int:

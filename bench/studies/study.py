@@ -6,6 +6,7 @@ SmolLM2-135M-Instruct with LoRA on this machine's CPU, two runs side by side on 
 
     study        base, SFT, GKD, SDFT and UniSD* with three seeds, each mechanism alone with one, on procedural tasks
                  and on CoS-E: scores, drift, behaviour, cost
+    why          UniSD* with SDFT's divergence: what of their difference is its direction
     diagnostic   base, SFT, GKD and UniSD* on the procedural diagnostic, by number of steps
     budget       a learning rate that collapses, without and with a drift budget
 

@@ -174,7 +174,7 @@ def made(preset, digits, value, seed=0):
     return {"preset": preset, "data": "procedural", "seed": seed, "evaluations": {"procedural": found}}
 
 
-def test_seeds_are_averaged_item_by_item():
+def test_seeds_and_items_are_drawn():
     runs = [
         made("base", "0000", 0.0),
         made("sft", "1100", 0.5),
@@ -184,7 +184,6 @@ def test_seeds_are_averaged_item_by_item():
     runs[0]["data"] = None
     groups = study_statistics.by_method(runs, "procedural")
     assert list(groups) == ["base", "sft", "gkd"]
-    assert study_statistics.items_of(groups["sft"], "procedural", "accuracy") == [1.0, 0.5, 0.0, 0.0]
     gain = study_statistics.difference(groups["base"], groups["sft"], "procedural", "accuracy")
     assert gain.value == 0.375
     assert study_statistics.difference(groups["sft"], groups["base"], "procedural", "accuracy").value == -0.375
@@ -192,3 +191,26 @@ def test_seeds_are_averaged_item_by_item():
     one = study_statistics.share(groups["gkd"], "procedural", "accuracy")
     assert 0 < one.low < 0.25 < one.high, "Wilson's of one run"
     assert not study_statistics.is_significant(gain)
+    none = study_statistics.share([runs[0], runs[0]], "procedural", "accuracy")
+    assert none.value == none.low == 0.0 < none.high
+
+
+def test_a_gain_of_some_seeds_alone_is_not_significant():
+    """The items alone would say so: they agree within every run."""
+    base = [made("base", "0" * 100, 0.0, None)]
+    all_seeds = [made("gkd", "1" * 40 + "0" * 60, 0.4, seed) for seed in range(3)]
+    some_seeds = [*all_seeds[:2], made("gkd", "0" * 100, 0.0, 2)]
+    alike = study_statistics.difference(base, all_seeds, "procedural", "accuracy")
+    assert 0.25 < alike.low < alike.value == 0.4 < alike.high < 0.55
+    uneven = study_statistics.difference(base, some_seeds, "procedural", "accuracy")
+    assert uneven.low == 0.0 < 0.4 < uneven.high
+    assert not study_statistics.is_significant(uneven)
+
+
+def test_runs_are_compared_seed_by_seed():
+    first = [made("sft", digits, 0.5, seed) for seed, digits in enumerate(("1100", "0110", "0011"))]
+    second = [made("gkd", digits, 0.75, seed) for seed, digits in enumerate(("1110", "0111", "1011"))]
+    one_more = study_statistics.difference(first, second, "procedural", "accuracy")
+    assert one_more.value == 0.25
+    with pytest.raises(ValueError, match=r"got the seeds \[0, 1, 2\] and \[1, 2\]"):
+        study_statistics.difference(first, second[1:], "procedural", "accuracy")

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, its plots and the tables of README.md are what the result files say."""
+"""docs/benchmarks.md, docs/study.md, their plots and the tables of README.md are what the result files say."""
 
 from __future__ import annotations
 
@@ -38,8 +38,24 @@ def test_a_figure_that_differs_is_noticed(tmp_path, monkeypatch, capsys):
     assert "README.md is not what the results say" in said
 
 
+def test_one_item_that_differs_is_noticed(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "results"
+    shutil.copytree(pages.RESULTS, results)
+    file = results / "study_study_cpu.json"
+    result = json.loads(file.read_text())
+    (run,) = (run for run in result["runs"] if run["name"] == "procedural-sft-1")
+    digits = run["evaluations"]["procedural"]["digits"]
+    digits["accuracy"] = f"{1 - int(digits['accuracy'][0])}{digits['accuracy'][1:]}"
+    file.write_text(json.dumps(result))
+    monkeypatch.setattr(pages, "RESULTS", results)
+    assert pages.main(["--check"]) == 1
+    said = capsys.readouterr().out
+    assert "docs/study.md is not what the results say" in said
+    assert "docs/figures/study_gain_against_drift.svg is not what the results say" in said
+
+
 def test_the_page_is_written(tmp_path, monkeypatch, capsys):
-    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "figures").mkdir(parents=True)
     (tmp_path / "README.md").write_text("before\n<!-- figures: demo -->\nold\n<!-- end of figures -->\nafter\n")
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     assert pages.main([]) == 0
@@ -49,7 +65,7 @@ def test_the_page_is_written(tmp_path, monkeypatch, capsys):
     assert readme.endswith("<!-- end of figures -->\nafter\n")
     assert "old" not in readme
     assert pages.main(["--check"]) == 0
-    assert capsys.readouterr().out.count("written") == 2
+    assert capsys.readouterr().out.count("written") == 4
 
 
 @pytest.mark.parametrize("name", ["scaling_time.png", "scaling_memory.png", "roofline.png"])
