@@ -25,7 +25,7 @@ def commands(said: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("kind", ["adapter", "model"])
-def test_what_it_says_next_works(run_flags: list[str], tmp_path: Path, kind: str, capsys):
+def test_what_it_says_next_works(run_flags: list[str], tmp_path: Path, kind: str, capsys, monkeypatch):
     rows = tmp_path / "my rows.jsonl"
     rows.write_text("".join(json.dumps({"question": f"what is {i}?", "answer": f"it is {i}"}) + "\n" for i in range(4)))
     given = dict(zip(run_flags[::2], run_flags[1::2], strict=True))
@@ -44,6 +44,7 @@ def test_what_it_says_next_works(run_flags: list[str], tmp_path: Path, kind: str
     if kind == "adapter":
         assert list((run / "completions").glob("*.parquet"))
         assert list((run / "runs").rglob("events.out.tfevents*"))
+    monkeypatch.chdir(tmp_path)  # where the page is written
     next_commands = commands(said)
     # No evaluation knows these rows.
     assert next_commands.keys() == {"drift", "page", "teacher", "look"} | ({"merge"} if kind == "adapter" else set())
