@@ -9,6 +9,7 @@ from bench.studies.preparation import synthetic
 from tests.trainer import tiny_run
 
 
+@pytest.mark.exhaustive  # a process that imports everything
 def test_what_it_took_and_what_was_kept(tmp_path, capsys):
     tiny_run.llama().save_pretrained(tmp_path / "model")
     tiny_run.tokenizer().save_pretrained(tmp_path / "model")

@@ -42,7 +42,7 @@ def test_doctor_fails_on_wrong_numbers(monkeypatch, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+@pytest.mark.parametrize("isa", ["scalar", pytest.param("avx2", marks=pytest.mark.exhaustive)])
 def test_every_instruction_set_passes_the_self_test(isa):
     if isa == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this processor has no AVX2")

@@ -258,8 +258,9 @@ def test_the_choice_of_design():
     assert walk(torch.float32, 0.0, "fused") == "FusedDivergence"
 
 
-@pytest.mark.parametrize("impl", DESIGNS)
-@pytest.mark.parametrize("columns", [32, 64])
+@pytest.mark.parametrize(
+    ("impl", "columns"), examples(product(DESIGNS, [32, 64]), [("triton_fused", 32), ("triton_chunked", 64)])
+)
 def test_a_mixture_in_several_spans_of_columns(monkeypatch, impl, columns):
     """The last span is not full, and a span has one block or two; of what the fused kernel stores, two blocks at a time
     or four."""

@@ -67,7 +67,9 @@ def use(monkeypatch, kind, config):
     monkeypatch.setitem(configs.TABLE, name, {**configs.TABLE.get(name, configs._AMPERE), kind: (config,)})
 
 
-@pytest.mark.parametrize("programs", [pytest.param(1, marks=pytest.mark.exhaustive), 3, 50])
+@pytest.mark.parametrize(
+    "programs", [pytest.param(1, marks=pytest.mark.exhaustive), 3, pytest.param(50, marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("vocab_size", [500, pytest.param(512, marks=pytest.mark.exhaustive)])
 def test_any_number_of_programs(monkeypatch, programs, vocab_size):
     """With one tile or many each, and of a vocabulary that ends within a tile or with one."""
