@@ -29,6 +29,7 @@ from unisd_kernels.backends.triton.math import (
     apply_softcap,
     exp,
     expm1,
+    log_share,
     short_log1p,
     softcap_gradient,
     tile_block,
@@ -151,9 +152,7 @@ def divergence_gradient_kernel(
             # u = log(m / p_s) = log1p(beta expm1(d)); where that does not cancel, the logarithm of m over the larger of
             # the two. e^80 is still a number. Beyond a growth of 0.1 the rounding of that logarithm is 1e-6 of u.
             growth = beta * expm1(tl.minimum(d, 80.0))
-            smaller = exp(-tl.abs(d))
-            share = tl.where(d > 0.0, beta + complement * smaller, complement + beta * smaller)
-            of_larger = tl.maximum(d, 0.0) + tl.log(tl.maximum(share, 1e-37))
+            of_larger = tl.maximum(d, 0.0) + log_share(d, beta, complement)
             u = tl.where(tl.abs(growth) < 0.1, short_log1p(growth), of_larger)
             result = -complement * p * (u + student_kl[:, None])
     if weight is not None:

@@ -69,6 +69,15 @@ def log1p_remainder(x):
 
 
 @triton.jit
+def log_share(d, beta, complement):
+    """log of `m / max(p_s, p_t)`, m = (1 - beta) p_s + beta p_t, of d = log p_t - log p_s; so `log(m / p_s)` is
+    max(d, 0) more, `log(m / p_t)` max(-d, 0). Where it is near 0 the rounding of the share is all of it."""
+    smaller = exp(-tl.abs(d))
+    share = tl.where(d > 0.0, beta + complement * smaller, complement + beta * smaller)
+    return tl.log(tl.maximum(share, 1e-37))
+
+
+@triton.jit
 def short_log1p(x):
     """log(1 + x) for |x| < 0.1, by its series: the first term left out is x^7 / 7, of the result 1.5e-7 at most."""
     series = 1.0 / 5.0 - x * (1.0 / 6.0)

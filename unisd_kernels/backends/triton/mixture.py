@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from unisd_kernels.backends.triton.launch import LogitTile, ceil_div
-from unisd_kernels.backends.triton.math import COUNTS, exp, expm1, nan_unless_finite, short_log1p_remainder
+from unisd_kernels.backends.triton.math import COUNTS, exp, expm1, log_share, nan_unless_finite, short_log1p_remainder
 from unisd_kernels.backends.triton.shifted import LARGEST, block_references, differences, student_base
 from unisd_kernels.backends.triton.statistics import (
     DIVERGENCE,
@@ -48,12 +48,10 @@ def mixture_terms(student_logprob, teacher_logprob, d, beta, complement):
     """
     p_s = exp(student_logprob)
     p_t = exp(teacher_logprob)
-    smaller = exp(-tl.abs(d))
-    share = tl.where(d > 0.0, beta + complement * smaller, complement + beta * smaller)
-    log_share = tl.log(tl.maximum(share, 1e-37))
+    log_of_share = log_share(d, beta, complement)
     apart = p_t - p_s
-    student_term = beta * apart - p_s * (tl.maximum(d, 0.0) + log_share)
-    teacher_term = -complement * apart - p_t * (tl.maximum(-d, 0.0) + log_share)
+    student_term = beta * apart - p_s * (tl.maximum(d, 0.0) + log_of_share)
+    teacher_term = -complement * apart - p_t * (tl.maximum(-d, 0.0) + log_of_share)
     # e^80 is still a number; that far apart no series is taken but of a weight that is nothing.
     bounded = tl.minimum(tl.maximum(d, -80.0), 80.0)
     e = expm1(bounded)
