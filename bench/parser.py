@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from unisd.cli.parser import CommandParser
 
 
@@ -21,3 +23,11 @@ def gpu_command_parser(name: str, description: str | None) -> CommandParser:
     parser.add_argument("--report", type=Path, help="print the table of an earlier --output")
     parser.add_argument("--output", type=Path, help="JSON file for everything; the table goes to standard output")
     return parser
+
+
+def cuda_device(parser: CommandParser, name: str, what: str) -> torch.device:
+    """The device of --device, on which `what` is timed; ends the command where it is no CUDA device of this machine."""
+    device = torch.device(name)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        parser.error(f"--device {device}: {what} are timed on a CUDA device, and there is none here")
+    return device

@@ -23,6 +23,7 @@ cd "$(dirname "$0")/.."
 DEADLINE=520
 PARTS="ceilings:30 headline:100 kernels:40 gpu_tests:90 peers:110 triton_tests:60 steps:70 heads:70 products:30 rollouts:40
        rows:60 memory_check:125 compiled:120"
+NAMES="$(printf '%s ' $PARTS tiles | sed 's/:[0-9]*//g')"
 while [ $# -gt 0 ]; do
     case "$1" in
         --deadline) DEADLINE="${2:?--deadline needs a number of seconds}"; shift 2 ;;
@@ -31,9 +32,8 @@ while [ $# -gt 0 ]; do
     esac
 done
 for part in $PARTS; do
-    case "${part%%:*}" in
-        ceilings | headline | kernels | gpu_tests | peers | triton_tests | steps | heads | products | rollouts) ;;
-        rows | memory_check | compiled | tiles) ;;
+    case " $NAMES " in
+        *" ${part%%:*} "*) ;;
         *) echo "gpu_suite.sh: there is no part ${part%%:*}" >&2; exit 2 ;;
     esac
 done
@@ -176,32 +176,29 @@ kernels() {
     verdict $? "$1" kernels
 }
 
+# study TITLE MODULES LIMIT NAME ARGUMENTS...: a command of bench with a file of its own, whose table is printed; it needs
+# the modules.
+study() {
+    local title=$1 modules=$2 limit=$3 name=$4
+    shift 4
+    echo "== $title"
+    if [ "$DEVICE" = cpu ]; then echo "not on a CPU"; return; fi
+    python3 -c "import $modules" 2>>"$OUT/log.txt" || { echo "$modules cannot be imported: log.txt says why"; return; }
+    within "$limit" python3 -m bench "$name" --device "$DEVICE" "$@" --output "$OUT/$name.json" 2>>"$OUT/log.txt"
+    verdict $? "$limit" "$title"
+}
+
 # Whole training steps of a model of random weights, the size of Llama-3.2-1B: ours and the dense loss.
 steps() {
-    echo "== training steps"
-    if [ "$DEVICE" = cpu ]; then echo "not on a CPU"; return; fi
-    python3 -c 'import trl, peft' 2>>"$OUT/log.txt" || { echo "trl or peft cannot be imported: log.txt says why"; return; }
-    within "$1" python3 -m bench steps --device "$DEVICE" --model random-1b --batch-size 8 --new-tokens 192 --rounds 3 \
-        --presets plain agreement_token unisd_star unisd_star-q0.25 --output "$OUT/steps.json" 2>>"$OUT/log.txt"
-    verdict $? "$1" "training steps"
+    study "training steps" "trl, peft" "$1" steps --model random-1b --batch-size 8 --new-tokens 192 --rounds 3 \
+        --presets plain agreement_token unisd_star unisd_star-q0.25
 }
 
 # Rates of the library's products, which say how many rows are worth holding.
-products() {
-    echo "== the library's products"
-    if [ "$DEVICE" = cpu ]; then echo "not on a CPU"; return; fi
-    within "$1" python3 -m bench products --device "$DEVICE" --output "$OUT/products.json" 2>>"$OUT/log.txt"
-    verdict $? "$1" products
-}
+products() { study "the library's products" torch "$1" products; }
 
 # Sampling through an adapter, and from merged weights.
-rollouts() {
-    echo "== rollouts"
-    if [ "$DEVICE" = cpu ]; then echo "not on a CPU"; return; fi
-    python3 -c 'import trl, peft' 2>>"$OUT/log.txt" || { echo "trl or peft cannot be imported: log.txt says why"; return; }
-    within "$1" python3 -m bench rollouts --device "$DEVICE" --model random-1b --output "$OUT/rollouts.json" 2>>"$OUT/log.txt"
-    verdict $? "$1" rollouts
-}
+rollouts() { study rollouts "trl, peft" "$1" rollouts --model random-1b; }
 
 memory_check() {
     local log

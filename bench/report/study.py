@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.report.study_figure import gain_against_drift
-from bench.report.study_statistics import BASE, Run, by_method, difference, is_significant, share
+from bench.report.study_statistics import BASE, Run, by_method, difference, share
 from bench.report.study_tables import (
     against_star,
     behaviour_table,
@@ -113,7 +113,7 @@ def summary(runs: Sequence[Run], sizes: Mapping[str, Any]) -> str:
     others = [name for name in SEEDED if name != STAR]
     star = _gains(runs, "procedural", MEASURES["procedural"][0], others, STAR)
     gains = {name: difference(groups[BASE], groups[name], "procedural", MEASURES["procedural"][0]) for name in SEEDED}
-    beyond = listed([method_name(name) for name, gain in gains.items() if is_significant(gain)]) or "none of them"
+    beyond = listed([method_name(name) for name, gain in gains.items() if gain.leaves_out_zero]) or "none of them"
     before = f"{perplexity(groups[BASE][0]):.2f}"
     shown = (f"{method_name(name)} {spread([perplexity(run) for run in groups[name]], '{:.2f}')}" for name in SEEDED)
     perplexities = ", ".join(shown)

@@ -79,11 +79,6 @@ def _drawn(seeds: int, items: int) -> tuple[np.ndarray, np.ndarray]:
     return of_seeds, of_items
 
 
-def is_significant(interval: Interval) -> bool:
-    """Whether a 95% interval leaves 0 out."""
-    return interval.low > 0 or interval.high < 0
-
-
 def range_over_seeds(group: Sequence[Run], task: str, measure: str) -> tuple[float, float]:
     """The least and the most of the runs' means."""
     means = [run["evaluations"][task]["scores"][measure]["value"] for run in group]

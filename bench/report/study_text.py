@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.report.study_statistics import BASE, Run, is_significant, mean_of, range_over_seeds, share
+from bench.report.study_statistics import BASE, Run, mean_of, range_over_seeds, share
 from unisd.scoring import Interval
 
 STAR = "unisd_star"
@@ -38,7 +38,7 @@ def signed(interval: Interval) -> str:
     if interval.low == interval.high:
         return f"{100 * interval.value:+.0f} (on every item)" if interval.value else "0 (no item differs)"
     text = f"{100 * interval.value:+.0f} [{100 * interval.low:+.0f}, {100 * interval.high:+.0f}]"
-    return f"**{text}**" if is_significant(interval) else text
+    return f"**{text}**" if interval.leaves_out_zero else text
 
 
 def interval_of(saved: Mapping[str, Any]) -> Interval:

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.cases import Case, find_case
 from bench.inputs.sets import make_inputs
 from bench.measuring.suite import DESIGNS
-from bench.parser import gpu_command_parser
+from bench.parser import cuda_device, gpu_command_parser
 from bench.peers import PEERS
 from bench.records import results_file
 from bench.records.environment import environment
@@ -93,9 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.report:
         print(table(results_file.read(options.report)))
         return 0
-    device = torch.device(options.device)
-    if device.type != "cuda" or not torch.cuda.is_available():
-        parser.error(f"--device {device}: kernels are timed on a CUDA device, and there is none here")
+    device = cuda_device(parser, options.device, "kernels")
     result: dict[str, Any] = {"environment": environment(device), "rows": []}
     for name in options.case:
         case = find_case(name, device)

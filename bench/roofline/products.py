@@ -15,7 +15,7 @@ import torch
 
 from bench.cases import HEADS
 from bench.measuring.timing import interleaved_seconds
-from bench.parser import gpu_command_parser
+from bench.parser import cuda_device, gpu_command_parser
 from bench.records import results_file
 from bench.records.environment import environment
 from bench.roofline.tuning_shapes import MAIN_HEADS
@@ -107,9 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.report:
         print(table(results_file.read(options.report)))
         return 0
-    device = torch.device(options.device)
-    if device.type != "cuda" or not torch.cuda.is_available():
-        parser.error(f"--device {device}: products are timed on a CUDA device, and there is none here")
+    device = cuda_device(parser, options.device, "products")
     result: dict[str, Any] = {"environment": environment(device), "rows": []}
     for head in options.heads:
         result["rows"] += measure(head, options.rows, device, options.rounds)

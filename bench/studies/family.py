@@ -10,7 +10,6 @@ after so few steps on so few questions do not say how well.
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from bench.records import results_file
 from bench.records.environment import environment
 from unisd.benchmarks import benchmarks
 from unisd.cli.errors import CommandError
-from unisd.drift.schedule import NAME as DRIFT
+from unisd.compare import load_run
 from unisd.gemma3 import GEMMA3
 from unisd.presets import PRESETS
 
@@ -84,19 +83,15 @@ def trained(folder: Path, options: Any) -> dict[str, Any]:
         *("--report_to", "none", "--bf16", "false", "--gradient_checkpointing", "false", "--disable_tqdm", "true"),
         *("--save_strategy", "no", "--use_cpu", "true"),
     )
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-
-    def logged(name: str) -> list[float]:
-        return [entry[name] for entry in history if name in entry]
-
+    run = load_run(folder)
     return _say(
         {
-            "losses": logged("loss"),
-            "gradient_norms": logged("grad_norm"),
-            "drift_nats_a_token": logged(DRIFT)[-1] if logged(DRIFT) else None,
-            "train_seconds": logged("train_runtime")[-1],
+            "losses": [loss for _, loss in run.curve("loss")],
+            "gradient_norms": [norm for _, norm in run.curve("grad_norm")],
+            "drift_nats_a_token": run.drift_kl,
+            "train_seconds": run.seconds,
             "seconds": round(time.perf_counter() - started, 1),
-            "peak_memory_gib": max(logged("unisd/peak_memory_gib"), default=math.nan),
+            "peak_memory_gib": run.peak_memory,
         }
     )
 

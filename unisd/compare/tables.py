@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +40,7 @@ class Score:
 
 def verdict(difference: Interval | None) -> str:
     """ "better" or "worse" where the interval leaves out 0, else ""."""
-    if difference is None or math.isnan(difference.low) or difference.low <= 0 <= difference.high:
+    if difference is None or not difference.leaves_out_zero:
         return ""
     return "better" if difference.value > 0 else "worse"
 

@@ -24,6 +24,11 @@ class Interval:
     high: float
     count: int
 
+    @property
+    def leaves_out_zero(self) -> bool:
+        """Whether a difference with this interval is more than chance would make it; never of no items."""
+        return self.low > 0 or self.high < 0
+
     def percent(self) -> str:
         """For a terminal: the value and the ends in percent."""
         return f"{100 * self.value:5.1f}%  [{100 * self.low:.1f}, {100 * self.high:.1f}]"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from unisd.compare.groups import spread
 from unisd.compare.runs import Run, load_run
 from unisd.sweep.cells import Cell, finished
 
@@ -35,8 +35,8 @@ def _share(run: Run, name: str) -> float | None:
 
 
 def _spread(values: Sequence[float | None], times: float = 1, unit: str = "") -> str:
-    known = [times * value for value in values if value is not None]
-    if not known:
+    found = spread(values)
+    if found is None:
         return "-"
-    mean = f"{statistics.fmean(known):.3g}{unit}"
-    return mean if len(known) == 1 else f"{mean} ({min(known):.3g} to {max(known):.3g})"
+    mean = f"{times * found.value:.3g}{unit}"
+    return mean if found.count == 1 else f"{mean} ({times * found.low:.3g} to {times * found.high:.3g})"
