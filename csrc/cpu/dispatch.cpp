@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu_features.h"
 #include "kernels.h"
 
 namespace unisd {
@@ -11,12 +12,9 @@ namespace {
 
 const Kernels* find(const std::string& name) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if ((name.empty() || name == "avx512") && has_avx512) return &avx512::kernels();
-  if ((name.empty() || name == "avx2") && has_avx2) return &avx2::kernels();
+  const CpuFeatures has = detect_cpu_features();
+  if ((name.empty() || name == "avx512") && has.avx512) return &avx512::kernels();
+  if ((name.empty() || name == "avx2") && has.avx2) return &avx2::kernels();
 #endif
   if (name.empty() || name == "scalar") return &scalar::kernels();
   return nullptr;

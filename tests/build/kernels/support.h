@@ -1,6 +1,7 @@
 // What the checks share: buffers of exact size, random numbers, numbers in every storage, reports, formulas in double.
 #pragma once
 
+#include "../../../csrc/cpu/cpu_features.h"
 #include "../../../csrc/cpu/kernels.h"
 
 #include <cmath>
@@ -179,12 +180,9 @@ std::vector<const Kernels*> tables() {
 #else
   std::vector<const Kernels*> found = {&scalar::kernels()};
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2) found.push_back(&avx2::kernels());
-  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    found.push_back(&avx512::kernels());
+  const CpuFeatures has = detect_cpu_features();
+  if (has.avx2) found.push_back(&avx2::kernels());
+  if (has.avx512) found.push_back(&avx512::kernels());
 #endif
   return found;
 #endif
