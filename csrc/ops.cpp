@@ -19,11 +19,12 @@ STABLE_TORCH_LIBRARY(unisd, m) {
       "Tensor? logprob_weight, Tensor? logsumexp_weight, Tensor? entropy, Tensor? entropy_weight) -> ()");
   // Statistics of complete rows into `statistics` [kDivergenceStatistics, rows] (cpu/statistics.h). With a soft cap the
   // tiles are overwritten by their logits. `teacher_is_delta` (bool [rows]): these rows of the teacher's tile hold
-  // z_t - z_s.
+  // z_t - z_s. `with_gradient`: the student's tile is overwritten by the gradient of sum_n D_n with respect to a x / tau.
   m.def(
       "tile_divergence_(Tensor(a!) student, Tensor(b!) teacher, float? student_tanh_scale, float? teacher_tanh_scale, "
-      "Tensor? teacher_is_delta, Tensor? target_ids, float beta, bool want_entropy, Tensor(c!) statistics) -> ()");
-  // After tile_divergence_: overwrite the student's tile with the gradient of
+      "Tensor? teacher_is_delta, Tensor? target_ids, float beta, bool want_entropy, Tensor(c!) statistics, "
+      "bool with_gradient=False) -> ()");
+  // After tile_divergence_ without a gradient: overwrite the student's tile with the gradient of
   // sum_n weight_n D_n + logprob_weight_n logp_n(y_n) with respect to a x / tau. No weight is a weight of one.
   m.def(
       "tile_divergence_gradient_(Tensor(a!) student, Tensor teacher, float? student_tanh_scale, "

@@ -13,8 +13,11 @@ namespace {
 const Kernels* find(const std::string& name) {
 #if defined(__x86_64__)
   const CpuFeatures has = detect_cpu_features();
-  if ((name.empty() || name == "avx512") && has.avx512) return &avx512::kernels();
-  if ((name.empty() || name == "avx2") && has.avx2) return &avx2::kernels();
+  const bool widest = name.empty();
+  if ((widest || name == "amx_bf16") && has.amx_bf16 && has.avx512_bf16 && request_amx()) return &amx_bf16::kernels();
+  if ((widest || name == "avx512_bf16") && has.avx512_bf16) return &avx512_bf16::kernels();
+  if ((widest || name == "avx512") && has.avx512) return &avx512::kernels();
+  if ((widest || name == "avx2") && has.avx2) return &avx2::kernels();
 #endif
   if (name.empty() || name == "scalar") return &scalar::kernels();
   return nullptr;
@@ -26,7 +29,7 @@ const Kernels& choose() {
   const Kernels* found = find(name);
   if (found == nullptr)
     throw std::runtime_error("UNISD_CPU_ISA=" + name +
-                             ": not an instruction set this processor has; it takes scalar, avx2 or avx512");
+                             ": not an instruction set this processor has; it takes scalar, avx2, avx512, avx512_bf16 or amx_bf16");
   return *found;
 }
 

@@ -13,19 +13,55 @@ struct DivergenceSums {
   double student_entropy = 0.0, teacher_entropy = 0.0;
 };
 
-template <Kind kind>
-inline DivergenceSums sum_divergence(const DivergenceTile& tile, const float* student, const float* teacher,
-                                     const PairScale& scale) {
+// d logit / d (a x / tau): of a soft cap, else one.
+class CapSlope {
+ public:
+  explicit CapSlope(const float* tanh_scale) : inverse_(tanh_scale == nullptr ? 0.0f : 1.0f / *tanh_scale) {}
+  Vec of(Vec z) const {
+    // Instead of -inf, whose product with 0 is NaN.
+    const Vec t = max(Vec::set(-1e30f), z) * Vec::set(inverse_);
+    return Vec::set(1.0f) - t * t;
+  }
+  float of(float z) const {
+    const float t = inverse_ == 0.0f ? 0.0f : z * inverse_;
+    return 1.0f - t * t;
+  }
+
+ private:
+  float inverse_;
+};
+
+// What the gradient needs of a column besides the statistics of its row, which are known only after the sum: p_s, and r
+// (beta = 1) or u (0 < beta < 1). For beta = 0 it is known with the terms of D.
+struct Kept {
+  float* probs;
+  float* logs;
+};
+
+// p_s - p_t = larger * (r > 0 ? E : -E)
+inline Vec forward_gradient(const Pair& p) {
+  const Vec difference = p.larger * p.e;
+  return where_less(Vec::set(0.0f), p.r, difference, Vec::set(0.0f) - difference);
+}
+
+// With `keep`, the gradient of beta = 0 takes the student's place, and that of the others is kept.
+template <Kind kind, bool keep>
+inline DivergenceSums sum_divergence(const DivergenceTile& tile, float* student, const float* teacher,
+                                     const PairScale& scale, Kept kept) {
+  const CapSlope slope(tile.student_tanh_scale);
   const Vec zero = Vec::set(0.0f), lowest = Vec::set(-1e30f);
   const MixtureScale mixture_scale(tile.beta);
   const float fill = scale.row_is_delta ? 0.0f : -kInfinity;
   DivergenceSums total;
   for (int64_t start = 0; start < tile.columns; start += kSumColumns) {
     const int64_t length = at_most(kSumColumns, tile.columns - start);
-    const float* s = student + start;
+    float* s = student + start;
     const float* t = teacher + start;
+    float* probs = kept.probs + start;
+    float* logs = kept.logs + start;
     Vec first = zero, second = zero, student_entropy = zero, teacher_entropy = zero;
-    const auto add = [&](Vec z_s, Vec z_t) UNISD_INLINE {
+    // put(where, value) stores a vector, or the part of it that there is.
+    const auto add = [&](Vec z_s, Vec z_t, int64_t i, const auto& put) UNISD_INLINE {
       const Pair p = make_pair(z_s, z_t, scale);
       if (kind == Kind::kForward) {
         first = fma(p.larger, where_less(zero, p.r, term_a(p), term_b(p)), first);
@@ -36,6 +72,15 @@ inline DivergenceSums sum_divergence(const DivergenceTile& tile, const float* st
         const Vec y = mixture_y<kind>(p, m);
         first = fma(p.larger, where_less(zero, p.r, m.x, y), first);
         second = fma(p.larger, where_less(zero, p.r, y, m.x), second);
+        if (keep) put(logs + i, log_mixture_to_student<kind>(p, m));
+      }
+      if (keep) {
+        if (kind == Kind::kForward) {
+          put(s + i, forward_gradient(p) * slope.of(z_s));
+        } else {
+          put(probs + i, student_prob(p));
+        }
+        if (kind == Kind::kReverse) put(logs + i, p.r);
       }
       if (tile.want_entropy) {
         student_entropy = student_entropy - student_prob(p) * max(lowest, p.student_logprob);
@@ -43,9 +88,13 @@ inline DivergenceSums sum_divergence(const DivergenceTile& tile, const float* st
       }
     };
     for_each_vector(
-        length, [&](int64_t i) UNISD_INLINE { add(Vec::load(s + i), Vec::load(t + i)); },
+        length,
+        [&](int64_t i) UNISD_INLINE {
+          add(Vec::load(s + i), Vec::load(t + i), i, [](float* where, Vec value) UNISD_INLINE { value.store(where); });
+        },
         [&](int64_t i, int n) UNISD_INLINE {
-          add(Vec::load_part(s + i, n, -kInfinity), Vec::load_part(t + i, n, fill));
+          add(Vec::load_part(s + i, n, -kInfinity), Vec::load_part(t + i, n, fill), i,
+              [&](float* where, Vec value) UNISD_INLINE { value.store_part(where, n); });
         });
     total.first += sum_of_lanes(first);
     total.second += sum_of_lanes(second);
@@ -119,7 +168,24 @@ inline TeacherScale scale_of_delta(const float* student, const float* delta, int
   return {total.max, log_of_sum(total.sum), far ? kInfinity : static_cast<float>(log_ratio)};
 }
 
-inline void tile_divergence(const DivergenceTile& tile, int64_t n) {
+template <bool keep>
+inline DivergenceSums sum_row(const DivergenceTile& tile, float* student, const float* teacher, const PairScale& scale,
+                              Kept kept) {
+  switch (kind_of(tile.beta)) {
+    case Kind::kForward:
+      return sum_divergence<Kind::kForward, keep>(tile, student, teacher, scale, kept);
+    case Kind::kReverse:
+      return sum_divergence<Kind::kReverse, keep>(tile, student, teacher, scale, kept);
+    case Kind::kMixture:
+      return sum_divergence<Kind::kMixture, keep>(tile, student, teacher, scale, kept);
+    default:
+      return sum_divergence<Kind::kSkewed, keep>(tile, student, teacher, scale, kept);
+  }
+}
+
+// Returns whether the row's logits are numbers.
+template <bool keep>
+inline bool take_statistics(const DivergenceTile& tile, int64_t n, Kept kept) {
   float* student = tile.student + n * tile.student_stride;
   float* teacher = tile.teacher + n * tile.teacher_stride;
   const int64_t rows = tile.rows;
@@ -133,7 +199,7 @@ inline void tile_divergence(const DivergenceTile& tile, int64_t n) {
   statistic(kStudentLogSum) = log_of_sum(student_sum.sum);
   const TeacherScale teacher_scale =
       row_is_delta ? scale_of_delta(student, teacher, tile.columns, student_sum.max, statistic(kStudentLogSum))
-                 : scale_of_logits(teacher, tile.columns);
+                   : scale_of_logits(teacher, tile.columns);
   statistic(kTeacherMax) = teacher_scale.max;
   statistic(kTeacherLogSum) = teacher_scale.log_sum;
   statistic(kLogRatio) = teacher_scale.log_ratio;
@@ -141,29 +207,10 @@ inline void tile_divergence(const DivergenceTile& tile, int64_t n) {
   if (log_sums != log_sums) {
     // A logit is not finite: nothing this row gives is a number, nor will be its gradient.
     for (int which = 0; which < kDivergenceStatistics; ++which) tile.statistics[which * rows + n] = kNaN;
-    return;
+    return false;
   }
 
   const PairScale scale(tile, n);
-  DivergenceSums sums;
-  double divergence;
-  const Kind kind = kind_of(tile.beta);
-  if (kind == Kind::kForward) {
-    sums = sum_divergence<Kind::kForward>(tile, student, teacher, scale);
-    divergence = sums.first;
-  } else if (kind == Kind::kReverse) {
-    sums = sum_divergence<Kind::kReverse>(tile, student, teacher, scale);
-    divergence = sums.first;
-  } else {
-    sums = kind == Kind::kSkewed ? sum_divergence<Kind::kSkewed>(tile, student, teacher, scale)
-                                 : sum_divergence<Kind::kMixture>(tile, student, teacher, scale);
-    divergence = tile.beta * sums.first + (1.0 - tile.beta) * sums.second;
-  }
-  // Not negative but for rounding; a NaN stays.
-  statistic(kDivergence) = divergence < 0.0 ? 0.0f : static_cast<float>(divergence);
-  statistic(kStudentToMixture) = static_cast<float>(sums.second);
-  statistic(kStudentEntropy) = static_cast<float>(sums.student_entropy);
-  statistic(kTeacherEntropy) = static_cast<float>(sums.teacher_entropy);
   statistic(kStudentLogprob) = 0.0f;
   statistic(kTeacherLogprob) = 0.0f;
   if (tile.target_ids != nullptr) {
@@ -175,21 +222,47 @@ inline void tile_divergence(const DivergenceTile& tile, int64_t n) {
     statistic(kTeacherLogprob) = scale.near ? student_logprob + (teacher[y] - statistic(kLogRatio))
                                             : (z_t - statistic(kTeacherMax)) - statistic(kTeacherLogSum);
   }
+  const DivergenceSums sums = sum_row<keep>(tile, student, teacher, scale, kept);
+  const Kind kind = kind_of(tile.beta);
+  const double divergence = kind == Kind::kForward || kind == Kind::kReverse
+                                ? sums.first
+                                : tile.beta * sums.first + (1.0 - tile.beta) * sums.second;
+  // Not negative but for rounding; a NaN stays.
+  statistic(kDivergence) = divergence < 0.0 ? 0.0f : static_cast<float>(divergence);
+  statistic(kStudentToMixture) = static_cast<float>(sums.second);
+  statistic(kStudentEntropy) = static_cast<float>(sums.student_entropy);
+  statistic(kTeacherEntropy) = static_cast<float>(sums.teacher_entropy);
+  return true;
 }
+
+inline void tile_divergence(const DivergenceTile& tile, int64_t n) {
+  take_statistics<false>(tile, n, Kept{nullptr, nullptr});
+}
+
+// From p_s and r or u of a column.
+template <Kind kind>
+struct ReverseGradient {
+  Vec other, constant;
+  ReverseGradient(const DivergenceTile& tile, int64_t n)
+      : other(MixtureScale(tile.beta).other),
+        constant(PairScale::statistic(tile, kind == Kind::kReverse ? kDivergence : kStudentToMixture, n)) {}
+  Vec of(Vec probs, Vec log) const {
+    const Vec zero = Vec::set(0.0f);
+    if (kind == Kind::kReverse) return zero - probs * (log + constant);
+    return (zero - other) * probs * (log + constant);
+  }
+};
 
 template <Kind kind>
 inline void write_gradient(const DivergenceTile& tile, int64_t n) {
   float* student = tile.student + n * tile.student_stride;
   const float* teacher = tile.teacher + n * tile.teacher_stride;
-  const int64_t rows = tile.rows;
   const PairScale scale(tile, n);
   const MixtureScale mixture_scale(tile.beta);
-  const Vec zero = Vec::set(0.0f), lowest = Vec::set(-1e30f);
-  const Vec divergence = Vec::set(tile.statistics[kDivergence * rows + n]);
-  const Vec student_to_mixture = Vec::set(tile.statistics[kStudentToMixture * rows + n]);
+  const CapSlope slope(tile.student_tanh_scale);
+  const ReverseGradient<kind> reverse(tile, n);
   const Vec weight = Vec::set(tile.weight == nullptr ? 1.0f : tile.weight[n]);
   const Vec logprob_weight = Vec::set(tile.logprob_weight == nullptr ? 0.0f : tile.logprob_weight[n]);
-  const Vec inverse = Vec::set(tile.student_tanh_scale == nullptr ? 0.0f : 1.0f / *tile.student_tanh_scale);
   const int64_t target = tile.logprob_weight == nullptr ? 0 : tile.target_ids[n];
   const float target_z = tile.columns == 0 ? 0.0f : student[target];
 
@@ -198,18 +271,13 @@ inline void write_gradient(const DivergenceTile& tile, int64_t n) {
     const Vec probs = student_prob(p);
     Vec g;
     if (kind == Kind::kForward) {
-      // p_s - p_t = larger * (r > 0 ? E : -E)
-      const Vec difference = p.larger * p.e;
-      g = where_less(zero, p.r, difference, zero - difference);
+      g = forward_gradient(p);
     } else if (kind == Kind::kReverse) {
-      g = zero - probs * (p.r + divergence);
+      g = reverse.of(probs, p.r);
     } else {
-      const Vec u = log_mixture_to_student<kind>(p, make_mixture<kind>(p, mixture_scale));
-      g = (zero - mixture_scale.other) * probs * (u + student_to_mixture);
+      g = reverse.of(probs, log_mixture_to_student<kind>(p, make_mixture<kind>(p, mixture_scale)));
     }
-    g = g * weight - logprob_weight * probs;
-    const Vec t = max(lowest, z_s) * inverse;
-    return g * (Vec::set(1.0f) - t * t);
+    return (g * weight - logprob_weight * probs) * slope.of(z_s);
   };
   const float fill = scale.row_is_delta ? 0.0f : -kInfinity;
   for_each_vector(
@@ -219,9 +287,41 @@ inline void write_gradient(const DivergenceTile& tile, int64_t n) {
         gradient(Vec::load_part(student + i, k, -kInfinity), Vec::load_part(teacher + i, k, fill))
             .store_part(student + i, k);
       });
-  if (tile.logprob_weight != nullptr) {
-    const float t = tile.student_tanh_scale == nullptr ? 0.0f : target_z / *tile.student_tanh_scale;
-    student[target] += tile.logprob_weight[n] * (1.0f - t * t);
+  if (tile.logprob_weight != nullptr) student[target] += tile.logprob_weight[n] * slope.of(target_z);
+}
+
+template <Kind kind>
+inline void write_kept_gradient(const DivergenceTile& tile, int64_t n, Kept kept) {
+  float* row = tile.student + n * tile.student_stride;
+  const CapSlope slope(tile.student_tanh_scale);
+  const ReverseGradient<kind> reverse(tile, n);
+  const auto gradient = [&](Vec z, Vec probs, Vec log) UNISD_INLINE { return reverse.of(probs, log) * slope.of(z); };
+  for_each_vector(
+      tile.columns,
+      [&](int64_t i) UNISD_INLINE {
+        gradient(Vec::load(row + i), Vec::load(kept.probs + i), Vec::load(kept.logs + i)).store(row + i);
+      },
+      [&](int64_t i, int k) UNISD_INLINE {
+        gradient(Vec::load_part(row + i, k, 0.0f), Vec::load_part(kept.probs + i, k, 0.0f),
+                 Vec::load_part(kept.logs + i, k, 0.0f))
+            .store_part(row + i, k);
+      });
+}
+
+inline void tile_divergence_and_gradient(const DivergenceTile& tile, int64_t n, float* scratch) {
+  const Kept kept{scratch, scratch + tile.columns};
+  if (!take_statistics<true>(tile, n, kept)) {
+    float* row = tile.student + n * tile.student_stride;
+    for (int64_t j = 0; j < tile.columns; ++j) row[j] = kNaN;
+    return;
+  }
+  switch (kind_of(tile.beta)) {
+    case Kind::kForward:
+      return;
+    case Kind::kReverse:
+      return write_kept_gradient<Kind::kReverse>(tile, n, kept);
+    default:
+      return write_kept_gradient<Kind::kMixture>(tile, n, kept);
   }
 }
 

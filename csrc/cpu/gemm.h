@@ -32,23 +32,70 @@ constexpr int kBlock = 64;
 // cache.
 constexpr int64_t kInner = 128;
 
-// c[i][j] (+)= sum_k a[k][j] b[i][k] for i < count and j in the vectors of a.
-template <int vectors, int count>
-inline UNISD_INLINE void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t length,
-                                  bool accumulate, float* c, int64_t c_stride, const float* prefetch) {
+// What a product multiplies at a time: single float32 numbers, or pairs of bfloat16 numbers, which lie in the lanes of a
+// float vector. `a` are vectors of them, `b` is what is broadcast, read where it lies.
+struct Singles {
+  using Element = float;
+  static constexpr int64_t elements = 1;
+  static Vec broadcast(const float* p) { return Vec::set(*p); }
+  static Vec add_product(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
+};
+#if defined(UNISD_ISA_BF16)
+// vdpbf16ps: two products, added in float32 and rounded as two additions would be; subnormal numbers count as zero.
+struct Pairs {
+  using Element = uint16_t;
+  static constexpr int64_t elements = 2;
+  static Vec broadcast(const uint16_t* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return {_mm512_castsi512_ps(_mm512_set1_epi32(pair))};
+  }
+  static Vec add_product(Vec a, Vec b, Vec sum) {
+    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+  }
+};
+#endif
+
+// What a thread needs while it multiplies such operands: nothing, but for AMX.
+template <class Operand>
+struct Unit {};
+
+// Rows of what is broadcast: `elements` numbers a step, `stride` numbers to the next row.
+template <class Operand>
+struct Broadcast {
+  const typename Operand::Element* data;
+  int64_t stride;
+  Broadcast from(int64_t row, int64_t step) const {
+    return {data + row * stride + step * Operand::elements, stride};
+  }
+};
+
+// Sums of products where they are put down: c[i * stride + j].
+struct Sums {
+  float* data;
+  int64_t stride;
+  bool accumulate;
+  Sums from(int64_t row) const { return {data + row * stride, stride, accumulate}; }
+};
+
+// c[i][j] (+)= sum_k a[k][j] b[i][k] for i < count and j in the vectors of a. `ahead` is how many numbers further lies
+// what b will be next, or 0.
+template <class Operand, int vectors, int count>
+inline UNISD_INLINE void multiply(const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t steps, Sums c,
+                                  int64_t ahead) {
   Vec sum[count][vectors];
   UNISD_UNROLL
   for (int i = 0; i < count; ++i) {
     UNISD_UNROLL
     for (int j = 0; j < vectors; ++j)
-      sum[i][j] = accumulate ? Vec::load(c + i * c_stride + j * Vec::width) : Vec::set(0.0f);
+      sum[i][j] = c.accumulate ? Vec::load(c.data + i * c.stride + j * Vec::width) : Vec::set(0.0f);
   }
   int64_t k = 0;
-  while (k < length) {
-    const int64_t stop = at_most(length, k + 16);  // a cache line of b
-    if (prefetch != nullptr) {
+  while (k < steps) {
+    const int64_t stop = at_most(steps, k + 16);  // a cache line of b
+    if (ahead != 0) {
       UNISD_UNROLL
-      for (int i = 0; i < count; ++i) __builtin_prefetch(prefetch + i * b_stride + k, 0, 2);
+      for (int i = 0; i < count; ++i) __builtin_prefetch(b.from(i, k).data + ahead, 0, 2);
     }
     for (; k < stop; ++k) {
       Vec column[vectors];
@@ -56,55 +103,61 @@ inline UNISD_INLINE void multiply(const float* a, int64_t a_stride, const float*
       for (int j = 0; j < vectors; ++j) column[j] = Vec::load(a + k * a_stride + j * Vec::width);
       UNISD_UNROLL
       for (int i = 0; i < count; ++i) {
-        const Vec element = Vec::set(b[i * b_stride + k]);
+        const Vec element = Operand::broadcast(b.from(i, k).data);
         UNISD_UNROLL
-        for (int j = 0; j < vectors; ++j) sum[i][j] = fma(column[j], element, sum[i][j]);
+        for (int j = 0; j < vectors; ++j) sum[i][j] = Operand::add_product(column[j], element, sum[i][j]);
       }
     }
   }
   UNISD_UNROLL
   for (int i = 0; i < count; ++i) {
     UNISD_UNROLL
-    for (int j = 0; j < vectors; ++j) sum[i][j].store(c + i * c_stride + j * Vec::width);
+    for (int j = 0; j < vectors; ++j) sum[i][j].store(c.data + i * c.stride + j * Vec::width);
   }
 }
 
-// The same for any number of elements of b, a register tile at a time. `ahead` is how far on lies what b will be next,
-// or 0; `between` is called after each tile, to fetch something else meanwhile.
-template <int vectors, class Between>
-inline void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
-                          int64_t length, bool accumulate, float* c, int64_t c_stride, int64_t ahead,
-                          const Between& between) {
+}  // namespace UNISD_ISA
+}  // namespace unisd
+
+#if defined(UNISD_ISA_AMX)
+#include "amx.h"
+#endif
+
+namespace unisd {
+namespace UNISD_ISA {
+
+// The same for any number of rows of b, a register tile at a time. `between` is called after each tile, to fetch
+// something else meanwhile.
+template <class Operand, int vectors, class Between>
+inline void multiply_rows(const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t rows, int64_t steps, Sums c,
+                          int64_t ahead, const Between& between) {
   int64_t i = 0;
+#if defined(UNISD_ISA_AMX)
+  if constexpr (Operand::elements == 2) i = multiply_tiles<vectors>(a, a_stride, b, rows, steps, c, ahead, between);
+#endif
   for (; i + kBroadcast <= rows; i += kBroadcast) {
-    multiply<vectors, kBroadcast>(a, a_stride, b + i * b_stride, b_stride, length, accumulate, c + i * c_stride,
-                                  c_stride, ahead == 0 ? nullptr : b + i * b_stride + ahead);
+    multiply<Operand, vectors, kBroadcast>(a, a_stride, b.from(i, 0), steps, c.from(i), ahead);
     between();
   }
-  for (; i + 2 <= rows; i += 2)
-    multiply<vectors, 2>(a, a_stride, b + i * b_stride, b_stride, length, accumulate, c + i * c_stride, c_stride,
-                         nullptr);
-  for (; i < rows; ++i)
-    multiply<vectors, 1>(a, a_stride, b + i * b_stride, b_stride, length, accumulate, c + i * c_stride, c_stride,
-                         nullptr);
+  for (; i + 2 <= rows; i += 2) multiply<Operand, vectors, 2>(a, a_stride, b.from(i, 0), steps, c.from(i), 0);
+  for (; i < rows; ++i) multiply<Operand, vectors, 1>(a, a_stride, b.from(i, 0), steps, c.from(i), 0);
 }
 
 // A panel may be lower than kVectors.
-template <class Between>
-inline void multiply_panel(int vectors, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                           int64_t rows, int64_t length, bool accumulate, float* c, int64_t c_stride, int64_t ahead,
-                           const Between& between) {
+template <class Operand, class Between>
+inline void multiply_panel(int vectors, const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t rows,
+                           int64_t steps, Sums c, int64_t ahead, const Between& between) {
   switch (vectors) {
     case 1:
-      return multiply_rows<1>(a, a_stride, b, b_stride, rows, length, accumulate, c, c_stride, ahead, between);
+      return multiply_rows<Operand, 1>(a, a_stride, b, rows, steps, c, ahead, between);
     case 2:
-      return multiply_rows<2>(a, a_stride, b, b_stride, rows, length, accumulate, c, c_stride, ahead, between);
+      return multiply_rows<Operand, 2>(a, a_stride, b, rows, steps, c, ahead, between);
 #if !defined(UNISD_ISA_AVX2)
     case 3:
-      return multiply_rows<3>(a, a_stride, b, b_stride, rows, length, accumulate, c, c_stride, ahead, between);
+      return multiply_rows<Operand, 3>(a, a_stride, b, rows, steps, c, ahead, between);
 #if !defined(UNISD_ISA_AVX512)
     case 4:
-      return multiply_rows<4>(a, a_stride, b, b_stride, rows, length, accumulate, c, c_stride, ahead, between);
+      return multiply_rows<Operand, 4>(a, a_stride, b, rows, steps, c, ahead, between);
 #endif
 #endif
     default:
@@ -155,10 +208,10 @@ inline const void* row_of(Matrix m, int64_t row) {
   return static_cast<const char*>(m.data) + row * m.stride * bytes_of(m.storage);
 }
 
-// Rows [begin, end) of the weight as float32: in place if they are, else widened into `buffer`.
+// Rows of the weight as a product broadcasts them.
+template <class Operand>
 struct WeightBlock {
-  const float* data;
-  int64_t stride;
+  Broadcast<Operand> rows;
   int64_t ahead;  // to the next block of kBlock rows, for prefetching; 0 where the block is a copy
 };
 
@@ -166,49 +219,80 @@ inline int64_t widened_size(Matrix weight, int64_t width) {
   return weight.storage == Storage::kFloat32 ? 0 : kBlock * width;
 }
 
-inline WeightBlock weight_block(Matrix weight, int64_t width, int64_t begin, int64_t end, int64_t last,
-                                Buffer* buffer) {
-  if (weight.storage == Storage::kFloat32) {
-    // Not past the task's columns: the rows there are another thread's, or nobody's.
-    const bool more = end + kBlock <= last;
-    return {static_cast<const float*>(weight.data) + begin * weight.stride, weight.stride,
-            more ? kBlock * weight.stride : 0};
-  }
+template <class Operand>
+inline WeightBlock<Operand> block_in_place(Matrix weight, int64_t begin, int64_t end, int64_t last) {
+  // Not past the task's columns: the rows there are another thread's, or nobody's.
+  const bool more = end + kBlock <= last;
+  return {{static_cast<const typename Operand::Element*>(row_of(weight, begin)), weight.stride},
+          more ? kBlock * weight.stride : 0};
+}
+
+// Rows [begin, end) of the weight: in place if they are what is broadcast, else widened into `buffer`.
+template <class Operand>
+inline WeightBlock<Operand> weight_block(Matrix weight, int64_t width, int64_t begin, int64_t end, int64_t last,
+                                         Buffer* buffer);
+
+template <>
+inline WeightBlock<Singles> weight_block(Matrix weight, int64_t width, int64_t begin, int64_t end, int64_t last,
+                                         Buffer* buffer) {
+  if (weight.storage == Storage::kFloat32) return block_in_place<Singles>(weight, begin, end, last);
   for (int64_t i = begin; i < end; ++i)
     widen(row_of(weight, i), weight.storage, 0, width, buffer->data() + (i - begin) * width);
-  return {buffer->data(), width, 0};
+  return {{buffer->data(), width}, 0};
 }
+
+#if defined(UNISD_ISA_BF16)
+template <>
+inline WeightBlock<Pairs> weight_block(Matrix weight, int64_t, int64_t begin, int64_t end, int64_t last, Buffer*) {
+  return block_in_place<Pairs>(weight, begin, end, last);
+}
+#endif
 
 inline int64_t packed_size(int64_t rows, int64_t width) {
   return (rows + Vec::width - 1) / Vec::width * Vec::width * width;
 }
 
-// Panels of [width][vectors * Vec::width]; missing rows are zero.
-inline void pack_rows(Matrix hidden, int64_t rows, int64_t width, float* packed) {
-  Buffer wide(width);
+// Panels of [steps][vectors * Vec::width]; missing rows are zero. read(row, k) is the number of a row at a step.
+template <class Prepare, class Read>
+inline void pack_panels(int64_t rows, int64_t steps, float* packed, const Prepare& prepare, const Read& read) {
   for (int64_t start = 0; start < rows; start += kPanel) {
     const int64_t height = vectors_for(rows - start) * Vec::width;
     for (int64_t lane = 0; lane < height; ++lane) {
       float* out = packed + lane;
-      if (start + lane >= rows) {
-        for (int64_t k = 0; k < width; ++k) out[k * height] = 0.0f;
-        continue;
-      }
-      widen(row_of(hidden, start + lane), hidden.storage, 0, width, wide.data());
-      for (int64_t k = 0; k < width; ++k) out[k * height] = wide[k];
+      const int64_t row = start + lane;
+      if (row < rows) prepare(row);
+      for (int64_t k = 0; k < steps; ++k) out[k * height] = row < rows ? read(row, k) : 0.0f;
     }
-    packed += height * width;
+    packed += height * steps;
   }
 }
 
+inline void pack_rows(Matrix hidden, int64_t rows, int64_t width, float* packed) {
+  Buffer wide(width);
+  pack_panels(
+      rows, width, packed,
+      [&](int64_t row) { widen(row_of(hidden, row), hidden.storage, 0, width, wide.data()); },
+      [&](int64_t, int64_t k) { return wide[k]; });
+}
+
+#if defined(UNISD_ISA_BF16)
+inline void pack_pairs(Matrix hidden, int64_t rows, int64_t width, float* packed) {
+  Buffer wide(width / 2);
+  pack_panels(
+      rows, width / 2, packed,
+      [&](int64_t row) { std::memcpy(wide.data(), row_of(hidden, row), static_cast<size_t>(width) * 2); },
+      [&](int64_t, int64_t k) { return wide[k]; });
+}
+#endif
+
 // Products of a block of weight rows with one panel: c[i][lane], i < rows of the block.
-inline void block_product(const float* panel, int vectors, int64_t width, const WeightBlock& weight, int64_t rows,
-                          bool first_panel, float* c) {
+template <class Operand>
+inline void block_product(const float* panel, int vectors, int64_t steps, const WeightBlock<Operand>& weight,
+                          int64_t rows, bool first_panel, float* c) {
   const int64_t height = vectors * Vec::width;
-  for (int64_t k = 0; k < width; k += kInner) {
-    const int64_t length = at_most(kInner, width - k);
-    multiply_panel(vectors, panel + k * height, height, weight.data + k, weight.stride, rows, length, k != 0, c, height,
-                   first_panel ? weight.ahead : 0, [] {});
+  for (int64_t k = 0; k < steps; k += kInner) {
+    multiply_panel(vectors, panel + k * height, height, weight.rows.from(0, k), rows, at_most(kInner, steps - k),
+                   Sums{c, height, k != 0}, first_panel ? weight.ahead : 0, [] {});
   }
 }
 

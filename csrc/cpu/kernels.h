@@ -17,10 +17,12 @@ struct Matrix {
   Storage storage;
 };
 
-// Rows [N, H] of hidden states, transposed in panels so that one vector holds the same element of several rows.
+// Rows [N, H] of hidden states, transposed in panels so that one vector holds the same element of several rows, or the
+// same pair of elements of 16 bits.
 struct PackedRows {
   const float* data;
   int64_t rows, width;  // N and H
+  bool pairs;
 };
 
 // The rows of a part's statistics: the largest logit, sum_j e^(z_j - largest), sum_j e^(z_j - largest) (z_j - largest),
@@ -69,11 +71,15 @@ struct EmaTensor {
 
 struct Kernels {
   const char* name;
+  // Are bfloat16 operands multiplied as they are? Else they are widened. A product of such a weight with a gradient rounds
+  // the gradient to bfloat16 then.
+  bool multiplies_pairs;
 
   // Rows of one panel of PackedRows: panels are this high, the last may be lower by whole vectors.
   int panel_rows;
-  int64_t (*packed_size)(int64_t rows, int64_t width);  // in floats
-  void (*pack_rows)(Matrix hidden, int64_t rows, int64_t width, float* packed);
+  int64_t (*packed_size)(int64_t rows, int64_t width);  // in floats; in pairs half as many are used
+  // Packs in pairs: for bfloat16 rows of an even width and a bfloat16 weight, where `multiplies_pairs`.
+  void (*pack_rows)(Matrix hidden, int64_t rows, int64_t width, bool pairs, float* packed);
 
   // Columns [begin, end) of scale * (hidden weight^T + bias) into out [N, V]; weight [V, H], bias [V] or null.
   void (*logits)(PackedRows hidden, Matrix weight, const float* bias, float scale, int64_t begin, int64_t end,
@@ -95,6 +101,8 @@ struct Kernels {
   void (*tile_logprob_gradient)(const LogprobTile& tile, int64_t n);
   void (*tile_divergence)(const DivergenceTile& tile, int64_t n);
   void (*tile_divergence_gradient)(const DivergenceTile& tile, int64_t n);
+  // Both with weights of one, while the row is near: `scratch` has room for 2 * columns.
+  void (*tile_divergence_and_gradient)(const DivergenceTile& tile, int64_t n, float* scratch);
 
   // out [width] = scale * row, rounded to `storage`, which is not float64.
   void (*scale_row)(const float* row, float scale, int64_t width, void* out, Storage storage);
@@ -116,6 +124,12 @@ namespace avx2 {
 const Kernels& kernels();
 }
 namespace avx512 {
+const Kernels& kernels();
+}
+namespace avx512_bf16 {
+const Kernels& kernels();
+}
+namespace amx_bf16 {
 const Kernels& kernels();
 }
 #endif

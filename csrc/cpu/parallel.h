@@ -8,13 +8,22 @@
 
 namespace unisd {
 
+// body(i, state) for each i in [0, pieces); make() gives each thread that has a piece a state of its own.
+template <class Make, class Body>
+void for_each_piece_with(int64_t pieces, const Make& make, const Body& body) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+    int64_t i = next++;
+    if (i >= pieces) return;
+    const auto state = make();
+    for (; i < pieces; i = next++) body(i, state);
+  });
+}
+
 // body(i) for each i in [0, pieces).
 template <class Body>
 void for_each_piece(int64_t pieces, const Body& body) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < pieces; i = next++) body(i);
-  });
+  for_each_piece_with(pieces, [] { return 0; }, [&](int64_t i, int) { body(i); });
 }
 
 // body(i, begin, end) for the spans of `step` that cover [0, total).

@@ -16,9 +16,12 @@ constexpr int64_t kGradientBlock = 96;
 // A tile of more floats than this leaves the second-level cache anyway.
 constexpr int64_t kStreamedFloats = 1 << 20;
 
-inline void logits(PackedRows hidden, Matrix weight, const float* bias, float scale, int64_t begin, int64_t end,
-                   float* out, int64_t out_stride) {
-  Buffer product(kBlock * kPanel), wide(widened_size(weight, hidden.width));
+template <class Operand>
+inline void logits_of(PackedRows hidden, Matrix weight, const float* bias, float scale, int64_t begin, int64_t end,
+                      float* out, int64_t out_stride) {
+  const int64_t steps = hidden.width / Operand::elements;
+  [[maybe_unused]] const Unit<Operand> unit{};
+  Buffer product(kBlock * kPanel), wide(Operand::elements == 1 ? widened_size(weight, hidden.width) : 0);
   const Vec factor = Vec::set(scale);
   // A tile too large for the cache goes to memory past it, which spares reading what is overwritten; in whole cache
   // lines only.
@@ -27,13 +30,13 @@ inline void logits(PackedRows hidden, Matrix weight, const float* bias, float sc
                         begin % line == 0 && reinterpret_cast<uintptr_t>(out) % (line * sizeof(float)) == 0;
   for (int64_t v = begin; v < end; v += kBlock) {
     const int64_t columns = at_most(kBlock, end - v);
-    const WeightBlock block = weight_block(weight, hidden.width, v, v + columns, end, &wide);
+    const auto block = weight_block<Operand>(weight, hidden.width, v, v + columns, end, &wide);
     const float* panel = hidden.data;
     for (int64_t start = 0; start < hidden.rows; start += kPanel) {
       const int vectors = vectors_for(hidden.rows - start);
       const int64_t height = vectors * Vec::width;
-      block_product(panel, vectors, hidden.width, block, columns, start == 0, product.data());
-      panel += height * hidden.width;
+      block_product(panel, vectors, steps, block, columns, start == 0, product.data());
+      panel += height * steps;
       // [columns][rows] to [rows][columns], a square of vectors at a time, all columns of a few rows first.
       for (int64_t lane = 0; lane < height && start + lane < hidden.rows; lane += Vec::width) {
         const int64_t row = start + lane;
@@ -64,9 +67,12 @@ inline void logits(PackedRows hidden, Matrix weight, const float* bias, float sc
 }
 
 // An online log-sum-exp whose lanes are rows: no logit leaves the first-level cache.
-inline void score(PackedRows hidden, Matrix weight, const float* bias, float scale, const float* tanh_scale,
-                  const int64_t* target_ids, bool want_entropy, int64_t begin, int64_t end, float* partial) {
-  Buffer product(kBlock * kPanel), wide(widened_size(weight, hidden.width));
+template <class Operand>
+inline void score_of(PackedRows hidden, Matrix weight, const float* bias, float scale, const float* tanh_scale,
+                     const int64_t* target_ids, bool want_entropy, int64_t begin, int64_t end, float* partial) {
+  const int64_t steps = hidden.width / Operand::elements;
+  [[maybe_unused]] const Unit<Operand> unit{};
+  Buffer product(kBlock * kPanel), wide(Operand::elements == 1 ? widened_size(weight, hidden.width) : 0);
   const int64_t padded = packed_size(hidden.rows, 1);
   Buffer state(3 * padded);
   float* highest = state.data();
@@ -81,13 +87,13 @@ inline void score(PackedRows hidden, Matrix weight, const float* bias, float sca
 
   for (int64_t v = begin; v < end; v += kBlock) {
     const int64_t columns = at_most(kBlock, end - v);
-    const WeightBlock block = weight_block(weight, hidden.width, v, v + columns, end, &wide);
+    const auto block = weight_block<Operand>(weight, hidden.width, v, v + columns, end, &wide);
     const float* panel = hidden.data;
     for (int64_t start = 0; start < hidden.rows; start += kPanel) {
       const int vectors = vectors_for(hidden.rows - start);
       const int64_t height = vectors * Vec::width;
-      block_product(panel, vectors, hidden.width, block, columns, start == 0, product.data());
-      panel += height * hidden.width;
+      block_product(panel, vectors, steps, block, columns, start == 0, product.data());
+      panel += height * steps;
       for (int64_t lane = 0; lane < height; lane += Vec::width) {
         float* column = product.data() + lane;
         Vec block_max = minus_infinity, not_finite = zero;
@@ -135,8 +141,8 @@ inline void score(PackedRows hidden, Matrix weight, const float* bias, float sca
   }
 }
 
-// `columns` columns of `count` weight rows, as float32 rows of whole vectors; what is missing of the last is zero.
-inline void pack_panel(Matrix weight, int64_t first_row, int64_t count, int64_t first_column, int64_t columns,
+// `columns` columns of `count` weight rows, as rows of whole vectors; what is missing of the last is zero.
+inline void pack_panel(Singles, Matrix weight, int64_t first_row, int64_t count, int64_t first_column, int64_t columns,
                        int vectors, float* packed) {
   const int64_t height = vectors * Vec::width;
   if (weight.storage == Storage::kFloat32 && columns == kPanel) {
@@ -153,35 +159,86 @@ inline void pack_panel(Matrix weight, int64_t first_row, int64_t count, int64_t 
   }
 }
 
-inline void backward(const float* gradient, int64_t gradient_stride, int64_t rows, int64_t length, Matrix weight,
-                     int64_t begin, int64_t end, float* out, int64_t out_stride) {
+// A block of the gradient as it is broadcast: in place.
+inline Broadcast<Singles> gradient_block(Singles, const float* gradient, int64_t stride, int64_t, int64_t, Buffer*) {
+  return {gradient, stride};
+}
+inline int64_t gradient_block_size(Singles, int64_t) { return 0; }
+
+#if defined(UNISD_ISA_BF16)
+// The same in pairs of rows; behind the last of an odd number of rows comes zero.
+inline void pack_panel(Pairs, Matrix weight, int64_t first_row, int64_t count, int64_t first_column, int64_t columns,
+                       int vectors, float* packed) {
+  const int64_t height = vectors * Vec::width;
+  for (int64_t i = 0; i < count; i += 2, packed += height) {
+    const uint16_t* first = static_cast<const uint16_t*>(row_of(weight, first_row + i)) + first_column;
+    const uint16_t* second = i + 1 < count ? first + weight.stride : nullptr;
+    for (int64_t h = 0; h < height; h += Vec::width) {
+      const int64_t left = columns - h;
+      const __mmask16 lanes = left >= Vec::width ? 0xffff : static_cast<__mmask16>(left <= 0 ? 0 : (1u << left) - 1);
+      const auto load = [&](const uint16_t* row) UNISD_INLINE {
+        return row == nullptr ? _mm512_setzero_si512() : _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, row + h));
+      };
+      const __m512i pairs = _mm512_or_si512(load(first), _mm512_slli_epi32(load(second), 16));
+      _mm512_storeu_si512(packed + h, pairs);
+    }
+  }
+}
+
+// A block of the gradient as it is broadcast: a copy [rows, count], rounded to the weight's 16 bits.
+inline Broadcast<Pairs> gradient_block(Pairs, const float* gradient, int64_t stride, int64_t rows, int64_t count,
+                                       Buffer* buffer) {
+  uint16_t* copy = reinterpret_cast<uint16_t*>(buffer->data());
+  constexpr int64_t copy_stride = 2 * kGradientBlock;
+  for (int64_t n = 0; n < rows; ++n) {
+    const float* from = gradient + n * stride;
+    uint16_t* to = copy + n * copy_stride;
+    for (int64_t i = 0; i < count; i += Vec::width) {
+      const int64_t left = count - i;
+      const __mmask16 lanes = left >= Vec::width ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+      const __m256bh narrow = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, from + i));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), reinterpret_cast<__m256i>(narrow));
+    }
+  }
+  return {copy, copy_stride};
+}
+inline int64_t gradient_block_size(Pairs, int64_t rows) { return rows * kGradientBlock; }
+#endif
+
+template <class Operand>
+inline void backward_of(const float* gradient, int64_t gradient_stride, int64_t rows, int64_t length, Matrix weight,
+                        int64_t begin, int64_t end, float* out, int64_t out_stride) {
+  [[maybe_unused]] const Unit<Operand> unit{};
   // The weight's columns go through a packed copy of one block, a panel at a time: whatever its stride, it then
   // misses neither the cache nor the page table, and narrow storage is widened once.
   const int64_t width = end - begin, padded = (width + Vec::width - 1) / Vec::width * Vec::width;
   const bool in_place = padded == width;  // else the last vector of a row would write past the columns
+  constexpr int64_t block = kGradientBlock * Operand::elements;
   Buffer packed(kGradientBlock * kPanel), sums(in_place ? 0 : rows * padded);
+  Buffer narrow(gradient_block_size(Operand(), rows));
   float* total = in_place ? out + begin : sums.data();
   const int64_t total_stride = in_place ? out_stride : padded;
   const int64_t element = bytes_of(weight.storage);
   const int64_t tiles = (padded + kPanel - 1) / kPanel * (rows / kBroadcast);
-  const int64_t rows_per_tile = tiles == 0 ? 0 : (kGradientBlock + tiles - 1) / tiles;
-  for (int64_t v = 0; v < length; v += kGradientBlock) {
-    const int64_t count = at_most(kGradientBlock, length - v);
+  const int64_t rows_per_tile = tiles == 0 ? 0 : (block + tiles - 1) / tiles;
+  for (int64_t v = 0; v < length; v += block) {
+    const int64_t count = at_most(block, length - v);
     // The next block of the weight comes from memory while this one is multiplied.
-    const bool more = v + 2 * kGradientBlock <= length;
+    const bool more = v + 2 * block <= length;
     int64_t fetched = 0;
     const auto fetch_rows = [&]() UNISD_INLINE {
-      for (int64_t i = 0; more && i < rows_per_tile && fetched < kGradientBlock; ++i, ++fetched) {
-        const char* row = static_cast<const char*>(row_of(weight, v + kGradientBlock + fetched)) + begin * element;
+      for (int64_t i = 0; more && i < rows_per_tile && fetched < block; ++i, ++fetched) {
+        const char* row = static_cast<const char*>(row_of(weight, v + block + fetched)) + begin * element;
         for (int64_t byte = 0; byte < width * element; byte += 64) __builtin_prefetch(row + byte, 0, 2);
       }
     };
-    const float* g = gradient + v;
+    const auto g = gradient_block(Operand(), gradient + v, gradient_stride, rows, count, &narrow);
+    const int64_t steps = (count + Operand::elements - 1) / Operand::elements;
     for (int64_t h = 0; h < padded; h += kPanel) {
       const int vectors = vectors_for(padded - h);
-      pack_panel(weight, v, count, begin + h, at_most(kPanel, width - h), vectors, packed.data());
-      multiply_panel(vectors, packed.data(), vectors * Vec::width, g, gradient_stride, rows, count,
-                     v != 0, total + h, total_stride, 0, fetch_rows);
+      pack_panel(Operand(), weight, v, count, begin + h, at_most(kPanel, width - h), vectors, packed.data());
+      multiply_panel(vectors, packed.data(), vectors * Vec::width, g, rows, steps, Sums{total + h, total_stride, v != 0},
+                     0, fetch_rows);
     }
   }
   for (int64_t n = 0; n < rows && (!in_place || length == 0); ++n) {

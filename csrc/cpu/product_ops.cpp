@@ -3,10 +3,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <memory>
-#include <new>
 
 #include "arguments.h"
+#include "floats.h"
 #include "parallel.h"
 
 namespace unisd {
@@ -16,16 +15,6 @@ namespace {
 constexpr int64_t kLogitColumns = 512, kScoreColumns = 2048;
 // Slices of the vocabulary in the backward product, and the step in which the hidden width is cut.
 constexpr int64_t kBackwardSlices = 8, kBackwardColumns = 48;
-
-struct AlignedDelete {
-  void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-using Floats = std::unique_ptr<float, AlignedDelete>;
-
-Floats allocate(int64_t size) {
-  return Floats(static_cast<float*>(
-      ::operator new(static_cast<size_t>(size < 1 ? 1 : size) * sizeof(float), std::align_val_t(64))));
-}
 
 // The matrix without its first rows.
 Matrix rows_from(const Matrix& m, int64_t first) {
@@ -46,14 +35,16 @@ Operands operands(const Tensor& hidden, const Tensor& weight, const std::optiona
   const int64_t count = hidden.size(0), width = hidden.size(1), columns = weight.size(0);
   STD_TORCH_CHECK(weight.size(1) == width, "weight must have shape [V, ", width, "], got [", columns, ", ",
                   weight.size(1), "]");
+  const bool pairs = kernels().multiplies_pairs && width % 2 == 0 && rows.storage == Storage::kBFloat16 &&
+                     result.weight.storage == Storage::kBFloat16;
   // Whole panels, packed by several threads.
-  const int64_t panel = kernels().panel_rows;
+  const int64_t panel = kernels().panel_rows, steps = pairs ? width / 2 : width;
   result.packed = allocate(kernels().packed_size(count, width));
   float* packed = result.packed.get();
   for_each_span(count, panel, [&](int64_t, int64_t first, int64_t last) {
-    kernels().pack_rows(rows_from(rows, first), last - first, width, packed + first * width);
+    kernels().pack_rows(rows_from(rows, first), last - first, width, pairs, packed + first * steps);
   });
-  result.hidden = {packed, count, width};
+  result.hidden = {packed, count, width, pairs};
   result.bias = nullptr;
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == columns && (columns <= 1 || bias->stride(0) == 1),

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "arguments.h"
+#include "floats.h"
 #include "parallel.h"
 
 namespace unisd {
@@ -75,12 +76,20 @@ DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, con
 
 void tile_divergence(Tensor student, Tensor teacher, std::optional<double> student_tanh_scale,
                      std::optional<double> teacher_tanh_scale, std::optional<Tensor> teacher_is_delta,
-                     std::optional<Tensor> target_ids, double beta, bool want_entropy, Tensor statistics) {
+                     std::optional<Tensor> target_ids, double beta, bool want_entropy, Tensor statistics,
+                     bool with_gradient) {
   const OptionalFloat student_softcap(student_tanh_scale), teacher_softcap(teacher_tanh_scale);
   DivergenceTile tile = divergence_tile(student, teacher, student_softcap, teacher_softcap, teacher_is_delta,
                                         target_ids, beta, statistics);
   tile.want_entropy = want_entropy;
-  for_each_piece(tile.rows, [&](int64_t n) { kernels().tile_divergence(tile, n); });
+  if (!with_gradient) {
+    for_each_piece(tile.rows, [&](int64_t n) { kernels().tile_divergence(tile, n); });
+    return;
+  }
+  // Of each thread, so that it stays in its cache from row to row.
+  for_each_piece_with(
+      tile.rows, [&] { return allocate(2 * tile.columns); },
+      [&](int64_t n, const Floats& scratch) { kernels().tile_divergence_and_gradient(tile, n, scratch.get()); });
 }
 
 void tile_divergence_gradient(Tensor student, Tensor teacher, std::optional<double> student_tanh_scale,

@@ -55,7 +55,7 @@ def torch_tiles(student, teacher, cap, teacher_cap, ids, beta, weight, logprob_w
     tile = student.clone()
     transforms = LogitTransform(1.0, cap, 1.0), LogitTransform(1.0, teacher_cap, 1.0)
     logits = LogitPair(tile, teacher.clone(), None)
-    rows, saved = TorchBackend().divergence_of_logits(logits, *transforms, ids, beta, True)
+    rows, saved = TorchBackend().divergence_of_logits(logits, *transforms, ids, beta, True, False)
     TorchBackend().divergence_of_logits_backward(saved, ids, weight, logprob_weight)
     return list(rows), tile
 
@@ -84,6 +84,15 @@ def run_divergence(
     assert torch.equal(tiles[1].nan_to_num(), before[0].nan_to_num())
     assert torch.equal(statistics.nan_to_num(), before[1].nan_to_num())
     assert all(frame_is_untouched(tile, CANARY) for tile in tiles)
+    if weight is None and logprob_weight is None:
+        # Both in one, the same bits.
+        joint = inside(student, 1, *paddings, CANARY), inside(teacher, 1, *reversed(paddings), CANARY)
+        together = torch.full_like(statistics, torch.nan)
+        ops.tile_divergence_(*joint, cap, teacher_cap, teacher_is_delta, ids, beta, want_entropy, together, True)
+        assert torch.equal(together.view(torch.int32), statistics.view(torch.int32))
+        assert torch.equal(joint[0].nan_to_num(), tiles[0].nan_to_num())
+        assert torch.equal(joint[0].isnan(), tiles[0].isnan())
+        assert all(frame_is_untouched(tile, CANARY) for tile in joint)
     return list(statistics[:5]), tiles[0]
 
 

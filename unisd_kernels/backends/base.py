@@ -183,9 +183,18 @@ class Backend(Protocol):
         it has its dtype. `logits` is [rows, V]; the rest is [rows]."""
 
     def divergence(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
+        self,
+        student: Projection,
+        teacher: Projection,
+        beta: float,
+        workspace_bytes: int,
+        needs_grad: NeedsGrad,
+        unit_weights: bool,
     ) -> Divergence:
-        """Walk over the rows of student and teacher for a divergence and the student's gradients that are needed."""
+        """Walk over the rows of student and teacher for a divergence and the student's gradients that are needed.
+
+        `unit_weights`: `Divergence.backward` will be given no weights.
+        """
 
     def scale_rows(self, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`scale_n rows_n`, rounded once to `dtype`; how upstream weights [N] meet row gradients [N, H] made in the
@@ -211,6 +220,11 @@ class LogitBackend(Backend, Protocol):
     # Does it take z_t - z_s in place of z_t? With one head for both that is `(h_t - h_s) W^T`, which keeps the digits
     # of a small divergence.
     takes_delta: bool
+    # Does it write a gradient whose weights are all one together with the statistics, while a row is near?
+    joins_gradient: bool
+
+    def multiplies_narrow(self, projection: Projection) -> bool:
+        """Whether its products take these 16-bit operands as they are, so that rows to project are better left so."""
 
     def divergence_of_logits(
         self,
@@ -220,8 +234,12 @@ class LogitBackend(Backend, Protocol):
         target_ids: torch.Tensor | None,
         beta: float,
         want_entropy: bool,
+        with_gradient: bool,
     ) -> tuple[DivergenceRows, Any]:
-        """Statistics of complete rows, and `saved` for `divergence_of_logits_backward`. `target_ids` is [rows]."""
+        """Statistics of complete rows, and `saved` for `divergence_of_logits_backward`. `target_ids` is [rows].
+
+        `with_gradient`, where it `joins_gradient`: that of weights of one is written at once, and no backward follows.
+        """
 
     def divergence_of_logits_backward(
         self,

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
+from collections.abc import Callable
+
 import torch
 
 
@@ -27,7 +32,36 @@ def most_rows(workspace_bytes: int, row_bytes: int, num_columns: int) -> int:
 
 def row_buffer(rows: int, num_columns: int, padding: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[rows, num_columns], uninitialized, its rows padded."""
-    return torch.empty(rows, row_stride(num_columns, padding), dtype=dtype, device=device)[:, :num_columns]
+    buffer = torch.empty(rows, row_stride(num_columns, padding), dtype=dtype, device=device)
+    if device.type == "cpu":
+        advise_huge_pages(buffer)
+    return buffer[:, :num_columns]
+
+
+# Of the kernel: pages of 2 MiB for a range of memory, where it has them (Linux; <asm-generic/mman-common.h>).
+_MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 << 20
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return function  # type: ignore[no-any-return]
+
+
+def advise_huge_pages(buffer: torch.Tensor) -> None:
+    """Ask for large pages under a CPU buffer. It is new memory at every call: to touch 57 MB of it for the first time
+    takes 14,000 page faults or 28, and rows that lie 200 kB apart are 144 entries of the page table or a few.
+
+    Advice: without it, or where it is not taken, everything is as right and a little slower.
+    """
+    begin = -(-buffer.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+    end = (buffer.data_ptr() + buffer.numel() * buffer.itemsize) // _HUGE_PAGE * _HUGE_PAGE
+    madvise = _madvise()
+    if madvise is not None and end > begin:
+        madvise(begin, end - begin, _MADV_HUGEPAGE)
 
 
 def equal_chunks(num_rows: int, most: int) -> int:

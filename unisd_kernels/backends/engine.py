@@ -206,7 +206,8 @@ class Engine:
             gradients = allocate(needs_grad, student, written=num_rows > 0)
             results = {name: torch.zeros(num_rows, dtype=student.dtype, device=device) for name in names}
             if num_rows:
-                pair = self.backend.divergence(student, teacher, beta, self.workspace_bytes, needs_grad)
+                unit_weights = row_weights is unit_row_weights
+                pair = self.backend.divergence(student, teacher, beta, self.workspace_bytes, needs_grad, unit_weights)
                 for rows in spans(num_rows, pair.chunk_rows):
                     chunk = pair.logits(rows)
                     for block in _blocks(rows, pair.block_rows):

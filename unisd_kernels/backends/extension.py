@@ -45,14 +45,23 @@ def cpu_unavailable() -> str | None:
 
 
 def cpu_isa() -> str:
-    """The instruction set the CPU operations run with: "avx512", "avx2" or "scalar". `UNISD_CPU_ISA` overrides the
-    choice.
+    """The instruction set the CPU operations run with: "amx_bf16", "avx512_bf16", "avx512", "avx2" or "scalar".
+    `UNISD_CPU_ISA` overrides the choice.
 
     Raises:
         RuntimeError: there is no library.
     """
     operations()
     return str(_load_cpu()[0])
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether products take bfloat16 operands as they are; else they are widened to float32.
+
+    Raises:
+        RuntimeError: there is no library.
+    """
+    return cpu_isa().endswith("bf16")
 
 
 def operations() -> Any:
@@ -84,7 +93,7 @@ def _load_cpu() -> tuple[str | None, str | None]:
     if isa is None:
         raise ValueError(
             f"UNISD_CPU_ISA={os.environ.get('UNISD_CPU_ISA')!r} is not an instruction set of this processor; it takes "
-            "scalar, avx2 or avx512, or leave it unset"
+            "scalar, avx2, avx512, avx512_bf16 or amx_bf16, or leave it unset"
         )
     for operation in OPERATIONS:
         torch.library.register_fake(f"unisd::{operation}", _fake)

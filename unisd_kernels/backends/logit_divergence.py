@@ -27,6 +27,7 @@ class LogitDivergence:
         beta: float,
         workspace_bytes: int,
         needs_grad: NeedsGrad,
+        unit_weights: bool,
     ) -> None:
         self._backend, self._student, self._teacher, self._beta = backend, student, teacher, beta
         columns, device = student.num_columns, student.hidden.device
@@ -36,6 +37,8 @@ class LogitDivergence:
         self.block_rows = backend.block_rows(columns, device)
         # The student's rows of a chunk, then the teacher's.
         self._buffer = row_buffer(2 * self.chunk_rows, columns, backend.row_padding, student.dtype, device)
+        self._narrow = backend.multiplies_narrow(student)
+        self._with_gradient = backend.joins_gradient and needs_grad.any and unit_weights
         self._takes_delta = backend.takes_delta and student.can_project_delta(teacher)
 
     def logits(self, rows: slice) -> LogitPair:
@@ -46,10 +49,10 @@ class LogitDivergence:
             backend.logits(student, rows, student_tile)
             backend.logits(teacher, rows, teacher_tile)
             return LogitPair(student_tile, teacher_tile, None)
-        hidden, is_delta = teacher.delta_rows(student, rows)
+        hidden, is_delta = teacher.delta_rows(student, rows, narrow=self._narrow)
         if student.bias is None:
             # One walk through the weight for both.
-            both = student.of_rows(torch.cat((student.hidden[rows].to(student.dtype), hidden)))
+            both = student.of_rows(torch.cat((student.hidden[rows].to(hidden.dtype), hidden)))
             backend.logits(both, slice(0, 2 * count), self._buffer[: 2 * count])
         else:
             backend.logits(student, rows, student_tile)
@@ -71,6 +74,7 @@ class LogitDivergence:
             target_ids,
             self._beta,
             want_entropy,
+            self._with_gradient,
         )
 
     def backward(
@@ -80,7 +84,8 @@ class LogitDivergence:
         weight: torch.Tensor | None,
         logprob_weight: torch.Tensor | None,
     ) -> None:
-        self._backend.divergence_of_logits_backward(saved, target_ids, weight, logprob_weight)
+        if not self._with_gradient:
+            self._backend.divergence_of_logits_backward(saved, target_ids, weight, logprob_weight)
 
     def gradient(self, count: int) -> torch.Tensor:
         return self._buffer[:count]

@@ -51,6 +51,7 @@ class NativeBackend:
     name = "native"
     stacks_views = False
     takes_delta = True
+    joins_gradient = True
     # A row of logits is often a multiple of 4096 bytes long, so that the same column of all rows falls into one set of
     # the cache; one cache line more, and it does not.
     row_padding = 16
@@ -60,6 +61,13 @@ class NativeBackend:
         if num_rows <= rows:
             return num_rows
         return rows if rows < _PANEL_STEP else rows // _PANEL_STEP * _PANEL_STEP
+
+    def multiplies_narrow(self, projection: Projection) -> bool:
+        return (
+            projection.hidden.dtype == projection.weight.dtype == torch.bfloat16
+            and projection.hidden.shape[1] % 2 == 0
+            and extension.cpu_multiplies_bfloat16()
+        )
 
     def block_rows(self, num_columns: int, device: torch.device) -> None:
         return None
@@ -103,9 +111,15 @@ class NativeBackend:
         return out
 
     def divergence(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
+        self,
+        student: Projection,
+        teacher: Projection,
+        beta: float,
+        workspace_bytes: int,
+        needs_grad: NeedsGrad,
+        unit_weights: bool,
     ) -> LogitDivergence:
-        return LogitDivergence(self, student, teacher, beta, workspace_bytes, needs_grad)
+        return LogitDivergence(self, student, teacher, beta, workspace_bytes, needs_grad, unit_weights)
 
     def softmax(
         self, logits: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
@@ -142,6 +156,7 @@ class NativeBackend:
         target_ids: torch.Tensor | None,
         beta: float,
         want_entropy: bool,
+        with_gradient: bool,
     ) -> tuple[DivergenceRows, SavedDivergence]:
         statistics = logits.student.new_empty(_NUM_STATISTICS, logits.student.shape[0])
         extension.operations().tile_divergence_(
@@ -154,6 +169,7 @@ class NativeBackend:
             beta,
             want_entropy,
             statistics,
+            with_gradient,
         )
         with_targets, with_entropy = target_ids is not None, want_entropy
         rows = DivergenceRows(

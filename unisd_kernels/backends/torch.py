@@ -84,7 +84,11 @@ class TorchBackend:
     name = "torch"
     stacks_views = False
     takes_delta = False
+    joins_gradient = False
     row_padding = 0
+
+    def multiplies_narrow(self, projection: Projection) -> bool:
+        return False
 
     def chunk_rows(self, num_rows: int, most: int, weight_gradient: bool) -> int:
         return equal_chunks(num_rows, most)
@@ -144,9 +148,15 @@ class TorchBackend:
         return torch.mul(rows, scale.unsqueeze(-1), out=torch.empty_like(rows, dtype=dtype))
 
     def divergence(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
+        self,
+        student: Projection,
+        teacher: Projection,
+        beta: float,
+        workspace_bytes: int,
+        needs_grad: NeedsGrad,
+        unit_weights: bool,
     ) -> LogitDivergence:
-        return LogitDivergence(self, student, teacher, beta, workspace_bytes, needs_grad)
+        return LogitDivergence(self, student, teacher, beta, workspace_bytes, needs_grad, unit_weights)
 
     def softmax(
         self, logits: torch.Tensor, gradient: torch.Tensor, transform: LogitTransform, target_ids: torch.Tensor
@@ -198,6 +208,7 @@ class TorchBackend:
         target_ids: torch.Tensor | None,
         beta: float,
         want_entropy: bool,
+        with_gradient: bool,
     ) -> tuple[DivergenceRows, SavedDivergence]:
         student, teacher, teacher_is_delta = logits
         assert teacher_is_delta is None

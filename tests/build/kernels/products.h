@@ -63,7 +63,9 @@ void check_products(int64_t rows, int64_t columns, int64_t width, Storage storag
 
   const int64_t gradient_stride = columns + 1;
   Buffer<float> gradient((rows - 1) * gradient_stride + columns);
-  for (int64_t i = 0; i < gradient.size; ++i) gradient[i] = static_cast<float>(normal());
+  // Numbers that a product with a bfloat16 weight need not round.
+  for (int64_t i = 0; i < gradient.size; ++i)
+    gradient[i] = static_cast<float>(rounded(normal(), storage == Storage::kBFloat16 ? storage : Storage::kFloat32));
   Buffer<double> exact_back(rows * width);
   for (int64_t n = 0; n < rows; ++n) {
     double* out = exact_back.data + n * width;
@@ -76,16 +78,18 @@ void check_products(int64_t rows, int64_t columns, int64_t width, Storage storag
   for (const Kernels* k : tables()) {
     isa = k->name;
     Buffer<float> packed(k->packed_size(rows, width), kNan), by_panel(k->packed_size(rows, width), kNan);
-    k->pack_rows(hidden.matrix(), rows, width, packed.data);
+    const bool pairs = k->multiplies_pairs && storage == Storage::kBFloat16 && width % 2 == 0;
+    k->pack_rows(hidden.matrix(), rows, width, pairs, packed.data);
     for (int64_t first = 0; first < rows; first += k->panel_rows) {
       Matrix part = hidden.matrix();
       part.data = static_cast<const char*>(part.data) + first * part.stride * bytes_of(storage);
       const int64_t left = rows - first;
-      k->pack_rows(part, left < k->panel_rows ? left : k->panel_rows, width, by_panel.data + first * width);
+      k->pack_rows(part, left < k->panel_rows ? left : k->panel_rows, width, pairs,
+                   by_panel.data + first * (pairs ? width / 2 : width));
     }
-    for (int64_t i = 0; i < packed.size; ++i)
-      expect("pack_rows", i, static_cast<double>(by_panel[i]), static_cast<double>(packed[i]), 0.0);
-    const PackedRows panels{packed.data, rows, width};
+    for (int64_t i = 0; i < packed.size / (pairs ? 2 : 1); ++i)
+      expect_bits("pack_rows", i, by_panel[i], packed[i]);
+    const PackedRows panels{packed.data, rows, width, pairs};
 
     const int64_t stride = columns + padding;
     Buffer<float> out((rows - 1) * stride + columns, kNan);
@@ -153,12 +157,12 @@ void check_streamed_logits() {
   for (const Kernels* k : tables()) {
     isa = k->name;
     Buffer<float> packed(k->packed_size(rows, 1));
-    k->pack_rows(hidden.matrix(), rows, 1, packed.data);
+    k->pack_rows(hidden.matrix(), rows, 1, false, packed.data);
     const int64_t size = rows * stride;
     Aligned out(size);
     for (int64_t i = 0; i < size; ++i) out.data[i] = kNan;
     for (int64_t begin = 0; begin < columns; begin += 512)
-      k->logits({packed.data, rows, 1}, weight.matrix(), nullptr, 1.0f, begin,
+      k->logits({packed.data, rows, 1, false}, weight.matrix(), nullptr, 1.0f, begin,
                 begin + 512 < columns ? begin + 512 : columns, out.data, stride);
     for (int64_t n = 0; n < rows; ++n) {
       for (int64_t j = 0; j < stride; ++j) {

@@ -112,6 +112,21 @@ void check_divergence(int64_t columns, double beta, int variant) {
     tile.logprob_weight = with_weights && with_targets ? logprob_weight.data : nullptr;
     for (int64_t n = 0; n < rows; ++n) k->tile_divergence_gradient(tile, n);
 
+    if (!with_weights) {
+      // The two in one are the same bits.
+      Tile joint_s(student), joint_t(teacher);
+      Buffer<float> joint_statistics(kDivergenceStatistics * rows, kNan), scratch(2 * columns, kNan);
+      DivergenceTile joint = tile;
+      joint.student = joint_s.data.data;
+      joint.teacher = joint_t.data.data;
+      joint.statistics = joint_statistics.data;
+      for (int64_t n = 0; n < rows; ++n) k->tile_divergence_and_gradient(joint, n, scratch.data);
+      for (int64_t i = 0; i < statistics.size; ++i)
+        expect_bits("divergence and gradient: statistics", i, joint_statistics[i], statistics[i]);
+      for (int64_t i = 0; i < s.data.size; ++i)
+        expect_bits("divergence and gradient: gradient", i, joint_s.data[i], s.data[i]);
+    }
+
     for (int64_t n = 0; n < rows; ++n) {
       const auto z_s = [&](int64_t j) { return capped(student.at(n, j), cap); };
       const auto z_t = [&](int64_t j) {

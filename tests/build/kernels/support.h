@@ -58,6 +58,14 @@ void expect(const char* what, int64_t i, double ours, double exact, double allow
   report(what, i, ours, exact, allowed);
 }
 
+// Pairs of 16-bit numbers are no float32 numbers.
+void expect_bits(const char* what, int64_t i, float ours, float exact) {
+  uint32_t a, b;
+  std::memcpy(&a, &ours, sizeof a);
+  std::memcpy(&b, &exact, sizeof b);
+  if (a != b) report(what, i, a, b, 0.0);
+}
+
 // Sums of numbers of order one.
 double tolerance(double exact) { return 5e-6 * (std::fabs(exact) > 1.0 ? std::fabs(exact) : 1.0); }
 void expect_close(const char* what, int64_t i, double ours, double exact) {
@@ -183,6 +191,13 @@ std::vector<const Kernels*> tables() {
   const CpuFeatures has = detect_cpu_features();
   if (has.avx2) found.push_back(&avx2::kernels());
   if (has.avx512) found.push_back(&avx512::kernels());
+  if (has.avx512_bf16) found.push_back(&avx512_bf16::kernels());
+  // With tiles in software they need no more.
+#if defined(UNISD_SOFTWARE_TILES)
+  if (has.avx512_bf16) found.push_back(&amx_bf16::kernels());
+#else
+  if (has.avx512_bf16 && has.amx_bf16 && request_amx()) found.push_back(&amx_bf16::kernels());
+#endif
 #endif
   return found;
 #endif

@@ -61,7 +61,13 @@ class TritonBackend:
         score(projection.of_rows(projection.hidden[rows]), target_ids, running)
 
     def divergence(
-        self, student: Projection, teacher: Projection, beta: float, workspace_bytes: int, needs_grad: NeedsGrad
+        self,
+        student: Projection,
+        teacher: Projection,
+        beta: float,
+        workspace_bytes: int,
+        needs_grad: NeedsGrad,
+        unit_weights: bool,
     ) -> Divergence:
         """Fused for 16-bit operands through one head. Chunked for everything else: float32 operands, two heads, which
         share no tile, and in either design a JSD without a gradient, which the fused one would take of rounded

@@ -1,0 +1,58 @@
+// The table of an instruction set that is another one (UNISD_ISA_BASE) but for products of bfloat16 operands. Included
+// once by its isa_*.cpp, after its target pragma.
+#pragma once
+
+#include "product.h"
+
+namespace unisd {
+namespace UNISD_ISA {
+
+namespace {
+
+const Kernels& base() { return UNISD_ISA_BASE::kernels(); }
+
+void pack_rows_either(Matrix hidden, int64_t rows, int64_t width, bool pairs, float* packed) {
+  if (!pairs) return base().pack_rows(hidden, rows, width, false, packed);
+  pack_pairs(hidden, rows, width, packed);
+}
+
+void logits(PackedRows hidden, Matrix weight, const float* bias, float scale, int64_t begin, int64_t end, float* out,
+            int64_t out_stride) {
+  if (!hidden.pairs) return base().logits(hidden, weight, bias, scale, begin, end, out, out_stride);
+  logits_of<Pairs>(hidden, weight, bias, scale, begin, end, out, out_stride);
+}
+
+void score(PackedRows hidden, Matrix weight, const float* bias, float scale, const float* tanh_scale,
+           const int64_t* target_ids, bool want_entropy, int64_t begin, int64_t end, float* partial) {
+  if (!hidden.pairs)
+    return base().score(hidden, weight, bias, scale, tanh_scale, target_ids, want_entropy, begin, end, partial);
+  score_of<Pairs>(hidden, weight, bias, scale, tanh_scale, target_ids, want_entropy, begin, end, partial);
+}
+
+void backward(const float* gradient, int64_t gradient_stride, int64_t rows, int64_t length, Matrix weight,
+              int64_t begin, int64_t end, float* out, int64_t out_stride) {
+  if (weight.storage != Storage::kBFloat16)
+    return base().backward(gradient, gradient_stride, rows, length, weight, begin, end, out, out_stride);
+  backward_of<Pairs>(gradient, gradient_stride, rows, length, weight, begin, end, out, out_stride);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels table = [] {
+    Kernels set = base();
+    set.name = UNISD_ISA_NAME;
+    set.multiplies_pairs = true;
+    set.pack_rows = pack_rows_either;
+    set.logits = logits;
+    set.score = score;
+    set.backward = backward;
+    return set;
+  }();
+  // Rows are packed by the one table and multiplied by the other.
+  static_assert(kPanel == 48, "the panels of the base");
+  return table;
+}
+
+}  // namespace UNISD_ISA
+}  // namespace unisd
