@@ -67,5 +67,5 @@ def test_the_widest_set_is_chosen():
     script = "from unisd_kernels.backends import extension; print(extension.cpu_isa())"
     environment = {name: value for name, value in os.environ.items() if name != "UNISD_CPU_ISA"}
     chosen = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment)
-    widest = next((name for name in ("avx512", "avx2") if name in listed()), "scalar")
+    widest = next((name for name in ("amx_bf16", "avx512_bf16", "avx512", "avx2") if name in listed()), "scalar")
     assert chosen.stdout == f"{widest}\n"
