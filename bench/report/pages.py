@@ -1,5 +1,5 @@
 """`python -m bench report`: writes docs/benchmarks.md, docs/study.md with its figure, and README.md's tables, from the
-files in bench/results.
+files in bench/results: one section for each machine, whose folder there is named after its processor.
 
 Nothing of it is typed: a figure is in a result file or nowhere. In README.md a table stands between
 `<!-- figures: NAME -->` and `<!-- end of figures -->`. `--check` writes nothing and fails where a page is not what the
@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.parser import command_parser
-from bench.records.verdict import agree, same_rows
-from bench.report import compare, tables
+from bench.report import machine_page, plots
 from bench.report import study as study_page
-from bench.studies import ema, numerics, scaling, steps
+from bench.report.provenance import where
 from bench.studies.study_methods import PARTS
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +28,8 @@ FIGURES = Path("docs") / "figures"
 INTRODUCTION = """# Benchmarks
 
 Written by `python -m bench report` from the files in `bench/results`, which hold the raw samples; a test fails if this
-page and they differ. `make figures` measures everything of a CPU anew; `python -m bench --help` lists the commands.
+page and they differ. `make figures` measures everything of the CPU that it runs on, into a folder named after it, and
+so gives it a section here; `python -m bench --help` lists the commands.
 
 ## How a figure is made
 
@@ -53,113 +53,33 @@ its note and in its file of `bench/peers`; it is compared on what it can do.
 
 
 def load(name: str) -> dict[str, Any] | None:
+    """A result that is of no one machine's folder: a GPU's, the demo's, the study's."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def machine(environment: dict[str, Any]) -> str:
-    """One paragraph: the command, where and with what it ran."""
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
-    device = environment["device"]
-    if device == "cpu":
-        where = f"{environment['cpu']}, {environment['instruction_set']}, {environment['threads']} threads"
-    else:
-        where = f"{device}, driver {environment['driver']}, CUDA {environment['cuda']}"
-    when = environment.get("date", "")[:10]
-    # Files of before there was one command line name its modules.
-    command = environment["command"].replace("python -m bench.", "python -m bench ")
-    return (
-        f"`{command}`; {where}; Python {environment['python']}, {versions}; commit "
-        f"{environment['commit']}{', ' + when if when else ''}."
-    )
-
-
-NOT_MEASURED = "Not measured yet."
-
-
-def case_tables(name: str) -> str:
-    """Every case of a result file."""
-    return study(name, lambda result: "\n\n".join(tables.case_tables(result["rows"])))
-
-
-def study(name: str, render: Callable[[dict[str, Any]], str]) -> str:
-    """A result as `render` shows it, and where it comes from."""
-    result = load(name)
-    if result is None:
-        return NOT_MEASURED
-    return f"{render(result)}\n\n`bench/results/{name}.json`: {machine(result['environment'])}"
-
-
-def two_runs(first: str, second: str) -> str:
-    """Whether two results of the same command agree."""
-    a, b = load(first), load(second)
-    if a is None or b is None:
-        return NOT_MEASURED
-    ended = [result["environment"]["date"][:16].replace("T", " ") for result in (a, b)]
-    pairs = same_rows(a["rows"], b["rows"])
-    agreeing = sum(agree(*pair) for pair in pairs)
-    return (
-        f"The same command twice, ended {ended[0]} and {ended[1]} UTC: {agreeing} of {len(pairs)} ratios agree: their "
-        f"ranges meet.\n\n{compare.comparison(pairs)}\n\n"
-        f"`python -m bench compare bench/results/{first}.json bench/results/{second}.json`: "
-        f"{machine(b['environment'])}"
-    )
-
-
-def training_steps(result: dict[str, Any]) -> str:
-    """Whole steps, and what is in one."""
-    notes = {row["peer"]: row["note"] for row in result["rows"]}
-    lines = [f"- {peer}: {note}." for peer, note in notes.items()]
-    return (
-        f"All that the trainer does for one optimizer step on {result['rows'][0]['case'].removeprefix('steps.')}, the "
-        f"completions the same for all; then with the sampling of them. `plain` is plain self-distillation "
-        "(called sdft in results before 2026-11-25).\n\n"
-        f"{steps.table(result['rows'])}\n\n" + "\n".join(lines)
-    )
-
-
-def _figures(*names: str) -> str:
-    return "\n\n".join(f"![{name.replace('_', ' ')}](figures/{name}.png)" for name in names)
-
-
 def _accelerators() -> str:
     names = sorted(path.stem for path in RESULTS.glob("gpu*.json"))
-    if names:
-        return "\n\n".join(case_tables(name) for name in names)
-    return (
-        "Nothing has been measured on a GPU yet. `bash scripts/gpu_suite.sh` measures it in one call; what the counts "
-        "let expect is in [gpu.md](gpu.md)."
-    )
+    if not names:
+        return (
+            "Nothing has been measured on a GPU yet. `bash scripts/gpu_suite.sh` measures it in one call; what the "
+            "counts let expect is in [gpu.md](gpu.md)."
+        )
+    parts = []
+    for name in names:
+        result = load(name)
+        assert result is not None
+        parts.append(
+            f"{machine_page.case_tables(result)}\n\n`bench/results/{name}.json`: {where(result['environment'])}"
+        )
+    return "\n\n".join(parts)
 
 
 def page() -> str:
     """docs/benchmarks.md."""
     sections = [
         INTRODUCTION.strip(),
-        "## A CPU, every peer",
-        case_tables("cpu"),
-        "## The same on a model's hidden states",
-        "SmolLM2-135M's, of right replies to procedural tasks: under the bare prompt (student), with a demonstration "
-        "(teacher), with a wrong one (negative), with others (auxiliary).",
-        case_tables("cpu_smollm2"),
-        "## Other heads",
-        case_tables("cpu_heads"),
-        "## Two runs an hour apart",
-        "The spread that is stated: the quantiles, and 10% of a ratio either way at least, which is what this shared "
-        "machine drifts by; on an accelerator 5%.",
-        two_runs("cpu_run_1", "cpu_run_2"),
-        "## Scaling",
-        study("cpu_scaling", scaling.table),
-        _figures("scaling_time", "scaling_memory"),
-        "## Against the machine's ceilings",
-        "FLOPs of the floor over the time of each peer, at the FLOPs a byte that the least traffic allows.",
-        _figures("roofline"),
-        "## A whole training step: the reliability tax",
-        study("cpu_steps", training_steps),
-        "## The moving average",
-        study("ema_cpu", ema.tables),
-        "## The digits of a small divergence",
-        study("numerics_cpu", numerics.table),
+        *(machine_page.page(folder, RESULTS) for folder in machine_page.folders(RESULTS)),
         "## GPUs",
         _accelerators(),
         "## Tensor parallelism, on paper",
@@ -169,16 +89,8 @@ def page() -> str:
 
 
 def main_table() -> str:
-    """README.md: the UniSD* loss on a CPU, only what has a figure."""
-    result = load("cpu")
-    assert result is not None
-    rows = [row for row in result["rows"] if row["case"] == "unisd_star_cpu" and "failure" not in row]
-    lines = ["| divergence | peer | time / floor | extra peak memory | gradient error |", "|---" * 5 + "|"]
-    for row in rows:
-        memory = f"{row['extra_peak_bytes'] / 1e6:.0f} MB" if "extra_peak_bytes" in row else ""
-        error = f"{row['gradient_error']:.0e}" if "gradient_error" in row else ""
-        lines.append(f"| {row['divergence']} | {row['peer']} | {row['ratio_to_floor']:.2f} | {memory} | {error} |")
-    return "\n".join([*lines, "", machine(result["environment"])])
+    """README.md: the UniSD* loss on every machine's CPU."""
+    return machine_page.readme_table(machine_page.folders(RESULTS))
 
 
 def demo_table() -> str:
@@ -216,14 +128,20 @@ def study_pages() -> dict[Path, str]:
     """docs/study.md and its figure."""
     parts = {part: load(f"study_{part}_cpu") or {} for part in PARTS}
     study = parts["study"]
-    text = study_page.page(parts, machine(study["environment"]))
+    text = study_page.page(parts, where(study["environment"]))
     return {STUDY: text, FIGURES / study_page.FIGURE: study_page.figure(study["runs"])}
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = command_parser("report", __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a page differs")
-    check = parser.parse_args(arguments).check
+    parser.add_argument("--plots", action="store_true", help="draw docs/figures of every machine too")
+    options = parser.parse_args(arguments)
+    check = options.check
+    if options.plots:
+        for folder in machine_page.folders(RESULTS):
+            for name, figure in machine_page.plots_of(folder).items():
+                plots.save(figure, ROOT / FIGURES / folder.name / name)
     different = {path: text for path, text in pages().items() if not _same(ROOT / path, text)}
     for path, text in different.items():
         if not check:

@@ -55,7 +55,7 @@ def page(parts: Mapping[str, Mapping[str, Any]], where: str) -> str:
     runs, sizes = study["runs"], study["sizes"]
     sections = [
         "# The study\n\nWritten by `python -m bench report` from `bench/results/study_*_cpu.json`; a test fails where "
-        "this page and they differ.",
+        f"this page and they differ. Measured on {study['environment']['cpu']}.",
         summary(runs, sizes),
         "## What was run",
         setting(sizes),

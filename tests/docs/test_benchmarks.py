@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from bench.report import pages, plots
+from bench.report import machine_page, pages, plots
 
 ROOT = pages.ROOT
 
@@ -23,14 +23,15 @@ def test_a_figure_that_differs_is_noticed(tmp_path, monkeypatch, capsys):
     """By one digit of one ratio, in the page and in README.md."""
     results = tmp_path / "results"
     shutil.copytree(pages.RESULTS, results)
-    result = json.loads((results / "cpu.json").read_text())
+    file = machine_page.folders(results)[0] / "float32.json"
+    result = json.loads(file.read_text())
     (row,) = (
         row
         for row in result["rows"]
         if (row["case"], row["divergence"], row["peer"]) == ("unisd_star_cpu", "forward KL", "unisd_kernels")
     )
     row["ratio_to_floor"] += 0.01
-    (results / "cpu.json").write_text(json.dumps(result))
+    file.write_text(json.dumps(result))
     monkeypatch.setattr(pages, "RESULTS", results)
     assert pages.main(["--check"]) == 1
     said = capsys.readouterr().out
@@ -68,12 +69,20 @@ def test_the_page_is_written(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("written") == 4
 
 
-@pytest.mark.parametrize("name", ["scaling_time.png", "scaling_memory.png", "roofline.png"])
-def test_plots_are_those_of_the_result_files(name, tmp_path):
-    results = [pages.load(each) for each in ("cpu_scaling", "cpu")]
-    drawn = plots.figures(results, pages.load("cpu_ceilings"))[name]
-    plots.save(drawn, tmp_path / name)
-    now, kept = (image.imread(folder / name) for folder in (tmp_path, ROOT / pages.FIGURES))
-    assert now.shape == kept.shape
-    # Not to the bit: another version of the library or a font may smooth an edge otherwise.
-    assert np.abs(now - kept).mean() < 2e-3, "run python -m bench plots (make figures)"
+# One machine; those of all take seconds more.
+MACHINES = [
+    pytest.param(folder, id=folder.name, marks=[pytest.mark.exhaustive] if place else [])
+    for place, folder in enumerate(machine_page.folders(pages.RESULTS))
+]
+
+
+@pytest.mark.parametrize("folder", MACHINES)
+def test_plots_are_those_of_the_result_files(folder, tmp_path):
+    drawn = machine_page.plots_of(folder)
+    assert set(drawn) == {path.name for path in (ROOT / pages.FIGURES / folder.name).iterdir()}
+    for name, figure in drawn.items():
+        plots.save(figure, tmp_path / name)
+        now, kept = (image.imread(path / name) for path in (tmp_path, ROOT / pages.FIGURES / folder.name))
+        assert now.shape == kept.shape
+        # Not to the bit: another version of the library or a font may smooth an edge otherwise.
+        assert np.abs(now - kept).mean() < 2e-3, "run python -m bench report --plots (make figures)"

@@ -1,0 +1,161 @@
+"""The sections of docs/benchmarks.md on one machine: a heading that names it, and every result in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.records import machine
+from bench.records.verdict import Row, agree, same_rows
+from bench.report import compare, plots, tables
+from bench.report.provenance import where
+from bench.studies import ema, numerics, scaling, steps
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Result = Mapping[str, Any]
+
+
+def load(folder: Path, name: str) -> dict[str, Any] | None:
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def folders(results: Path) -> list[Path]:
+    """One for each machine measured, in the order of their names."""
+    return sorted(path for path in results.iterdir() if path.is_dir())
+
+
+def environment_of(folder: Path) -> dict[str, Any]:
+    """That of the first result there; a folder is of one machine (a test checks it)."""
+    return json.loads(min(folder.glob("*.json")).read_text())["environment"]
+
+
+def case_tables(result: Result) -> str:
+    """Every case of a result."""
+    return "\n\n".join(tables.case_tables(result["rows"]))
+
+
+def training_steps(result: Result) -> str:
+    """Whole steps, and what is in one."""
+    notes = {row["peer"]: row["note"] for row in result["rows"]}
+    lines = [f"- {peer}: {note}." for peer, note in notes.items()]
+    return (
+        f"All that the trainer does for one optimizer step on {result['rows'][0]['case'].removeprefix('steps.')}, the "
+        f"completions the same for all; then with the sampling of them. `plain` is plain self-distillation "
+        "(called sdft in results before 2026-11-25).\n\n"
+        f"{steps.table(result['rows'])}\n\n" + "\n".join(lines)
+    )
+
+
+# Heading, name of the file, words before its tables, and what makes them.
+SECTIONS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
+    ("Every peer, float32", "float32", "", case_tables),
+    ("Every peer, bfloat16", "bfloat16", "", case_tables),
+    (
+        "A model's hidden states",
+        "smollm2",
+        "SmolLM2-135M's, of right replies to procedural tasks: under the bare prompt (student), with a demonstration "
+        "(teacher), with a wrong one (negative), with others (auxiliary).",
+        case_tables,
+    ),
+    ("Other heads", "heads", "", case_tables),
+    ("Scaling", "scaling", "", scaling.table),
+    ("A whole training step: the reliability tax, SmolLM2-135M", "steps_smollm2", "", training_steps),
+    ("A whole training step: the reliability tax, Gemma-3-270M", "steps_gemma3", "", training_steps),
+    ("The moving average", "ema", "", ema.tables),
+    ("The digits of a small divergence", "numerics", "", numerics.table),
+)
+# The plots that a section ends with.
+PLOTS = {"scaling": ("scaling_time", "scaling_memory"), "ceilings": ("roofline",)}
+
+
+def page(folder: Path, results: Path) -> str:
+    """Everything of one machine."""
+    parts = [f"## {machine.title(environment_of(folder))}"]
+    for heading, name, words, render in SECTIONS:
+        result = load(folder, name)
+        if result is not None:
+            parts += [f"### {heading}", *([words] if words else []), render(result)]
+            parts += [f"`{_named(folder / name, results)}`: {where(result['environment'])}", *_plots(folder, name)]
+        if name == "heads":
+            parts += _two_runs(folder, results)
+        if name == "scaling":
+            parts += _ceilings(folder, results)
+    return "\n\n".join(parts)
+
+
+def _named(path: Path, results: Path) -> str:
+    return f"bench/results/{path.relative_to(results)}.json"
+
+
+def _plots(folder: Path, name: str) -> list[str]:
+    return [f"![{plot.replace('_', ' ')}](figures/{folder.name}/{plot}.png)" for plot in PLOTS.get(name, ())]
+
+
+def plots_of(folder: Path) -> dict[str, Figure]:
+    """The plots of a machine by file name, as far as there are results."""
+    results = [result for name in ("scaling", "float32") if (result := load(folder, name)) is not None]
+    return plots.figures(results, load(folder, "ceilings"))
+
+
+def _ceilings(folder: Path, results: Path) -> list[str]:
+    result = load(folder, "ceilings")
+    if result is None:
+        return []
+    return [
+        "### The machine's ceilings",
+        "FLOPs of the floor over the time of each peer, at the FLOPs a byte that the least traffic allows.",
+        f"`{_named(folder / 'ceilings', results)}`: {where(result['environment'])}",
+        *_plots(folder, "ceilings"),
+    ]
+
+
+def _two_runs(folder: Path, results: Path) -> list[str]:
+    """Whether two results of the same command agree."""
+    a, b = load(folder, "run_1"), load(folder, "run_2")
+    if a is None or b is None:
+        return []
+    ended = [result["environment"]["date"][:16].replace("T", " ") for result in (a, b)]
+    pairs = same_rows(a["rows"], b["rows"])
+    agreeing = sum(agree(*pair) for pair in pairs)
+    first, second = (_named(folder / name, results) for name in ("run_1", "run_2"))
+    return [
+        "### Two runs an hour apart",
+        "The spread that is stated: the quantiles, and 10% of a ratio either way at least, which is what this shared "
+        "machine drifts by; on an accelerator 5%.",
+        f"The same command twice, ended {ended[0]} and {ended[1]} UTC: {agreeing} of {len(pairs)} ratios agree: their "
+        "ranges meet.",
+        compare.comparison(pairs),
+        f"`python -m bench compare {first} {second}`: {where(b['environment'])}",
+    ]
+
+
+def readme_table(folders: Sequence[Path]) -> str:
+    """README.md: the UniSD* loss, a column of times for each machine; memory and error are of the one measured last."""
+    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    sources: list[Mapping[str, Any]] = []
+    for folder in folders:
+        for name in ("float32", "bfloat16"):
+            result = load(folder, name)
+            if result is not None:
+                sources.append(result["environment"])
+                for row in result["rows"]:
+                    if row["operation"] == "unisd_loss" and "failure" not in row:
+                        key = (row["dtype"], row["divergence"], row["peer"])
+                        found.setdefault(key, {})[machine.title(result["environment"])] = row
+    titles = list(dict.fromkeys(map(machine.title, sources)))
+    newest = machine.title(max(sources, key=lambda environment: environment["date"]))
+    heads = ["operands", "divergence", "peer", *(f"time / floor, {title}" for title in titles)]
+    heads += [f"extra peak memory, {newest}", f"gradient error, {newest}"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for key, rows in found.items():
+        ratios = [f"{rows[title]['ratio_to_floor']:.2f}" if title in rows else "" for title in titles]
+        row = rows.get(newest, {})
+        memory = f"{row['extra_peak_bytes'] / 1e6:.0f} MB" if "extra_peak_bytes" in row else ""
+        error = f"{row['gradient_error']:.0e}" if "gradient_error" in row else ""
+        lines.append(f"| {' | '.join([*key, *ratios, memory, error])} |")
+    return "\n\n".join(["\n".join(lines), *map(where, sources)])
