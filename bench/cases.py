@@ -36,6 +36,8 @@ class Case:
         dtype: of hidden states and head.
         options: further arguments of the operation.
         bars: by beta, what the ratio to the floor shall not exceed, where one is set.
+        on_accelerator: meant for one; else for a CPU.
+        peak_bar: the least share of the rate of multiply-adds on registers alone, where one is set.
         data: "random", or "smollm2": SmolLM2-135M's hidden states of real completions under real contexts.
     """
 
@@ -51,6 +53,8 @@ class Case:
     num_sequences: int = 8
     options: dict[str, Any] = field(default_factory=lambda: dict(UNISD_STAR))
     bars: Mapping[float, float] = field(default_factory=dict)
+    on_accelerator: bool = False
+    peak_bar: float | None = None
     data: Literal["random", "smollm2"] = "random"
 
     def divergence(self, beta: float) -> str:
@@ -58,11 +62,6 @@ class Case:
         if self.operation == "scoring":
             return "none"
         return {0.0: "forward KL", 1.0: "reverse KL"}.get(beta, f"JSD beta={beta:g}")
-
-    @property
-    def on_accelerator(self) -> bool:
-        """16-bit operands, which a CPU without units for them is not measured with."""
-        return self.dtype != torch.float32
 
     @property
     def flops(self) -> int:
@@ -125,6 +124,7 @@ def _accelerator_case(shape: str, operation: str, num_rows: int) -> Case:
         *HEADS[shape],
         beta=(0.0, 0.5) if headline else (0.0,),
         dtype=torch.bfloat16,
+        on_accelerator=True,
         num_sequences=num_rows // SEQUENCE_ROWS,
         **OPERATIONS[operation],
     )
@@ -148,39 +148,59 @@ def _smoke(suffix: str, **settings: Any) -> Case:
     return Case(f"smoke.{suffix}", 32, 16, 500, **{"beta": (0.0,), **settings, "bars": {}})
 
 
-def _cpu_case(operation: str, num_rows: int = 1024, **settings: Any) -> Case:
-    """SmolLM2-135M's head; the case that the CPU bars are set on."""
-    return Case(f"{operation}_cpu", num_rows, 576, 49152, **{**OPERATIONS[operation], "bars": {}, **settings})
+def _cpu_case(operation: str, **settings: Any) -> Case:
+    """SmolLM2-135M's head; the case that the CPU bars are set on. In bfloat16 as a model's weights come."""
+    settings = {**OPERATIONS[operation], "bars": {}, **settings}
+    suffix = "_bf16" if settings.get("dtype") == torch.bfloat16 else ""
+    return Case(f"{operation}_cpu{suffix}", 512, 576, 49152, **settings)
 
 
-CPU_BARS = {0.0: 1.2, 0.5: 1.3}
+# Of the library's products: in float32, and in bfloat16, whose floor takes less than half of that.
+BF16 = torch.bfloat16
+CPU_BARS, BFLOAT16_BARS = {0.0: 1.1, 0.5: 1.1}, {0.0: 1.25, 0.5: 1.25}
+PEAK_BAR = 0.85
 CASES = {
     case.name: case
     for case in (
-        _cpu_case("unisd_star", bars=CPU_BARS),
-        _cpu_case("kl", 512, beta=(0.0,)),
-        _cpu_case("kl_trainable", 512, beta=(0.0,)),
+        _cpu_case("unisd_star", bars=CPU_BARS, peak_bar=PEAK_BAR),
+        _cpu_case("kl", beta=(0.0,), bars=CPU_BARS, peak_bar=PEAK_BAR),
+        _cpu_case("kl_trainable", beta=(0.0,)),
         _cpu_case("scoring", beta=(0.0,)),
         # The same on what a model really computes.
         replace(_cpu_case("unisd_star", bars=CPU_BARS), name="unisd_star_smollm2", data="smollm2"),
-        Case("qwen2.5-0.5b_cpu", 512, 896, 151936),
-        Case("gemma3-270m_cpu", 512, 640, 262144),
+        _cpu_case("scoring", dtype=BF16, beta=(0.0,)),
+        _cpu_case("kl", dtype=BF16, bars=BFLOAT16_BARS),
+        _cpu_case("unisd_star", dtype=BF16, bars=BFLOAT16_BARS),
+        Case("qwen2.5-0.5b_cpu", 256, 896, 151936, beta=(0.0,)),
+        Case("gemma3-270m_cpu", 256, 640, 262144, beta=(0.0,)),
+        Case("gemma3-270m_cpu_bf16", 256, 640, 262144, beta=(0.0,), dtype=BF16),
         *ACCELERATOR_CASES,
         # Rehearsals of each operation.
         Case("smoke", 32, 16, 500),
         *(_smoke(name, **settings) for name, settings in OPERATIONS.items() if name != "unisd_star"),
         # One tiny step for a memory checker.
-        Case("smoke.bf16", 96, 128, 1000, beta=(0.0,), dtype=torch.bfloat16),
+        Case("smoke.bf16", 96, 128, 1000, beta=(0.0,), dtype=torch.bfloat16, on_accelerator=True),
     )
 }
 # "scaling.unisd_star.N512.H576.V49152.K3": any shape by its name, so that a process of its own can be told it.
-_SHAPED = re.compile(r"scaling\.(?P<operation>\w+)\.N(?P<rows>\d+)\.H(?P<hidden>\d+)\.V(?P<vocab>\d+)\.K(?P<views>\d+)")
+_SHAPED = re.compile(
+    r"scaling\.(?P<operation>\w+)\.N(?P<rows>\d+)\.H(?P<hidden>\d+)\.V(?P<vocab>\d+)\.K(?P<views>\d+)(?P<bf16>\.bfloat16)?"
+)
 
 
-def shaped_case(operation: str, num_rows: int, hidden_size: int, vocab_size: int, num_auxiliary: int) -> Case:
-    """A case of any shape; in float32, sequences of 128 rows, forward KL."""
-    settings = {**OPERATIONS[operation], "num_auxiliary": num_auxiliary, "bars": {}}
+def shaped_case(
+    operation: str,
+    num_rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    num_auxiliary: int,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """A case of any shape; sequences of 128 rows, forward KL."""
+    settings = {**OPERATIONS[operation], "num_auxiliary": num_auxiliary, "bars": {}, "dtype": dtype}
     name = f"scaling.{operation}.N{num_rows}.H{hidden_size}.V{vocab_size}.K{num_auxiliary}"
+    if dtype != torch.float32:
+        name += f".{str(dtype).removeprefix('torch.')}"
     sequences = max(1, num_rows // 128)
     return Case(name, num_rows, hidden_size, vocab_size, beta=(0.0,), num_sequences=sequences, **settings)
 
@@ -193,7 +213,8 @@ def find_case(name: str, device: torch.device) -> Case:
     """
     found = _SHAPED.fullmatch(name)
     if found and found["operation"] in OPERATIONS:
-        return shaped_case(found["operation"], *(int(found[key]) for key in ("rows", "hidden", "vocab", "views")))
+        shape = (int(found[key]) for key in ("rows", "hidden", "vocab", "views"))
+        return shaped_case(found["operation"], *shape, torch.bfloat16 if found["bf16"] else torch.float32)
     if name in OPERATIONS:
         name = f"{name}_cpu" if device.type == "cpu" else f"{HEADLINE_SHAPE}.{name}.{HEADLINE_ROWS}"
     if name not in CASES:

@@ -36,7 +36,7 @@ SKIPPED = (NotOffered, NotHere, ImportError, torch.OutOfMemoryError)
 
 def test_peer(benchmark: BenchmarkFixture, setting: Setting, name: str, pytestconfig: pytest.Config) -> None:
     peer, case = PEERS[name], setting.case
-    row = row_of(case, setting.beta, peer)
+    row = row_of(case, setting.beta, peer, setting.device)
     benchmark.group = case.name if case.operation == "scoring" else f"{case.name}, {row['divergence']}"
     benchmark.extra_info.update(row, device=str(setting.device))
     reason = None

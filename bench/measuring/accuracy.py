@@ -156,6 +156,8 @@ def _exact_outcome(case: Case, first: LossInputs, beta: float) -> Outcome:
 def _agreement_weights(case: Case, inputs: LossInputs) -> torch.Tensor:
     """[N] weights of every row, since token-level agreement couples all rows through its quantile: from float32 scores,
     by the dense formula on a few rows at a time."""
+    if not inputs.auxiliary_hidden:
+        return torch.ones(len(inputs.target_ids), dtype=torch.float64, device=inputs.target_ids.device)
     head = LMHead(inputs.student_head.weight.detach().float())
     step = max(1, LARGEST_TENSOR // (8 * case.vocab_size))
     scores = [

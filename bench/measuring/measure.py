@@ -16,15 +16,17 @@ from bench.cases import Case
 from bench.inputs.sets import rotating
 from bench.measuring.deadline import NO_DEADLINE, Deadline
 from bench.measuring.energy import NoEnergy, joules_per_step
+from bench.measuring.fresh_memory import peak_in_fresh_process
 from bench.measuring.memory import run_with_peak, settled_garbage
 from bench.measuring.setting import make_sets, make_setting, row_of
 from bench.measuring.timing import interleaved_seconds, ratios, spread
 from bench.measuring.watchdog import Watchdog
-from bench.peers import FLOOR, OURS, PEERS
+from bench.peers import FLOOR, FLOORS, OURS, PEAK, PEERS
 from bench.records.failures import OUT_OF_TIME, failure_text
 
 # Seconds of a sample.
 SHORTEST_ON_CPU = 1.0
+MEMORY_APART = True
 
 
 class DeviceLost(RuntimeError):
@@ -56,6 +58,8 @@ def measure(
     *,
     peer_rounds: int | None = None,
     with_energy: bool = False,
+    memory_apart: bool | None = None,
+    shortest_on_cpu: float | None = None,
     deadline: Deadline = NO_DEADLINE,
     watchdog: Watchdog | None = None,
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
@@ -64,6 +68,9 @@ def measure(
 
     Args:
         peer_rounds: rounds of the peers that are neither the floor nor this package; None for all.
+        memory_apart: measure the memory of a peer on a CPU in a process of its own, so that nobody's leftovers count;
+            None for `MEMORY_APART`.
+        shortest_on_cpu: seconds of a sample at least; None for `SHORTEST_ON_CPU`.
         with_energy: measure joules a step where the device tells them; about a second for each peer.
         deadline: afterwards no peer is begun; those left are rows that say so.
         watchdog: watches each peer's calls, so that one that hangs or crashes can be told.
@@ -74,6 +81,7 @@ def measure(
     """
     from tqdm import tqdm
 
+    memory_apart = MEMORY_APART if memory_apart is None else memory_apart
     sets = make_sets(case, device)
     rows: list[dict[str, Any]] = []
     for beta in case.beta:
@@ -97,9 +105,11 @@ def measure(
 
         for name in tqdm(peers, desc=f"{case.name}, {label}: first calls", leave=False):
             peer = PEERS[name]
-            results[name] = row_of(case, beta, peer)
+            results[name] = row_of(case, beta, peer, device)
             if name == OURS and beta in case.bars:
                 results[name]["bar"] = case.bars[beta]
+            if name == OURS and case.peak_bar is not None:
+                results[name]["peak_bar"] = case.peak_bar
             if deadline.passed():
                 results[name]["failure"] = OUT_OF_TIME
                 continue
@@ -108,8 +118,10 @@ def measure(
                     step = peer.build(case, beta, device)
                     outcome, peak = run_with_peak(partial(step, sets[0]), device)
                     results[name].update(setting.errors(peer, outcome))
-                    if name != FLOOR:
-                        if peer.compiles:
+                    if name not in FLOORS:
+                        if device.type == "cpu" and memory_apart:
+                            peak = peak_in_fresh_process(case, beta, name)
+                        elif peer.compiles:
                             outcome, peak = run_with_peak(partial(step, sets[0]), device)
                         results[name]["extra_peak_bytes"] = peak
                 # Neighbours in a round are at different sets.
@@ -128,7 +140,7 @@ def measure(
             deadline.passed,
             failed,
             warm=True,
-            shortest_on_cpu=SHORTEST_ON_CPU,
+            shortest_on_cpu=SHORTEST_ON_CPU if shortest_on_cpu is None else shortest_on_cpu,
             watching=partial(watching, stage="rounds"),
         )
         for name in samples:
@@ -154,6 +166,8 @@ def _figures(samples: dict[str, list[float]], name: str) -> dict[str, Any]:
         of_floor = spread(ratios(samples, name, FLOOR))
         figures["ratio_to_floor"] = of_floor.median
         figures["ratio_p20"], figures["ratio_p80"] = of_floor.p20, of_floor.p80
+    if samples.get(PEAK):
+        figures["share_of_peak"] = spread(ratios(samples, PEAK, name)).median
     figures["median_seconds"] = times.median
     figures["p20_seconds"], figures["p80_seconds"] = times.p20, times.p80
     figures["samples_seconds"] = samples[name]
@@ -161,4 +175,4 @@ def _figures(samples: dict[str, list[float]], name: str) -> dict[str, Any]:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (FLOOR, OURS) or PEERS[name].variant
+    return name in (*FLOORS, OURS) or PEERS[name].variant

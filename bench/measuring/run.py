@@ -15,6 +15,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from bench.cases import CASES, OPERATIONS, find_case
 from bench.inputs.sets import make_inputs
@@ -25,9 +28,12 @@ from bench.peers import PEERS, names
 from bench.records import results_file
 from bench.records.environment import chosen_device, environment
 from bench.records.failures import left_out
+from bench.records.machine import multiplies_bfloat16
 from bench.records.verdict import slow, wrong
 from bench.report.tables import table
 from unisd.cli.errors import CommandError
+
+NO_UNITS = "this processor has no units for bfloat16, whose products are then slower than those of float32"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -45,6 +51,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer-rounds", type=int, help="of peers other than this package; default: --rounds")
+    parser.add_argument("--sample-seconds", type=float, help="the least a sample takes on a CPU, by repeating its step")
     parser.add_argument("--deadline", type=float, help="seconds after which nothing new is begun")
     parser.add_argument("--output", type=Path, help="file for everything, .json or .csv, raw samples included")
     parser.add_argument("--against", type=Path, help="an earlier result (.json); says what became slower")
@@ -71,16 +78,30 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     before = results_file.read(options.against)["rows"] if options.against else []
     deadline = Deadline(options.deadline) if options.deadline else Deadline(float("inf"))
-    rows = []
+    rows: list[dict[str, Any]] = []
+    absent = []
     for case, peers in zip(cases, asked, strict=True):
+        of_cpu = device.type == "cpu" and not case.on_accelerator
+        if of_cpu and case.dtype == torch.bfloat16 and not multiplies_bfloat16():
+            absent.append({"case": case.name, "peers": peers, "reason": NO_UNITS})
+            print(f"{case.name}: left out: {NO_UNITS}\n")
+            continue
         measured = measure(
-            case, device, options.rounds, peers, peer_rounds=options.peer_rounds, with_energy=True, deadline=deadline
+            case,
+            device,
+            options.rounds,
+            peers,
+            peer_rounds=options.peer_rounds,
+            with_energy=True,
+            deadline=deadline,
+            shortest_on_cpu=options.sample_seconds,
         )
         print(f"{table(measured)}\n")
         rows += measured
     surroundings = environment(device)
     if options.output:
-        results_file.write(options.output, {"environment": surroundings, "rows": rows, "left_out": left_out(rows)})
+        absent += left_out(rows)
+        results_file.write(options.output, {"environment": surroundings, "rows": rows, "left_out": absent})
     errors, delays = wrong(rows), slow(rows, before)
     for line in (*errors, *delays):
         print(line)

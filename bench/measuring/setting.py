@@ -32,9 +32,10 @@ class Setting:
         return errors | self.expected.limits_of(errors)
 
 
-def row_of(case: Case, beta: float, peer: Peer) -> dict[str, Any]:
+def row_of(case: Case, beta: float, peer: Peer, device: torch.device) -> dict[str, Any]:
     """A row of results before it has figures."""
-    return {**case_fields(case), "divergence": case.divergence(beta), "peer": peer.name, "note": peer.note}
+    about = {"divergence": case.divergence(beta), "peer": peer.name, "note": peer.note, "device_type": device.type}
+    return {**case_fields(case), **about}
 
 
 def make_sets(case: Case, device: torch.device) -> list[LossInputs]:

@@ -59,7 +59,7 @@ class Entry:
 
 def peers_for(case: Case) -> tuple[str, ...]:
     """At N = 8192 of the headline's head everything that has the operation; elsewhere what fits the time."""
-    offering = [name for name, peer in PEERS.items() if case.operation in peer.operations]
+    offering = [name for name, peer in PEERS.items() if case.operation in peer.operations and peer.fits(case)]
     if case.name.startswith("smoke"):
         return tuple(name for name in offering if not PEERS[name].compiles)
     skipped = set(COMPILED)
@@ -191,7 +191,7 @@ def run(
         print(f"{entry.case.name} ({deadline.remaining:.0f} s left)", file=sys.stderr)
         blamed = {peer: reason for peer in entry.peers if (reason := record.blamed(peer, entry.case))}
         absent = [
-            {**row_of(entry.case, beta, PEERS[peer]), "failure": reason}
+            {**row_of(entry.case, beta, PEERS[peer], device), "failure": reason}
             for beta in entry.case.beta
             for peer, reason in blamed.items()
         ]

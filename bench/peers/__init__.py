@@ -13,6 +13,7 @@ from bench.peers import (
     cce,
     compiled,
     dense,
+    fma_peak,
     gemm_floor,
     liger_chunked,
     liger_kl,
@@ -21,11 +22,24 @@ from bench.peers import (
     trl_kernels,
     unisd,
 )
-from bench.peers.names import FLOOR, OURS
+from bench.peers.names import FLOOR, FLOOR_FLOAT32, FLOORS, OURS, PEAK
 from bench.peers.step import Outcome, Step
 from bench.records.failures import NotHere, NotOffered
 
-__all__ = ["ALL", "FLOOR", "OURS", "PEERS", "NotHere", "NotOffered", "Outcome", "Peer", "Step", "names"]
+__all__ = [
+    "ALL",
+    "FLOOR",
+    "FLOORS",
+    "OURS",
+    "PEAK",
+    "PEERS",
+    "NotHere",
+    "NotOffered",
+    "Outcome",
+    "Peer",
+    "Step",
+    "names",
+]
 
 ALL: tuple[Operation, ...] = ("unisd_loss", "divergence", "scoring")
 
@@ -42,6 +56,7 @@ class Peer:
         mean_only: its value is the mean of D over the rows, its gradient that of the mean.
         variant: another implementation of this package, shown beside its default.
         compiles: in its first call, whose memory is then not the step's.
+        fits: the cases it is of any use for.
     """
 
     name: str
@@ -51,6 +66,7 @@ class Peer:
     mean_only: bool = False
     variant: bool = False
     compiles: bool = False
+    fits: Callable[[Case], bool] = lambda case: True
 
     def build(self, case: Case, beta: float, device: torch.device) -> Step:
         if case.operation not in self.operations:
@@ -104,12 +120,24 @@ PEERS = {
             mean_only=True,
         ),
         Peer("cut-cross-entropy", cce.build, "no temperature, no entropy", ("scoring",), compiles=True),
+        Peer(
+            FLOOR_FLOAT32,
+            gemm_floor.build_float32,
+            "the floor of float32 operands",
+            fits=lambda case: not case.on_accelerator and case.dtype != torch.float32,
+        ),
+        Peer(
+            PEAK,
+            fma_peak.build,
+            "as many multiply-adds on registers alone",
+            fits=lambda case: not case.on_accelerator,
+        ),
     )
 }
 
 
 def names(asked: list[str], case: Case) -> list[str]:
-    """Peers that `--peers` means: "all" leaves out this package's variants, but for an accelerator's case.
+    """Peers that `--peers` means, floors first: "all" leaves out this package's variants on a CPU.
 
     Raises:
         ValueError: a name that is not known.
@@ -118,5 +146,6 @@ def names(asked: list[str], case: Case) -> list[str]:
     if unknown:
         raise ValueError(f"--peers: unknown {', '.join(unknown)}; there are all, {', '.join(PEERS)}")
     if "all" in asked:
-        return [name for name, peer in PEERS.items() if case.on_accelerator or not peer.variant]
-    return [FLOOR, *(name for name in asked if name != FLOOR)]
+        asked = [name for name, peer in PEERS.items() if peer.fits(case) and (case.on_accelerator or not peer.variant)]
+    floors = [name for name in FLOORS if name in asked or name == FLOOR]
+    return [*floors, *(name for name in asked if name not in FLOORS)]

@@ -78,9 +78,8 @@ def statistics(
     with torch.no_grad():
         teacher = log_probs(teacher_hidden, weight, temperature, dtype)
         negative = log_probs(negative_hidden, weight, temperature, dtype).gather(-1, index).squeeze(-1)
-        auxiliary = torch.stack(
-            [log_probs(hidden, weight, 1.0, dtype).gather(-1, index).squeeze(-1) for hidden in auxiliary_hidden]
-        )
+        views = [log_probs(hidden, weight, 1.0, dtype).gather(-1, index).squeeze(-1) for hidden in auxiliary_hidden]
+        auxiliary = torch.stack(views) if views else negative.new_empty(0, len(negative))
     return Statistics(
         divergence_from_log_probs(student, teacher, beta),
         student.gather(-1, index).squeeze(-1),

@@ -1,16 +1,29 @@
-"""The floor: the matrix products alone, at full size, into buffers that exist already."""
+"""The floor: the matrix products alone, at full size, into buffers that exist already; of 16-bit operands also those of
+as many float32 ones."""
 
 from __future__ import annotations
+
+import itertools
+from dataclasses import replace
 
 import torch
 
 from bench.cases import Case
+from bench.inputs.sets import make_inputs
 from bench.peers.step import Outcome, Step
 from unisd_kernels.config import LossInputs
 
 # Above this size of the logits, the rows go in chunks.
 LARGEST_BUFFER = 4 << 30
 CHUNK_ROWS = 8192
+
+
+def build_float32(case: Case, beta: float, device: torch.device) -> Step:
+    """The floor in float32, on tensors of its own; numbers do not change its time."""
+    case = replace(case, dtype=torch.float32)
+    own = itertools.cycle([make_inputs(case, device, seed) for seed in range(2)])
+    step = build(case, beta, device)
+    return lambda inputs: step(next(own))
 
 
 def build(case: Case, beta: float, device: torch.device) -> Step:

@@ -22,7 +22,9 @@ def combine(
 ) -> torch.Tensor:
     """Statistics [N], `auxiliary_logprobs` [K, N]; `weights` [N] stand in for those of agreement."""
     options, cu_seqlens = case.options, inputs.cu_seqlens
-    if weights is None:
+    if weights is None and len(auxiliary_logprobs) == 0:
+        weights = torch.ones_like(divergence)
+    elif weights is None:
         weights = agreement_weights(auxiliary_logprobs, cu_seqlens, gamma=options["agreement_gamma"]).weights
     hinge = contrastive_hinge(student_logprobs, teacher_logprobs, negative_logprobs, options["contrastive_margin"])
     features = feature_distance(inputs.student_hidden, inputs.teacher_hidden)

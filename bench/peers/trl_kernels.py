@@ -40,7 +40,8 @@ def build(case: Case, beta: float, device: torch.device) -> Step:
         with torch.no_grad():
             teacher = logprobs(inputs, inputs.teacher_hidden, tau)
             negative = logprobs(inputs, inputs.negative_hidden, tau)
-            auxiliary = torch.stack([logprobs(inputs, hidden, 1.0) for hidden in inputs.auxiliary_hidden])
+            views = [logprobs(inputs, hidden, 1.0) for hidden in inputs.auxiliary_hidden]
+            auxiliary = torch.stack(views) if views else negative.new_empty(0, len(negative))
         loss = combine(case, inputs, divergence(inputs), student, teacher, negative, auxiliary)
         return Outcome(loss.detach(), differentiate(loss, inputs))
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from bench.records import machine
+from bench.records.products import products
 from unisd_kernels.backends import extension
 from unisd_kernels.processor import processor_name
 
@@ -41,7 +43,7 @@ def chosen_device(name: str) -> torch.device:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Machine, versions and the command that this process runs."""
+    """Machine, versions, libraries and the command that this process runs."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -60,6 +62,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": processor_name(),
+        "processor": machine.processor(),
+        "products": products() if device.type == "cpu" else None,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "library": extension.cpu_isa() if extension.cpu_unavailable() is None else None,
         "threads": torch.get_num_threads(),

@@ -39,6 +39,11 @@ def processor() -> dict[str, Any]:
     }
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether its cores multiply such operands as they are, and not by way of float32."""
+    return any(name in ("amx_bf16", "avx512_bf16", "bf16") for name in processor()["instructions"])
+
+
 def _first_entry(text: str) -> dict[str, str]:
     """The fields of the first processor of /proc/cpuinfo."""
     lines = text.split("\n\n", 1)[0].splitlines()

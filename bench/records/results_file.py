@@ -4,7 +4,8 @@ JSON: `{"environment": {...}, "rows": [...], ...}`. CSV: a line for each row, it
 the environment in the same columns on every line.
 
 A row is one peer at one case and divergence. Fields: `COLUMNS`. Seconds are of one step; ratios are to the floor
-within a round, of which median and the 0.2 and 0.8 quantiles; errors are relative, by Frobenius norms, against float64;
+within a round, of which median and the 0.2 and 0.8 quantiles; `share_of_peak` is the time of as many multiply-adds on
+registers alone over the peer's, within a round; errors are relative, by Frobenius norms, against float64;
 bytes are what one step adds at its peak. `failure` stands in place of the figures.
 """
 
@@ -36,10 +37,13 @@ COLUMNS = (
     *CASE_COLUMNS,
     "divergence",
     "peer",
+    "device_type",
     "ratio_to_floor",
     "ratio_p20",
     "ratio_p80",
     "bar",
+    "share_of_peak",
+    "peak_bar",
     "median_seconds",
     "p20_seconds",
     "p80_seconds",
@@ -58,6 +62,8 @@ ENVIRONMENT_COLUMNS = (
     "driver",
     "gpu",
     "cpu",
+    "processor",
+    "products",
     "threads",
     "instruction_set",
     "python",
@@ -123,7 +129,8 @@ def check_suffix(path: Path) -> None:
 
 def _write_csv(path: Path, result: dict[str, Any]) -> None:
     environment = dict(result["environment"])
-    environment["versions"] = " ".join(f"{name}={version}" for name, version in environment["versions"].items())
+    for name in ("versions", "processor", "products"):
+        environment[name] = " ".join(f"{key}={value}" for key, value in (environment.get(name) or {}).items())
     with path.open("w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow([*COLUMNS, *ENVIRONMENT_COLUMNS])

@@ -19,6 +19,11 @@ TOLERANCE, TOLERANCE_ON_CPU = 0.05, 0.10
 _ERRORS = ("value_error", "gradient_error")
 
 
+def on_cpu(row: Row) -> bool:
+    """Whether it was measured on one; rows of before they said so are an accelerator's where they are 16-bit."""
+    return row.get("device_type", "cpu" if row["dtype"] == "float32" else "cuda") == "cpu"
+
+
 def is_wrong(row: Row) -> bool:
     return bool(_wrong_errors(row))
 
@@ -28,15 +33,18 @@ def _wrong_errors(row: Row) -> list[str]:
     return [name for name in _ERRORS if f"{name}_limit" in row and not row[name] <= row[f"{name}_limit"]]
 
 
+def under_peak_bar(row: Row) -> bool:
+    return "peak_bar" in row and row.get("share_of_peak", 1.0) < row["peak_bar"]
+
+
 def over_bar(row: Row) -> bool:
     return "bar" in row and "ratio_to_floor" in row and row["ratio_to_floor"] > row["bar"]
 
 
 def ratio_range(row: Row) -> tuple[float, float]:
-    """The stated spread of a ratio: the 0.2 and 0.8 quantiles of its rounds, and the tolerance at least; 16-bit rows
-    are an accelerator's."""
+    """The stated spread of a ratio: the 0.2 and 0.8 quantiles of its rounds, and the tolerance at least."""
     ratio = row["ratio_to_floor"]
-    tolerance = TOLERANCE_ON_CPU if row["dtype"] == "float32" else TOLERANCE
+    tolerance = TOLERANCE_ON_CPU if on_cpu(row) else TOLERANCE
     return min(row["ratio_p20"], ratio * (1 - tolerance)), max(row["ratio_p80"], ratio * (1 + tolerance))
 
 
@@ -81,6 +89,11 @@ def slow(rows: Sequence[Row], before: Sequence[Row] = ()) -> list[str]:
         f"{_name(row)}: {row['ratio_to_floor']:.2f} of the floor, the bar is {row['bar']:g}"
         for row in ours
         if over_bar(row)
+    ]
+    found += [
+        f"{_name(row)}: {row['share_of_peak']:.0%} of the FMA peak, the bar is {row['peak_bar']:.0%}"
+        for row in ours
+        if under_peak_bar(row)
     ]
     for now, then in same_rows(ours, before):
         if slower(now, then):

@@ -10,7 +10,7 @@ from typing import Any
 from bench.parser import command_parser
 from bench.records import results_file
 from bench.records.failures import NOT_OFFERED
-from bench.records.verdict import Row, is_wrong, over_bar
+from bench.records.verdict import Row, is_wrong, on_cpu, over_bar, under_peak_bar
 
 # The columns of errors: title, field of the row.
 ERRORS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -38,14 +38,16 @@ def heading(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One case. With milliseconds (median and the 0.2 to 0.8 quantiles) where it is a 16-bit one, which is an
-    accelerator's: a CPU's say little of another's."""
+    """One case. With milliseconds (median and the 0.2 to 0.8 quantiles) on an accelerator: a CPU's say little of
+    another's. With the share of the multiply-adds that registers alone can do, where that was measured."""
     first = rows[0]
-    times = first["dtype"] != "float32"
+    times = not on_cpu(first)
+    shares = any("share_of_peak" in row for row in rows)
     energy = any(row.get("joules") is not None for row in rows)
     errors = ERRORS[first["operation"]]
     titles = ["divergence", "peer", *(["ms", "p20 to p80"] if times else [])]
-    titles += ["time / floor", "p20 to p80", "extra peak memory", *(title for title, _ in errors)]
+    titles += ["time / floor", "p20 to p80", *(["of the FMA peak"] if shares else []), "extra peak memory"]
+    titles += [title for title, _ in errors]
     titles += [*(["J"] if energy else []), "note"]
     lines = [heading(first), "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     lacking: dict[str, str] = {}
@@ -56,18 +58,20 @@ def table(rows: Sequence[Row]) -> str:
             blank = ["" for _ in range(len(titles) - 4)]
             lines.append(f"| {' | '.join([row['divergence'], row['peer'], row['failure'], *blank, row['note']])} |")
         else:
-            lines.append(f"| {' | '.join(cells_of(row, times, energy, [field for _, field in errors]))} |")
+            lines.append(f"| {' | '.join(cells_of(row, times, shares, energy, [field for _, field in errors]))} |")
     if lacking:
         lines += ["", "Not offered: " + "; ".join(lacking.values()) + "."]
     return "\n".join(lines)
 
 
-def cells_of(row: Row, times: bool, energy: bool, errors: Sequence[str]) -> list[str]:
+def cells_of(row: Row, times: bool, shares: bool, energy: bool, errors: Sequence[str]) -> list[str]:
     cells = [row["divergence"], row["peer"]]
     if times:
         p20, median, p80 = (1e3 * row[f"{name}_seconds"] for name in ("p20", "median", "p80"))
         cells += [f"{median:.3g}", f"{p20:.3g} to {p80:.3g}"]
     cells += ratio_cells(row)
+    if shares:
+        cells.append(share_cell(row))
     cells.append(f"{row['extra_peak_bytes'] / 1e6:.0f} MB" if "extra_peak_bytes" in row else "")
     cells += [error_cell(row, field) for field in errors]
     if energy:
@@ -82,6 +86,15 @@ def ratio_cells(row: Row) -> list[str]:
     if "bar" in row:
         ratio += f" ({'over the bar of' if over_bar(row) else 'bar'} {row['bar']:g})"
     return [ratio, f"{row['ratio_p20']:.2f} to {row['ratio_p80']:.2f}"]
+
+
+def share_cell(row: Row) -> str:
+    if "share_of_peak" not in row:
+        return ""
+    bar = (
+        f" ({'under the bar of' if under_peak_bar(row) else 'bar'} {row['peak_bar']:.0%})" if "peak_bar" in row else ""
+    )
+    return f"{row['share_of_peak']:.0%}{bar}"
 
 
 def error_cell(row: Row, field: str) -> str:

@@ -11,8 +11,7 @@ Fits, by least squares over the points of a sweep:
 `standard_error` is the slope's. Rows with a failure are left out of a fit and counted. So are those without a rise of
 memory where its logarithm is wanted. Fewer than three points have no fit.
 
-K begins at 1: without auxiliary views the dense formulas, TRL's kernels and the check against float64 have nothing to
-stack. Operations other than unisd_star have no views, hence no sweep of K.
+Operations other than unisd_star have no views, hence no sweep of K.
 
 Exit status 1: this package or the floor has no figure, or this package is wrong.
 """
@@ -25,7 +24,7 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ import torch
 from bench.cases import OPERATIONS, Case, shaped_case
 from bench.measuring.measure import DeviceLost, measure
 from bench.parser import command_parser
-from bench.peers import FLOOR, OURS
+from bench.peers import FLOOR, OURS, PEERS
 from bench.records import results_file
 from bench.records.environment import chosen_device, environment
 from bench.records.verdict import Row, wrong
@@ -60,11 +59,7 @@ class Plan:
     def case(self, operation: str, **changed: int) -> Case:
         shape = {**self.base, **changed}
         views = shape["K"] if has_views(operation) else 0
-        case = shaped_case(operation, shape["N"], shape["H"], shape["V"], views)
-        if self.dtype == case.dtype:
-            return case
-        # A shaped case's name means float32.
-        return replace(case, dtype=self.dtype, name=f"{case.name}.{str(self.dtype).removeprefix('torch.')}")
+        return shaped_case(operation, shape["N"], shape["H"], shape["V"], views, self.dtype)
 
     def sweeps(self, operation: str) -> dict[str, list[Case]]:
         """The cases of each axis; the base shape is one of every sweep."""
@@ -82,7 +77,7 @@ CPU_PLAN = Plan(
         "N": (64, 128, 256, 512, 1024),
         "V": (8192, 16384, 32768, 65536, 131072),
         "H": (144, 288, 576, 1152),
-        "K": (1, 2, 3, 5, 7),
+        "K": (0, 1, 2, 3, 5, 7),
     },
     dtype=torch.float32,
 )
@@ -93,7 +88,7 @@ ACCELERATOR_PLAN = Plan(
         "N": (512, 1024, 2048, 4096, 8192, 16384),
         "V": (16032, 32064, 64128, 128256, 256512),
         "H": (1024, 2048, 4096, 8192),
-        "K": (1, 2, 3, 5, 7),
+        "K": (0, 1, 2, 3, 5, 7),
     },
     dtype=torch.bfloat16,
 )
@@ -242,6 +237,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = command_parser("scaling", __doc__)
     parser.add_argument("--device", default="auto", help="auto (an accelerator if there is one), cpu, cuda, ...")
     parser.add_argument("--rounds", type=int, default=3, help=f"of peers other than this package {PEER_ROUNDS}")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), help=f"default: {', '.join(COMPARED)}")
     parser.add_argument("--operation", choices=list(OPERATIONS), default="unisd_star")
     parser.add_argument("--output", type=Path, help=".json file for everything, raw samples included")
     return parser.parse_args(arguments)
@@ -252,17 +248,18 @@ def main(arguments: Sequence[str]) -> int:
     if options.output and options.output.suffix != ".json":
         raise CommandError(f"the result is written as .json, got {options.output.name!r}")
     device = chosen_device(options.device)
+    peers = tuple(dict.fromkeys((FLOOR, *options.peers))) if options.peers else COMPARED
     plan = plan_for(device)
     cases, base = plan.sweeps(options.operation), plan.case(options.operation)
     distinct = {case.name: case for of_axis in cases.values() for case in of_axis}
     surroundings = environment(device)
-    # Uncounted: in its first step a peer also loads code, which would count as its memory.
-    measure(min(distinct.values(), key=lambda case: case.flops), device, 1, COMPARED)
+    # Uncounted: in its first step a peer also loads code.
+    measure(min(distinct.values(), key=lambda case: case.flops), device, 1, peers, memory_apart=False)
     rows: list[dict[str, Any]] = []
     for case in distinct.values():
         lost = None
         try:
-            rows += measure(case, device, options.rounds, COMPARED, peer_rounds=min(PEER_ROUNDS, options.rounds))
+            rows += measure(case, device, options.rounds, peers, peer_rounds=min(PEER_ROUNDS, options.rounds))
         except DeviceLost as error:
             lost = error
             rows += error.rows

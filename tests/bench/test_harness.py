@@ -98,7 +98,10 @@ def row(**fields):
 def test_bars():
     assert verdict.slow([row(bar=1.2)]) == []
     assert verdict.slow([row(bar=1.19)]) == ["a, forward KL, unisd_kernels: 1.20 of the floor, the bar is 1.19"]
-    assert CASES["unisd_star_cpu"].bars == {0.0: 1.2, 0.5: 1.3}
+    assert CASES["unisd_star_cpu"].bars == {0.0: 1.1, 0.5: 1.1}
+    assert verdict.slow([row(peak_bar=0.85, share_of_peak=0.85)]) == []
+    below = row(peak_bar=0.85, share_of_peak=0.84)
+    assert verdict.slow([below]) == ["a, forward KL, unisd_kernels: 84% of the FMA peak, the bar is 85%"]
 
 
 def test_agreement_of_two_runs(tmp_path, capsys):

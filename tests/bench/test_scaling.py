@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench.cases import find_case
+from bench.measuring.measure import measure
 from bench.peers import FLOOR, OURS
 from bench.records.results_file import case_fields
 from bench.records.verdict import is_wrong
@@ -105,7 +106,7 @@ def test_too_few_points_have_no_fit():
 def test_without_a_floor_there_is_no_unit():
     fit = fit_of(synthetic(law, lambda case: 1e6, peers=(OURS,)), "K", "time")
     assert fit["slope"] is None
-    assert fit["points"] == 5
+    assert fit["points"] == 6
 
 
 @pytest.mark.parametrize("plan", [scaling.CPU_PLAN, scaling.ACCELERATOR_PLAN])
@@ -121,11 +122,20 @@ def test_sweeps_vary_one_axis_around_the_base(plan):
     assert plan.case("kl").num_auxiliary == 0
 
 
-def test_a_name_alone_is_enough_only_for_float32():
-    case = scaling.CPU_PLAN.case("unisd_star", N=64)
+@pytest.mark.parametrize("plan", [scaling.CPU_PLAN, scaling.ACCELERATOR_PLAN])
+def test_a_name_alone_is_enough(plan):
+    case = plan.case("unisd_star", N=64)
     assert find_case(case.name, CPU) == case
     with pytest.raises(ValueError, match="no case"):
-        find_case(scaling.ACCELERATOR_PLAN.case("unisd_star").name, CPU)
+        find_case(f"{case.name}.float8", CPU)
+
+
+def test_without_views_every_peer_has_the_loss():
+    case = scaling.CPU_PLAN.case("unisd_star", N=16, V=300, H=16, K=0)
+    rows = measure(case, CPU, 1, scaling.COMPARED)
+    assert [row.get("failure") for row in rows] == [None] * len(scaling.COMPARED)
+    assert not any(map(is_wrong, rows))
+    assert rows[0]["num_products"] == 4
 
 
 def test_the_cpu_plan_takes_minutes():
