@@ -41,13 +41,9 @@ def fastest(call, times=5):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the loop is written for x86-64")
 @pytest.mark.parametrize("dtype", [torch.float32, *PAIR])
 def test_no_product_is_faster_than_registers_alone(dtype):
-    """A loop that did fewer multiply-adds than it says would leave a library far behind; one that did more, far ahead."""
+    """A loop of fewer multiply-adds than it says would be far ahead of a library; one of more, far behind."""
     size = 768
-    a, b, out = (
-        torch.ones(size, size, dtype=dtype),
-        torch.ones(size, size, dtype=dtype),
-        torch.ones(size, size).to(dtype),
-    )
+    a, b, out = (torch.ones(size, size, dtype=dtype) for _ in range(3))
     loop = fma_peak.loop(dtype)
     # Short enough for some of the samples to have the core to themselves.
     registers, library = fastest(lambda: loop.run(2 * size**3, 1), 9), fastest(lambda: torch.mm(a, b, out=out), 9)
