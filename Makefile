@@ -17,7 +17,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 OLDEST_TRL := 1.15.0
 OLDEST_TRL_DIR := $(CURDIR)/$(VENV)/trl-$(OLDEST_TRL)
 
-.PHONY: demo test test-all machines lint bench figures wheel clean install
+.PHONY: demo test test-all machines lint bench figures figures-steps wheel clean install
 
 install: $(STAMP)
 
@@ -56,23 +56,19 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The tables of a CPU for the forward KL, with every peer, in at most six minutes: what no longer fits says so.
+# The tables of a CPU for the forward KL, in float32 and bfloat16, with every peer, in at most six minutes: what no longer
+# fits says so.
 bench: $(STAMP)
-	$(BIN)/python -m bench --device cpu --case scoring kl unisd_star --beta 0 --rounds 5 --peer-rounds 3 --deadline 300 $(BENCH_ARGS)
+	$(BIN)/python -m bench --device cpu --case unisd_star_cpu_bf16 unisd_star kl_cpu_bf16 kl scoring --beta 0 --rounds 5 --peer-rounds 3 --deadline 300 $(BENCH_ARGS)
 
-# Everything docs/benchmarks.md and README.md print of a CPU, measured anew; about an hour of an idle machine. Some of it
-# on SmolLM2's hidden states, and whole training steps of it.
+# Every figure of a CPU in docs/benchmarks.md and README.md, measured anew on this machine into a folder named after its
+# processor: some 20 minutes of an idle one. FIGURES_ARGS=--list says what and how long.
 figures: $(STAMP)
-	$(BIN)/python -m bench --device cpu --case scoring kl kl_trainable unisd_star --rounds 9 --peer-rounds 3 --output bench/results/cpu.json
-	$(BIN)/python -m bench --device cpu --case unisd_star_smollm2 --rounds 5 --peer-rounds 2 --output bench/results/cpu_smollm2.json
-	$(BIN)/python -m bench --device cpu --case qwen2.5-0.5b_cpu gemma3-270m_cpu --rounds 3 --peers unisd_kernels --output bench/results/cpu_heads.json
-	$(BIN)/python -m bench scaling --device cpu --output bench/results/cpu_scaling.json
-	$(BIN)/python -m bench steps --device cpu --output bench/results/cpu_steps.json
-	$(BIN)/python -m bench ceilings --device cpu --output bench/results/cpu_ceilings.json
-	$(BIN)/python -m bench ema --output bench/results/ema_cpu.json
-	$(BIN)/python -m bench numerics --output bench/results/numerics_cpu.json
-	$(BIN)/python -m bench plots bench/results/cpu_scaling.json bench/results/cpu.json --ceilings bench/results/cpu_ceilings.json --output docs/figures
-	$(BIN)/python -m bench report
+	$(BIN)/python -m bench figures $(FIGURES_ARGS)
+
+# The same of whole training steps; some ten minutes.
+figures-steps: $(STAMP)
+	$(BIN)/python -m bench figures --steps $(FIGURES_ARGS)
 
 # One wheel for every Python >= 3.10 and torch >= 2.10 (docs/building.md).
 wheel: $(STAMP)

@@ -52,6 +52,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer-rounds", type=int, help="of peers other than this package; default: --rounds")
     parser.add_argument("--sample-seconds", type=float, help="the least a sample takes on a CPU, by repeating its step")
+    parser.add_argument(
+        "--memory",
+        choices=("apart", "here"),
+        default="apart",
+        help="of a peer on a CPU: in its own process, or not",
+    )
     parser.add_argument("--deadline", type=float, help="seconds after which nothing new is begun")
     parser.add_argument("--output", type=Path, help="file for everything, .json or .csv, raw samples included")
     parser.add_argument("--against", type=Path, help="an earlier result (.json); says what became slower")
@@ -94,6 +100,7 @@ def main(arguments: Sequence[str]) -> int:
             peer_rounds=options.peer_rounds,
             with_energy=True,
             deadline=deadline,
+            memory_apart=None if options.memory == "apart" else False,
             shortest_on_cpu=options.sample_seconds,
         )
         print(f"{table(measured)}\n")

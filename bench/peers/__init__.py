@@ -30,6 +30,7 @@ __all__ = [
     "ALL",
     "FLOOR",
     "FLOORS",
+    "FLOOR_FLOAT32",
     "OURS",
     "PEAK",
     "PEERS",

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.records import machine
-from bench.records.verdict import Row, agree, same_rows
-from bench.report import compare, plots, tables
+from bench.records.verdict import Row
+from bench.report import plots, spread, tables
 from bench.report.provenance import where
-from bench.studies import ema, numerics, scaling, steps
+from bench.studies import ema, numerics, scaling, steps, threads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,6 +64,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ),
     ("Other heads", "heads", "", case_tables),
     ("Scaling", "scaling", "", scaling.table),
+    ("Threads, cores and few rows", "threads", "", threads.table),
     ("A whole training step: the reliability tax, SmolLM2-135M", "steps_smollm2", "", training_steps),
     ("A whole training step: the reliability tax, Gemma-3-270M", "steps_gemma3", "", training_steps),
     ("The moving average", "ema", "", ema.tables),
@@ -108,10 +109,27 @@ def _ceilings(folder: Path, results: Path) -> list[str]:
         return []
     return [
         "### The machine's ceilings",
-        "FLOPs of the floor over the time of each peer, at the FLOPs a byte that the least traffic allows.",
+        _rates(result),
+        "FLOPs of the floor over the time of each peer, at the FLOPs a byte that the least traffic allows:",
         f"`{_named(folder / 'ceilings', results)}`: {where(result['environment'])}",
         *_plots(folder, "ceilings"),
     ]
+
+
+def _rates(result: Result) -> str:
+    """The ceilings in numbers."""
+    parts = [f"A copy moves {result['copy_gb_per_s']:.1f} GB/s"]
+    parts.append(f"the library's float32 product of order {result['product_order']} does {_tflop(result, 'product')}")
+    parts += [
+        f"multiply-adds of {dtype} on registers alone do {_tflop(result, f'fma_{dtype}')}"
+        for dtype in ("float32", "bfloat16")
+        if f"fma_{dtype}_tflop_per_s" in result
+    ]
+    return "; ".join(parts) + "."
+
+
+def _tflop(result: Result, name: str) -> str:
+    return f"{result[f'{name}_tflop_per_s']:.3f} TFLOP/s"
 
 
 def _two_runs(folder: Path, results: Path) -> list[str]:
@@ -119,18 +137,11 @@ def _two_runs(folder: Path, results: Path) -> list[str]:
     a, b = load(folder, "run_1"), load(folder, "run_2")
     if a is None or b is None:
         return []
-    ended = [result["environment"]["date"][:16].replace("T", " ") for result in (a, b)]
-    pairs = same_rows(a["rows"], b["rows"])
-    agreeing = sum(agree(*pair) for pair in pairs)
     first, second = (_named(folder / name, results) for name in ("run_1", "run_2"))
     return [
         "### Two runs an hour apart",
-        "The spread that is stated: the quantiles, and 10% of a ratio either way at least, which is what this shared "
-        "machine drifts by; on an accelerator 5%.",
-        f"The same command twice, ended {ended[0]} and {ended[1]} UTC: {agreeing} of {len(pairs)} ratios agree: their "
-        "ranges meet.",
-        compare.comparison(pairs),
-        f"`python -m bench compare {first} {second}`: {where(b['environment'])}",
+        spread.page_section(a, b),
+        f"`python -m bench repeat --compare {first} {second}`: {where(b['environment'])}",
     ]
 
 
@@ -146,11 +157,14 @@ def readme_table(folders: Sequence[Path]) -> str:
                 for row in result["rows"]:
                     if row["operation"] == "unisd_loss" and "failure" not in row:
                         key = (row["dtype"], row["divergence"], row["peer"])
-                        found.setdefault(key, {})[machine.title(result["environment"])] = row
-    titles = list(dict.fromkeys(map(machine.title, sources)))
-    newest = machine.title(max(sources, key=lambda environment: environment["date"]))
+                        found.setdefault(key, {})[f"{machine.title(result['environment'])}, N = {row['num_rows']}"] = (
+                            row
+                        )
+    titles = list(dict.fromkeys(title for rows in found.values() for title in rows))
+    latest = max(sources, key=lambda environment: environment["date"])
+    newest = next(title for title in titles if title.startswith(machine.title(latest)))
     heads = ["operands", "divergence", "peer", *(f"time / floor, {title}" for title in titles)]
-    heads += [f"extra peak memory, {newest}", f"gradient error, {newest}"]
+    heads += [f"extra peak memory, {latest['cpu']}", f"gradient error, {latest['cpu']}"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for key, rows in found.items():
         ratios = [f"{rows[title]['ratio_to_floor']:.2f}" if title in rows else "" for title in titles]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,10 @@ from bench.measuring.timing import interleaved_seconds
 from bench.parser import command_parser
 from bench.records import results_file
 from bench.records.environment import environment
+from bench.records.failures import NotHere
+from bench.roofline import fma_peak
+
+REPETITIONS = 7
 
 
 def measure(device: torch.device, rounds: int = 10) -> dict[str, float]:
@@ -29,11 +34,32 @@ def measure(device: torch.device, rounds: int = 10) -> dict[str, float]:
     samples = interleaved_seconds(
         {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=out)}, rounds, device
     )
+    peaks = _register_rates() if on_cpu else {}
     return {
+        **peaks,
         "copy_gb_per_s": 2 * size / statistics.median(samples["copy"]) / 1e9,
         "product_tflop_per_s": 2 * order**3 / statistics.median(samples["product"]) / 1e12,
         "product_order": order,
     }
+
+
+def _register_rates() -> dict[str, float]:
+    """TFLOP/s of multiply-adds on registers alone, where this processor has such instructions."""
+    threads, flops, rates = torch.get_num_threads(), 20_000_000_000, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        try:
+            loop = fma_peak.loop(dtype)
+        except NotHere:
+            continue
+        seconds = [_seconds(lambda loop=loop: loop.run(flops, threads)) for _ in range(REPETITIONS)]  # type: ignore[misc]
+        rates[f"fma_{str(dtype).removeprefix('torch.')}_tflop_per_s"] = flops / statistics.median(seconds) / 1e12
+    return rates
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
 
 
 def main(arguments: Sequence[str]) -> int:

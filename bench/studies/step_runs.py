@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from bench.peers import dense
 from unisd import UniSDConfig, UniSDTrainer
 from unisd.data.procedural import procedural_rows
+from unisd.gemma3 import GEMMA3
 from unisd.models import SMOLLM2, load_model
 from unisd.presets import PRESETS, is_paper
 from unisd.step import LossFunctions
@@ -29,7 +30,7 @@ from unisd_kernels.config import LossConfig
 from unisd_kernels.reference.loss import reduce_per_token
 
 TINY, RANDOM_1B = "tiny", "random-1b"
-MODELS = (SMOLLM2, TINY, RANDOM_1B)
+MODELS = (SMOLLM2, GEMMA3, TINY, RANDOM_1B)
 # Of random weights, which need no download: two layers, for tests; and the shape of Llama-3.2-1B, for a GPU.
 RANDOM: dict[str, dict[str, Any]] = {
     TINY: {
@@ -266,14 +267,22 @@ class Workbench:
         return trainer
 
 
-def make_workbench(name: str, device: torch.device, batch_size: int, new_tokens: int, folder: str) -> Workbench:
-    """A model with LoRA as in the demo, bfloat16 on an accelerator; rows are the demo's tasks of one step, as plain
-    text: the chat template's system prompt would be most of each context."""
+def make_workbench(
+    name: str,
+    device: torch.device,
+    batch_size: int,
+    new_tokens: int,
+    folder: str,
+    dtype: torch.dtype | None = None,
+) -> Workbench:
+    """A model with LoRA as in the demo, by default float32 on a CPU and bfloat16 on an accelerator; rows are the demo's
+    tasks of one step, as plain text: the chat template's system prompt would be most of each context."""
     disable_progress_bar()
     rows = fresh_rows(batch_size, 0)
     torch.manual_seed(0)
     # In a test of two layers the two devices shall agree to more digits than bfloat16 has.
-    dtype = torch.float32 if device.type == "cpu" or name == TINY else torch.bfloat16
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" or name == TINY else torch.bfloat16
     if name in RANDOM:
         # A billion numbers are drawn where they are needed; of the small one the two devices shall have the same.
         drawn_on = torch.device("cpu") if name == TINY else device

@@ -6,16 +6,21 @@ average (here every step; the presets' default is every tenth). Its completions 
 rollout is the same call whatever preset or loss (same weights, prompts and number of tokens), so each round times one,
 and "with rollout" is a step plus the rollout of its round. Ratios are medians over rounds of the ratio to plain
 self-distillation ("plain") with the same loss in the same round. On a CPU memory is measured in a process of its own.
+
+Joules of a step are what the device's counters say; where none can be read, an estimate that says how it is made
+(`unisd/energy.py`), and the table marks it with "~".
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,7 @@ from bench.parser import command_parser
 from bench.records import results_file
 from bench.records.environment import chosen_device, environment
 from bench.records.failures import failure_text
+from bench.records.machine import multiplies_bfloat16
 from bench.studies.step_runs import (
     DENSE,
     FRACTION,
@@ -40,6 +46,7 @@ from bench.studies.step_runs import (
     Workbench,
     make_workbench,
 )
+from unisd.energy import Energy, EnergyMeter
 from unisd.models import SMOLLM2
 from unisd_kernels.backends.registry import resolve
 
@@ -61,12 +68,13 @@ def measure(
     batch_size: int = BATCH_SIZE,
     new_tokens: int = NEW_TOKENS,
     with_memory: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> list[dict[str, Any]]:
     """Two rows for each variant and peer, without and with the rollout; one that fails says why."""
     from tqdm import tqdm
 
     with tempfile.TemporaryDirectory() as folder:
-        make = partial(make_workbench, model, device, batch_size, new_tokens)
+        make = partial(make_workbench, model, device, batch_size, new_tokens, dtype=dtype)
         bench = make(folder)
         sampler = bench.trainer(PLAIN, OURS)
         torch.manual_seed(0)
@@ -94,12 +102,14 @@ def measure(
                     steps[key] = step
                 except Exception as error:
                     failures[key] = failure_text(error)
+        energy: dict[str, list[Energy]] = {name: [] for name in steps}
         samples = interleaved_seconds(
             steps,
             rounds,
             device,
             partial(tqdm, desc=f"steps of {model}"),
             on_failure=lambda key, error: failures.update({key: failure_text(error)}),
+            watching=lambda name: _metered(device, energy[name]),
         )
     if ROLLOUT not in samples:
         raise RuntimeError(f"the rollout failed: {failures[ROLLOUT]}")
@@ -121,6 +131,7 @@ def measure(
                     rows.append({**row, "failure": failures[key]})
                 else:
                     figures = _figures(samples, peaks, key, _key(PLAIN, peer), rollout)
+                    figures |= _energy_figures(energy, samples, key, rollout)
                     rows.append({**row, **figures, "tokens_per_second": row["tokens"] / figures["median_seconds"]})
     return rows
 
@@ -151,6 +162,29 @@ def _figures(
         # Nothing of a rollout but token ids is held during the rest of the step.
         figures["extra_peak_bytes"] = max(peaks[key], peaks[ROLLOUT]) if rollout else peaks[key]
     return figures
+
+
+@contextmanager
+def _metered(device: torch.device, readings: list[Energy]) -> Iterator[None]:
+    """Adds what is used within it."""
+    meter = EnergyMeter(device)
+    yield
+    readings.append(meter.read())
+
+
+def _energy_figures(
+    energy: dict[str, list[Energy]], samples: dict[str, list[float]], key: str, rollout: bool
+) -> dict[str, Any]:
+    """Median joules of a step, whether counters measured it, and how in words."""
+    names = (key, ROLLOUT) if rollout else (key,)
+    # The uncounted round's come first.
+    rounds = list(zip(*(energy[name][-len(samples[name]) :] for name in names), strict=True))
+    how = [part.how for part in rounds[-1][0].parts if part.joules is not None]
+    return {
+        "joules": statistics.median(sum(reading.joules for reading in readings) for readings in rounds),
+        "joules_measured": all(reading.measured for readings in rounds for reading in readings),
+        "joules_how": "; ".join(re.sub(r" \([^)]* s over all cores\)", "", each) for each in how),
+    }
 
 
 def _notes(bench: Workbench, device: torch.device) -> dict[str, str]:
@@ -198,6 +232,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         columns += [(f"tokens/s{suffix}", "tokens_per_second", 1.0, ".1f", rollout)]
         columns += [(f"time / plain{suffix}", "ratio_to_plain", 1.0, ".2f", rollout)]
     columns += [("extra peak MB", "extra_peak_bytes", 1e-6, ".0f", False)]
+    if any("joules" in row for row in rows):
+        columns += [("J", "joules", 1.0, ".1f", False), ("J with rollout", "joules", 1.0, ".1f", True)]
     titles = [f"{title}: {peer}" for title, *_ in columns for peer in PEERS]
     lines = [f"| preset | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     failed = []
@@ -206,14 +242,24 @@ def table(rows: list[dict[str, Any]]) -> str:
         for _, field, scale, form, rollout in columns:
             for peer in PEERS:
                 row = found.get((variant, peer, rollout), {})
-                cells.append("failed" if "failure" in row else f"{scale * row[field]:{form}}" if field in row else "")
+                estimated = "~" if field == "joules" and not row.get("joules_measured", True) else ""
+                figure = f"{estimated}{scale * row[field]:{form}}" if field in row else ""
+                cells.append("failed" if "failure" in row else figure)
         lines.append(f"| {' | '.join(cells)} |")
         for peer in PEERS:
             row = found.get((variant, peer, False), {})
             if "failure" in row:
                 failed.append(f"- {variant}, {peer}: {row['failure']}")
-    parts = ["\n".join(lines), BARS, *(["Failed:\n" + "\n".join(failed)] if failed else [])]
+    how = sorted({row["joules_how"] for row in rows if "joules_how" in row})
+    joules = [f"J: {each}. ~: an estimate, not a measurement." for each in how]
+    parts = ["\n".join(lines), *joules, BARS, *(["Failed:\n" + "\n".join(failed)] if failed else [])]
     return "\n\n".join(parts)
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    if name == "auto":
+        return torch.bfloat16 if device.type != "cpu" or multiplies_bfloat16() else torch.float32
+    return getattr(torch, name) if name else None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -224,6 +270,11 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the base; auto: bfloat16 where the device multiplies it; default: float32 on a CPU, else bfloat16",
+    )
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="prompts, one completion each")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="tokens of a completion")
     parser.add_argument("--output", type=Path, help="JSON file for everything, raw samples included")
@@ -236,6 +287,7 @@ def main(arguments: Sequence[str]) -> int:
         options.presets,
         batch_size=options.batch_size,
         new_tokens=options.new_tokens,
+        dtype=_dtype(options.dtype, device),
     )
     print(f"{options.model}: {rows[0]['tokens']} completion tokens a step, {options.rounds} rounds\n\n{table(rows)}")
     surroundings = environment(device)

@@ -103,7 +103,20 @@ def test_pytest_refuses_an_unknown_case(monkeypatch, capsys):
 def test_the_command_runs_in_another_directory(tmp_path):
     """With the repository on the path, as an editable install leaves it."""
     script = "import sys; from unisd.cli import main; sys.exit(main(sys.argv[1:]))"
-    arguments = ["--case", "smoke.kl", "--device", "cpu", "--rounds", "2", "--peers", OURS, "--output", "x.json"]
+    arguments = [
+        "--case",
+        "smoke.kl",
+        "--device",
+        "cpu",
+        "--rounds",
+        "2",
+        "--peers",
+        OURS,
+        "--output",
+        "x.json",
+        "--memory",
+        "here",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", script, "bench", *arguments],
         cwd=tmp_path,

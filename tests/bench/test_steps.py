@@ -23,6 +23,9 @@ FIGURES = {
     "tokens_per_second",
     "ratio_to_plain",
     "samples_seconds",
+    "joules",
+    "joules_measured",
+    "joules_how",
 }
 
 
@@ -136,7 +139,11 @@ def test_every_preset_and_peer_has_its_rows(rows):
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["median_seconds"])
         if row["preset"] == "plain":
             assert row["ratio_to_plain"] == 1.0
+        # No counter of this machine is read in a test, so that all is an estimate by the processor's time.
+        assert row["joules"] > 0
+        assert row["joules_measured"] or "8 W, an assumption" in row["joules_how"]
     for without, including in zip(rows[::2], rows[1::2], strict=True):
+        assert without["joules"] < including["joules"]
         rollouts = [b - a for a, b in zip(without["samples_seconds"], including["samples_seconds"], strict=True)]
         assert min(rollouts) > 0
 
