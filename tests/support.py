@@ -214,5 +214,6 @@ def native_dtype_logits() -> Iterator[None]:
     with (
         mock.patch("unisd_kernels.reference.logprobs.linear_logits", native),
         mock.patch("unisd_kernels.reference.divergence.linear_logits", native),
+        mock.patch("unisd_kernels.reference.mixture.linear_logits", native),
     ):
         yield

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import make_problem
-from unisd_kernels import linear_divergence, linear_logprobs, unisd_loss
+from unisd_kernels import linear_divergence, linear_logprobs, mix_hidden, unisd_loss
 from unisd_kernels.backends import engine
 
 N, H, V = 96, 8, 509
@@ -84,6 +84,22 @@ def test_unisd_loss(frozen_head, num_auxiliary, negative, options, products, bet
     )
     assert count == products
     assert 4 * largest <= WORKSPACE < 4 * N * V / 2
+
+
+@pytest.mark.parametrize("num_auxiliary", [0, 1, 3, 8])
+@pytest.mark.parametrize(("frozen_head", "products"), [(True, 3), (False, 4)])
+def test_a_mixture_of_teachers_costs_one(frozen_head, products, num_auxiliary):
+    p = problem(frozen_head=frozen_head, num_auxiliary=num_auxiliary, negative=False)
+
+    def function():
+        views = [p.teacher_hidden, *p.auxiliary_hidden]
+        mixed = mix_hidden(views, [1.0 / len(views)] * len(views), p.teacher_head)
+        arguments = {**p.arguments(), "teacher_hidden": mixed, "auxiliary_hidden": ()}
+        return unisd_loss(**arguments, workspace_bytes=WORKSPACE).loss
+
+    count, largest = measure(function, p.leaves)
+    assert count == products
+    assert 4 * largest <= WORKSPACE
 
 
 @pytest.mark.parametrize(("frozen_head", "products"), [(True, 3), (False, 6)])

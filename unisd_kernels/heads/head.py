@@ -109,6 +109,14 @@ class LMHead:
             return self.bias
         return self.bias[: self.vocab_size]
 
+    def is_same(self, other: LMHead) -> bool:
+        """Whether both are one head: the same weight and bias in memory, the same scale, cap and columns."""
+        return (
+            (self.logit_scale, self.softcap) == (other.logit_scale, other.softcap)
+            and _place(self.active_weight) == _place(other.active_weight)
+            and _place(self.active_bias) == _place(other.active_bias)
+        )
+
     def detach(self) -> LMHead:
         """The same head, frozen: no gradient reaches its weight or bias."""
         bias = None if self.bias is None else self.bias.detach()
@@ -148,6 +156,11 @@ class LMHead:
         head = cls(weight, bias, vocab_size=vocab_size)  # what is no head is refused before anything runs
         form = form_of(model, weight, bias, head.vocab_size, verify)
         return cls(weight, bias, form.logit_scale, form.softcap, form.vocab_size)
+
+
+def _place(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
+    """What two tensors have in common that are one in memory."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 def _number(name: str, value: Any) -> float:

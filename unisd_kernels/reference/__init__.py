@@ -12,6 +12,7 @@ from unisd_kernels.reference.ema import ema_update_
 from unisd_kernels.reference.features import feature_distance
 from unisd_kernels.reference.logprobs import linear_logits, linear_logprobs
 from unisd_kernels.reference.loss import unisd_loss
+from unisd_kernels.reference.mixture import mixture_log_probs
 
 __all__ = [
     "agreement_weights",
@@ -24,5 +25,6 @@ __all__ = [
     "linear_divergence",
     "linear_logits",
     "linear_logprobs",
+    "mixture_log_probs",
     "unisd_loss",
 ]
