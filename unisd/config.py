@@ -14,6 +14,7 @@ from unisd.config_ranges import check_ranges
 from unisd.contexts import FRAMES
 from unisd.contexts.template import TeacherTemplate
 from unisd.liger import liger_settings
+from unisd.mixture import MIXTURES, SHARPENED
 from unisd.presets import get_preset, preset_fields
 from unisd.rows import OVERLONG
 from unisd.views import VIEW_PASSES
@@ -69,6 +70,11 @@ class UniSDConfig(DistillationConfig):
         feature_weight: >= 0.
         clip_cap: cap on a token's divergence in nats; 0 for none.
         clip_quantile: instead, cap at this quantile of the micro-batch's divergences; 0 for none.
+        teacher_mixture: what the teacher is, under one head (docs/mixtures.md): "self": the teacher's context alone;
+            "consensus": the geometric mean of it and the K auxiliary contexts; "contrastive": sharpened away from the
+            negative context, h_t + alpha (h_t - h_n); "pmi": away from the student without the context, h_t + alpha
+            (h_t - h_s). Costs no product of the head, whatever K.
+        mixture_alpha: alpha > 0 of the last two.
         teacher: "self": the student's current weights (or their moving average, see `ema`); "base": the weights before
             training.
         ema: the moving average that scores: "none", "full", "adapter", "merged", or "auto" ("adapter" for a PEFT model,
@@ -154,6 +160,8 @@ class UniSDConfig(DistillationConfig):
     clip_quantile: float = field(
         default=0.0, metadata={"help": "Cap a token's divergence at this quantile of the micro-batch; 0 turns it off."}
     )
+    teacher_mixture: str | None = _from_preset("What the teacher is made of: self, consensus, contrastive or pmi.")
+    mixture_alpha: float | None = _from_preset("How far contrastive and pmi sharpen the teacher, above 0.")
     teacher: str | None = _from_preset("Teacher's weights: self (see ema) or base (before training).")
     ema: str | None = _from_preset("Moving-average teacher: none, auto, full, adapter or merged.")
     ema_decay: float | None = _from_preset("Weight of the old teacher at each update, in [0, 1].")
@@ -231,13 +239,23 @@ class UniSDConfig(DistillationConfig):
 
     @property
     def uses_agreement(self) -> bool:
-        """Whether rows need `auxiliary_prompts`."""
+        """Whether the agreement of auxiliary contexts gives weights."""
         return self.agreement != "none"
 
     @property
     def uses_contrastive(self) -> bool:
-        """Whether rows need a `negative_prompt`."""
+        """Whether the loss has the contrastive term."""
         return bool(self.contrastive_weight)
+
+    @property
+    def reads_auxiliary(self) -> bool:
+        """Whether rows need `auxiliary_prompts`."""
+        return self.uses_agreement or self.teacher_mixture == "consensus"
+
+    @property
+    def reads_negative(self) -> bool:
+        """Whether rows need a `negative_prompt`."""
+        return self.uses_contrastive or self.teacher_mixture == "contrastive"
 
     @property
     def resolved_weight_normalization(self) -> str:
@@ -301,6 +319,8 @@ class UniSDConfig(DistillationConfig):
             idle["agreement_gamma"] = "agreement='none'"
         if self.contrastive_weight == 0:
             idle["contrastive_margin"] = "contrastive_weight=0"
+        if self.teacher_mixture not in SHARPENED:
+            idle["mixture_alpha"] = f"teacher_mixture={self.teacher_mixture!r}"
         if self.ema == "none":
             idle["ema_decay"] = "ema='none'"
         for name in sorted(changed & idle.keys()):
@@ -312,6 +332,7 @@ class UniSDConfig(DistillationConfig):
         check_choice("agreement", self.agreement, ("none", "token", "sequence"))
         check_choice("agreement_statistic", self.agreement_statistic, ("variance", "range"))
         check_choice("weight_normalization", self.weight_normalization, ("auto", "weighted", "count"))
+        check_choice("teacher_mixture", self.teacher_mixture, MIXTURES)
         check_choice("teacher", self.teacher, ("self", "base"))
         check_choice("ema", self.ema, _EMA_MODES)
         check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
@@ -326,6 +347,7 @@ class UniSDConfig(DistillationConfig):
         check_number("contrastive_margin", self.contrastive_margin)  # type: ignore[arg-type]
         check_number("clip_quantile", self.clip_quantile, low=0.0, high=1.0)
         check_number("agreement_fraction", self.agreement_fraction, low=0.0, high=1.0, open_low=True)
+        check_number("mixture_alpha", self.mixture_alpha, low=0.0, open_low=True)  # type: ignore[arg-type]
         check_number("ema_decay", self.ema_decay, low=0.0, high=1.0)  # type: ignore[arg-type]
         if self.drift_budget is not None:
             check_number("drift_budget", self.drift_budget, low=0.0, open_low=True)
@@ -346,6 +368,11 @@ class UniSDConfig(DistillationConfig):
             raise ValueError(
                 f"agreement={self.agreement!r} with num_auxiliary=1: one context has no {self.agreement_statistic}, so "
                 "every weight is 1; set num_auxiliary to 2 or more, or agreement='none'"
+            )
+        if self.teacher_mixture == "consensus" and self.agreement_fraction != 1.0:
+            raise ValueError(
+                f"teacher_mixture='consensus' reads every sequence under the auxiliary contexts, of which "
+                f"agreement_fraction={self.agreement_fraction} would leave some out; set agreement_fraction to 1"
             )
         for name in ("max_prompt_length", "workspace_bytes"):
             if getattr(self, name) is not None:

@@ -26,6 +26,7 @@ __all__ = [
     "remember_head",
     "scoring_mode",
     "takes_position_ids",
+    "verified_softcap",
 ]
 
 HiddenStates = Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -64,6 +65,12 @@ def model_head(model: Any) -> LMHead:
 def remember_head(model: Any, logit_scale: float, softcap: float | None, vocab_size: int | None) -> None:
     """Make `model_head` use this scale, cap and vocabulary from now on."""
     causal_model(model)._unisd_head = _Remembered(_bare_head(model), logit_scale, softcap, vocab_size)
+
+
+def verified_softcap(model: Any) -> float | None:
+    """Soft cap of a head that `model_head` or `remember_head` knows; also where its weight is in shards."""
+    found = getattr(causal_model(model), "_unisd_head", None)
+    return model_head(model).softcap if found is None else found.softcap
 
 
 def head_is_trained(model: Any) -> bool:

@@ -89,6 +89,7 @@ class NonFiniteGuard:
                 "the teacher": inputs.teacher_hidden,
                 **auxiliary,
                 "the negative context": inputs.negative_hidden,
+                **{part.name: part.hidden for part in result.parts},
             },
             parameters,
         )

@@ -1,7 +1,8 @@
 """The recipes by name: what each mechanism is set to when it is used alone, and together (`unisd_star`); the same as
 the paper ran them (`*_paper`); and the baselines.
 
-Source of the values: the launcher of UniSD (arXiv 2605.06597); for `sdft` arXiv 2601.19897.
+Source of the values: the launcher of UniSD (arXiv 2605.06597); for `sdft` arXiv 2601.19897; for `mixture_alpha` arXiv
+2305.14739 and 2309.09117.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Preset:
         contrastive_margin: nats.
         feature_weight: 0 turns feature matching off.
         clip_cap: nats; 0 turns clipping off.
+        teacher_mixture: what the teacher is made of: "self", "consensus", "contrastive" or "pmi" (docs/mixtures.md).
+        mixture_alpha: how far the last two sharpen it.
         teacher: "self", or "base": the weights before training.
         ema: "none", or "auto" for the mode that fits the model ("adapter" with LoRA, else "full").
         ema_decay: weight of the old teacher at each update.
@@ -45,6 +48,8 @@ class Preset:
     contrastive_margin: float = 0.5
     feature_weight: float = 0.0
     clip_cap: float = 0.0
+    teacher_mixture: str = "self"
+    mixture_alpha: float = 0.5
     teacher: str = "self"
     ema: str = "none"
     ema_decay: float = 0.9
@@ -81,6 +86,15 @@ _OTHERS: dict[str, Preset] = {
         "token-level agreement that acts: weights from 1 down to 0.09, where the paper's stay above 0.9",
         agreement="token",
         agreement_gamma=1.0,
+    ),
+    "consensus": Preset(
+        "the teacher is the geometric mean of teacher and auxiliary contexts", teacher_mixture="consensus"
+    ),
+    "contrastive_teacher": Preset(
+        "the teacher is sharpened away from the negative context", teacher_mixture="contrastive"
+    ),
+    "pmi": Preset(
+        "the teacher is sharpened away from what the student says without the context", teacher_mixture="pmi"
     ),
     "sft": Preset(
         "baseline: supervised fine-tuning, cross-entropy on the gold demonstration", method="sft", normalization="token"

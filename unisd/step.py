@@ -19,6 +19,7 @@ from unisd.config import UniSDConfig
 from unisd.contexts import ContextSpec
 from unisd.head import fitted_head, gathered_head, head_device
 from unisd.masks import most_entropic
+from unisd.mixture import Part, Views, mixed, parts_of_teacher
 from unisd.modules import HiddenStates, model_head
 from unisd.profile.phases import NoProfile, StepProfile
 from unisd.sft import supervised_loss
@@ -46,12 +47,14 @@ class StepResult:
         inputs: hidden states of the N completion tokens, and the heads.
         loss: as `unisd_loss` returns it.
         selective: with selective agreement, the weights that are `inputs.token_weights`.
+        parts: the views that are the teacher together (`unisd.mixture`), if it is a mixture.
     """
 
     batch: dict[str, Any]
     inputs: LossInputs
     loss: UniSDLoss
     selective: SelectiveWeights | None = None
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass
@@ -85,7 +88,7 @@ class LossStep:
     @property
     def is_selective(self) -> bool:
         """Whether only some sequences are read under the auxiliary contexts (`unisd.agreement`)."""
-        return self.contexts.num_auxiliary > 0 and self.args.agreement_fraction < 1.0
+        return self.args.uses_agreement and self.args.agreement_fraction < 1.0
 
     def __call__(self, student: Any, batch: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> StepResult:
         """The loss of a micro-batch of B sequences and N counted tokens.
@@ -129,21 +132,24 @@ class LossStep:
             head = fitted_head(model_head(student), hidden)
             if not torch.is_grad_enabled():
                 head = head.detach()  # else evaluation would pay for the head's gradient
+            # The very same tensor where the weights are the same.
+            teacher_head = head.detach() if own_head is None else fitted_head(own_head, teacher)
+            parts = parts_of_teacher(self.args, Views(teacher, auxiliary, negative, hidden), teacher_head, head)
             inputs = LossInputs(
                 student_hidden=hidden,
                 student_head=head,
-                teacher_hidden=teacher,
-                # The very same tensor where the weights are the same.
-                teacher_head=head.detach() if own_head is None else fitted_head(own_head, teacher),
+                teacher_hidden=mixed(parts) if parts else teacher,
+                teacher_head=teacher_head,
                 target_ids=rows.ids,
                 cu_seqlens=rows.cu_seqlens,
-                auxiliary_hidden=auxiliary,
-                negative_hidden=negative,
+                # Views that are read for the mixture alone are not scored.
+                auxiliary_hidden=auxiliary if self.args.uses_agreement else (),
+                negative_hidden=negative if self.args.uses_contrastive else None,
                 token_weights=None if selective is None else selective.weights,
                 num_items=None if num_items is None else num_items.to(hidden.device),
             )
             loss = self.functions.unisd_loss(**inputs.arguments(), **self.args.loss_settings())
-        return StepResult(batch, inputs, loss, selective)
+        return StepResult(batch, inputs, loss, selective, tuple(parts))
 
     def _most_entropic(self, student: Any, hidden: torch.Tensor, rows: CompletionRows) -> torch.Tensor:
         """Places [n] of the tokens at which the student is least sure, by its own head."""

@@ -31,6 +31,7 @@ from unisd.head import check_head
 from unisd.liger import use_liger
 from unisd.masks import mask_rollout
 from unisd.metrics import LossMetrics
+from unisd.mixture import check_mixture
 from unisd.modules import hidden_before, takes_position_ids
 from unisd.nonfinite import NonFiniteGuard, on_any_process
 from unisd.profile import NoProfile, ProfiledRun, StepProfile
@@ -41,7 +42,7 @@ from unisd.run.record import RunRecord
 from unisd.run.settings import resolved_settings
 from unisd.sft import demonstration_ids
 from unisd.step import LossStep
-from unisd.teachers import EMATeacher, Teacher, TeacherUpdates, load_teacher, make_teacher, save_teacher
+from unisd.teachers import EMATeacher, Teacher, TeacherUpdates, load_teacher, save_teacher, teacher_of_run
 from unisd.text_tokenizer import tokenizer_for
 from unisd.turns import Prompt
 from unisd.views import view_scorer
@@ -145,13 +146,12 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
         self._merges = merges_rollouts(args, student, is_sharded=self._is_sharded)
         check_sharding(args, student, is_sharded=self._is_sharded, is_deepspeed=self.is_deepspeed_enabled)
         self._check_head(student)
+        self.teacher: Teacher = teacher_of_run(args, student)
+        check_mixture(args, student, self.teacher)
         self.rows = RowGate.for_run(self, self._contexts, student)
         self.train_dataset = self.rows.admit(self.train_dataset, "train_dataset")
         self.eval_dataset = self.rows.admit(self.eval_dataset, "eval_dataset")
         self.rows.check_steps("train_dataset")
-        self.teacher: Teacher = make_teacher(
-            student, teacher=str(args.teacher), ema=str(args.ema), decay=float(args.ema_decay or 0.0)
-        )
         self.step = LossStep(
             args,
             self._contexts,
@@ -169,9 +169,7 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             fixed_shapes=self.pad_to_multiple_of is not None,
             profile=self._profile,
         )
-        self._loss_metrics = LossMetrics(
-            args, self.accelerator, agrees=self._contexts.num_auxiliary > 0, teacher=self.teacher.mode
-        )
+        self._loss_metrics = LossMetrics(args, self.accelerator, agrees=args.uses_agreement, teacher=self.teacher.mode)
         self._guard = NonFiniteGuard(
             args.on_nonfinite,
             str(args.output_dir),

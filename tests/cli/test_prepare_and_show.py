@@ -92,7 +92,7 @@ class Run:
     """What is read of the settings of one of two processes, here of one of two threads."""
 
     world_size, device, disable_tqdm, seed = 2, torch.device("cpu"), True, 42
-    uses_contrastive, uses_agreement, is_supervised, num_auxiliary = False, True, False, 2
+    reads_negative, reads_auxiliary, is_supervised, num_auxiliary = False, True, False, 2
     teacher_template = study_sentence = None
     trust_remote_code = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -247,13 +249,29 @@ def reference_spec(args: UniSDConfig):
     return LossConfig(**{name: value for name, value in settings.items() if name not in ("impl", "workspace_bytes")})
 
 
+def with_mixture(inputs, args: UniSDConfig):
+    """The inputs of the loss with the mixture as the teacher, made by hand, and without views that it alone reads."""
+    teacher, student = inputs.teacher_hidden, inputs.student_hidden.detach()
+    away = {"contrastive": inputs.negative_hidden, "pmi": student}.get(args.teacher_mixture)
+    if args.teacher_mixture == "consensus":
+        teacher = torch.stack([teacher, *inputs.auxiliary_hidden]).mean(0)
+    elif away is not None:
+        teacher = teacher + args.mixture_alpha * (teacher - away)
+    return replace(
+        inputs,
+        teacher_hidden=teacher,
+        auxiliary_hidden=inputs.auxiliary_hidden if args.uses_agreement else (),
+        negative_hidden=inputs.negative_hidden if args.uses_contrastive else None,
+    )
+
+
 def reference_step(model, items: list[dict], args: UniSDConfig, teacher=None, **options):
     """(loss, gradients by parameter) of the dense oracle."""
     from unisd_kernels import reference
 
-    num_auxiliary = args.num_auxiliary if args.uses_agreement else 0
-    inputs = reference_inputs(model, items, num_auxiliary, args.uses_contrastive, teacher, **options)
-    loss = reference.unisd_loss(inputs, reference_spec(args)).loss
+    num_auxiliary = args.num_auxiliary if args.reads_auxiliary else 0
+    inputs = reference_inputs(model, items, num_auxiliary, args.reads_negative, teacher, **options)
+    loss = reference.unisd_loss(with_mixture(inputs, args), reference_spec(args)).loss
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

@@ -92,10 +92,10 @@ def settings_of_run(data: DataArguments, config: UniSDConfig) -> PrepareSettings
     """What the preset, as it was configured, needs of each row."""
     return PrepareSettings(
         contexts=data.contexts,
-        negatives=data.negatives if config.uses_contrastive and not config.is_supervised else "none",
-        num_auxiliary=config.num_auxiliary if config.uses_agreement and not config.is_supervised else 0,
+        negatives=data.negatives if config.reads_negative and not config.is_supervised else "none",
+        num_auxiliary=config.num_auxiliary if config.reads_auxiliary and not config.is_supervised else 0,
         demos_per_context=data.demos_per_context,
-        context_pool=data.context_pool if config.uses_agreement else 0,
+        context_pool=data.context_pool if config.reads_auxiliary else 0,
         columns=Columns.of(data),
         kind=data.task,
         template=TeacherTemplate.of(config),

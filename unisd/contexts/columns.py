@@ -3,8 +3,9 @@
     prompt                the question: a string, or chat messages
     teacher_prompt        the question in its richer context, or instead
     privileged_context    text to put into the teacher's template together with the prompt
-    auxiliary_prompts     K other contexts of the same question (only with agreement)
-    negative_prompt       the question with a plausible wrong demonstration (only with the contrastive term)
+    auxiliary_prompts     K other contexts of the same question (only with agreement, or a consensus as the teacher)
+    negative_prompt       the question with a plausible wrong demonstration (only with the contrastive term, or a
+                          teacher sharpened away from it)
 
 Every view is a prompt that ends where the completion begins, and all views of a row stand in one frame
 (`unisd.contexts.frame`).
@@ -39,11 +40,12 @@ class ContextSpec:
     """Views that a run needs.
 
     Attributes:
-        num_auxiliary: K, 0 without agreement.
+        num_auxiliary: K, 0 where none is read.
         negative: whether a negative context is needed.
         preset: name of the preset, for messages.
         template: of the teacher's prompt where a row holds a `privileged_context`.
         supervised: the student's view alone, and the column `demonstration`.
+        without_auxiliary, without_negative: settings under which these columns are not needed, for messages.
     """
 
     num_auxiliary: int
@@ -51,16 +53,20 @@ class ContextSpec:
     preset: str
     template: TeacherTemplate = TeacherTemplate()
     supervised: bool = False
+    without_auxiliary: str = "agreement='none'"
+    without_negative: str = "contrastive_weight=0"
 
     @classmethod
     def of_run(cls, args: Any) -> ContextSpec:
         """The views that a `UniSDConfig` needs."""
         return cls(
-            args.num_auxiliary if args.uses_agreement else 0,
-            args.uses_contrastive,
+            args.num_auxiliary if args.reads_auxiliary else 0,
+            args.reads_negative,
             args.preset,
             TeacherTemplate.of(args),
             args.is_supervised,
+            _switched_off(("agreement='none'", args.uses_agreement), mixed=args.teacher_mixture == "consensus"),
+            _switched_off(("contrastive_weight=0", args.uses_contrastive), mixed=args.teacher_mixture == "contrastive"),
         )
 
     def check_columns(self, columns: Iterable[str], where: str) -> None:
@@ -77,9 +83,15 @@ class ContextSpec:
         if not present & {"teacher_prompt", "privileged_context"}:
             raise ValueError(f"column 'teacher_prompt' (or 'privileged_context') {why}")
         if self.num_auxiliary and "auxiliary_prompts" not in present:
-            raise ValueError(f"column 'auxiliary_prompts' {why}; add it, or set agreement='none'")
+            raise ValueError(f"column 'auxiliary_prompts' {why}; add it, or set {self.without_auxiliary}")
         if self.negative and "negative_prompt" not in present:
-            raise ValueError(f"column 'negative_prompt' {why}; add it, or set contrastive_weight=0")
+            raise ValueError(f"column 'negative_prompt' {why}; add it, or set {self.without_negative}")
+
+
+def _switched_off(term: tuple[str, bool], *, mixed: bool) -> str:
+    """The settings without which a column is not needed: of a term that reads it, and of the teacher's mixture."""
+    setting, is_used = term
+    return " and ".join([*([setting] if is_used or not mixed else []), *(["teacher_mixture='self'"] if mixed else [])])
 
 
 @dataclass(frozen=True)

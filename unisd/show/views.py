@@ -31,8 +31,8 @@ class ShownView:
 _WHAT = {
     "student": "the model that learns, and writes the completion",
     "teacher": "scores it with the gold demonstration in sight",
-    "auxiliary": "scores it after other solved examples: where these disagree, a token counts less",
-    "negative": "scores it after a wrong demonstration, from which the student is pushed away",
+    "auxiliary": "after other solved examples: where these disagree, a token counts less; or a part of the teacher",
+    "negative": "scores it after a wrong demonstration, from which student or teacher is pushed away",
 }
 
 

@@ -11,7 +11,7 @@ from unisd.teachers.checkpoint import STATE_FILE, load_teacher, save_teacher
 from unisd.teachers.export import Average, put_average, read_average
 from unisd.teachers.full import BaseTeacher, FullEMATeacher
 from unisd.teachers.lora import AdapterEMATeacher, MergedEMATeacher
-from unisd.teachers.make import make_teacher
+from unisd.teachers.make import make_teacher, teacher_of_run
 from unisd.teachers.updates import TeacherUpdates
 
 __all__ = [
@@ -30,5 +30,6 @@ __all__ = [
     "put_average",
     "read_average",
     "save_teacher",
+    "teacher_of_run",
     "trained_parameters",
 ]

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from unisd.modules import is_peft
 from unisd.teachers.base import SelfTeacher, Teacher
 from unisd.teachers.full import BaseTeacher, FullEMATeacher
 from unisd.teachers.lora import AdapterEMATeacher, MergedEMATeacher
+
+if TYPE_CHECKING:
+    from unisd.config import UniSDConfig
+
+
+def teacher_of_run(args: UniSDConfig, model: nn.Module) -> Teacher:
+    """The teacher that a config asks for, see `make_teacher`."""
+    return make_teacher(model, teacher=str(args.teacher), ema=str(args.ema), decay=float(args.ema_decay or 0.0))
 
 
 def make_teacher(model: nn.Module, *, teacher: str, ema: str, decay: float) -> Teacher:
