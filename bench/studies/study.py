@@ -9,6 +9,7 @@ SmolLM2-135M-Instruct with LoRA on this machine's CPU, two runs side by side on 
     why          UniSD* with SDFT's divergence: what of their difference is its direction
     diagnostic   base, SFT, GKD and UniSD* on the procedural diagnostic, by number of steps
     budget       a learning rate that collapses, without and with a drift budget
+    mixtures     teachers that are a mixture of views, alone and with SDFT's divergence
 
 The same command goes on where it was killed: what is finished is not done again. `--results DIR` writes what was found
 as study_*_cpu.json, from which `python -m bench report` makes docs/study.md; with `--report` it runs nothing and takes
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(list(arguments))
     sizes = Sizes(**{each.name: getattr(options, each.name) for each in fields(Sizes) if hasattr(options, each.name)})
     root: Path = options.output
-    if "study" in options.part and not options.report:
+    if {"study", "mixtures"} & set(options.part) and not options.report:
         _check_files(options)
     if options.report and options.results is None:
         raise CommandError("--report writes nothing without --results DIR")

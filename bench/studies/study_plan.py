@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.studies.study_methods import ALONE, BASE, DIAGNOSED, SEEDED
+from bench.studies.study_methods import ALONE, BASE, DIAGNOSED, MIXED, SEEDED, STEADY
 from unisd.models import SMOLLM2
 from unisd.sweep import Cell
 
@@ -80,17 +80,20 @@ def planned(part: str, sizes: Sizes, cos_e: Path, cos_e_test: Path) -> list[Plan
         return _study(sizes, cos_e, cos_e_test)
     if part == "why":
         return _why(sizes)
+    if part == "mixtures":
+        return _mixtures(sizes, cos_e, cos_e_test)
     return _diagnostic(sizes) if part == "diagnostic" else _budget(sizes)
 
 
+def _asked_of_cos_e(sizes: Sizes, cos_e_test: Path) -> tuple[str, ...]:
+    return (
+        *("cos_e", *_DTYPE, "--data", str(cos_e_test), "--limit", str(sizes.items)),
+        *("--batch_size", "16", "--max_new_tokens", str(sizes.reply)),
+    )
+
+
 def _study(sizes: Sizes, cos_e: Path, cos_e_test: Path) -> list[Planned]:
-    asked = {
-        "procedural": _asked(sizes),
-        "cos_e": (
-            *("cos_e", *_DTYPE, "--data", str(cos_e_test), "--limit", str(sizes.items)),
-            *("--batch_size", "16", "--max_new_tokens", str(sizes.reply)),
-        ),
-    }
+    asked = {"procedural": _asked(sizes), "cos_e": _asked_of_cos_e(sizes, cos_e_test)}
     also = (("behaviour", *_DTYPE), ("drift", *_DTYPE, "--max_new_tokens", str(sizes.chat)))
     sources = {"procedural": "procedural", "cos_e": str(cos_e)}
     words = {
@@ -112,6 +115,24 @@ def _why(sizes: Sizes) -> list[Planned]:
     cell = Cell("procedural", "unisd_star", 0)
     train = (*_train(sizes, sizes.steps, sizes.completion, sizes.task_steps), "--beta", "1.0")
     return [Planned("why", cell.name, cell, (_asked(sizes),), train, "reverse_kl")]
+
+
+def _mixtures(sizes: Sizes, cos_e: Path, cos_e_test: Path) -> list[Planned]:
+    """Mixtures of teachers as the study runs each mechanism alone; the study's plain once more, for the same code and
+    day; and SDFT with each mixture, seed by seed."""
+    asked, train = _asked(sizes), _train(sizes, sizes.steps, sizes.completion, sizes.task_steps)
+    alone = [Cell("procedural", preset, 0) for preset in (*MIXED, "plain")]
+    runs = [Planned("mixtures", cell.name, cell, (asked,), train) for cell in alone]
+    for seed in range(sizes.seeds):
+        for mixture in MIXED.values():
+            cell, words = Cell("procedural", STEADY, seed), (*train, "--teacher_mixture", mixture)
+            runs.append(Planned("mixtures", cell.name, cell, (asked,), words, f"{STEADY}_{mixture}"))
+        if seed == 0:
+            cells = [Cell(str(cos_e), preset, 0) for preset in MIXED]
+            words = _train(sizes, sizes.steps, sizes.completion)
+            asked_of = (_asked_of_cos_e(sizes, cos_e_test),)
+            runs += [Planned("mixtures", cell.name, cell, asked_of, words) for cell in cells]
+    return runs
 
 
 def _diagnostic(sizes: Sizes) -> list[Planned]:
