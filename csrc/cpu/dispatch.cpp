@@ -15,7 +15,7 @@ const Kernels* find(const std::string& name) {
   const CpuFeatures has = detect_cpu_features();
   const bool widest = name.empty();
   if ((widest || name == "amx_bf16") && has.amx_bf16 && has.avx512_bf16 && request_amx()) return &amx_bf16::kernels();
-  if ((widest || name == "avx512_bf16") && has.avx512_bf16) return &avx512_bf16::kernels();
+  if (((widest && !has.slow_bf16) || name == "avx512_bf16") && has.avx512_bf16) return &avx512_bf16::kernels();
   if ((widest || name == "avx512") && has.avx512) return &avx512::kernels();
   if ((widest || name == "avx2") && has.avx2) return &avx2::kernels();
 #endif

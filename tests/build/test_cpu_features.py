@@ -63,9 +63,12 @@ def test_the_features_are_those_the_kernel_lists(probe: Path):
 
 
 @pytest.mark.skipif(extension.cpu_unavailable() is not None, reason="the compiled library is not there")
-def test_the_widest_set_is_chosen():
+def test_the_fastest_set_is_chosen():
     script = "from unisd_kernels.backends import extension; print(extension.cpu_isa())"
     environment = {name: value for name, value in os.environ.items() if name != "UNISD_CPU_ISA"}
     chosen = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment)
-    widest = next((name for name in ("amx_bf16", "avx512_bf16", "avx512", "avx2") if name in listed()), "scalar")
+    candidates = ["amx_bf16", "avx512_bf16", "avx512", "avx2"]
+    if "GenuineIntel" in CPUINFO.read_text():
+        candidates.remove("avx512_bf16")  # slower there than float32
+    widest = next((name for name in candidates if name in listed()), "scalar")
     assert chosen.stdout == f"{widest}\n"
