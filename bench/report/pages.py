@@ -36,16 +36,22 @@ so gives it a section here; `python -m bench --help` lists the commands.
 Peers take turns in every round of one process, in an order that turns round, after one uncounted call, each time with
 another set of inputs than the last-level cache could hold. "time / floor" is the median over rounds of the time within
 a round as a multiple of the *floor*: the bare matrix products that the operation cannot do without, at full size, into
-a buffer that exists already (in chunks of 8192 rows where that would exceed 4 GiB). The spread is the 0.2 and the 0.8
-quantile of the rounds. On a GPU a time is between two CUDA events, over several repetitions where a step is shorter
-than 2 ms; on a CPU a sample lasts a second or ten steps. Milliseconds, medians with the same quantiles, are printed for
-accelerators only: those of one CPU say little of another's. "Extra peak memory" is what one step adds to what the
-process held before: by torch's own counter on a GPU, by the process's resident set on a CPU. Errors are relative, by
-Frobenius norms, against float64 on the first sequence; one that is more than twice that of the dense formulas in the
-operands' dtype with float32 statistics, plus 1e-5, stands with its limit. What a peer cannot do, or does more, is in
-its note and in its file of `bench/peers`; it is compared on what it can do.
+a buffer that exists already (in chunks of 8192 rows where that would exceed 4 GiB), by the library that stands beside
+the machine, in the operands' dtype. A second floor on a CPU does not depend on a library: "fma peak" does as many
+multiply-adds on registers alone, on as many threads, in turn with the peers, and "of the FMA peak" is its time over a
+peer's. Where operands are bfloat16, "gemm floor float32" is what the products of float32 ones take. The spread is the
+0.2 and the 0.8 quantile of the rounds. On a GPU a time is between two CUDA events, over several repetitions where a
+step is shorter than 2 ms; on a CPU a sample lasts a second or ten steps. Milliseconds, medians with the same quantiles,
+are printed for accelerators only: those of one CPU say little of another's. "Extra peak memory" is what one step adds
+to what the process held before: by torch's own counter on a GPU; on a CPU by the resident set of a process that runs
+this peer alone, so that nobody's leftovers count (in results before 2026-11-26 all peers shared one process). Errors
+are relative, by Frobenius norms, against float64 on the first sequence; one that is more than twice that of the dense
+formulas in the operands' dtype with float32 statistics, plus 1e-5, stands with its limit. What a peer cannot do, or
+does more, is in its note and in its file of `bench/peers`; it is compared on what it can do.
 
     make bench                                                       # the forward KL on this machine's CPU, six minutes
+    make figures                                                     # all of its section here; figures-steps: of a step
+    python -m bench repeat --run 1                                   # and an hour later --run 2: the same again?
     python -m bench --case unisd_star --device auto --peers all      # any case; --output FILE.json or .csv
     python -m bench --case kl --against FILE.json --strict           # did it become slower, or wrong?
     pytest bench/ --benchmark-only --bench-case kl scoring           # the same peers under pytest-benchmark
@@ -126,7 +132,7 @@ def pages() -> dict[Path, str]:
 
 def study_pages() -> dict[Path, str]:
     """docs/study.md and its figure."""
-    parts = {part: load(f"study_{part}_cpu") or {} for part in PARTS}
+    parts = {part: found for part in PARTS if (found := load(f"study_{part}_cpu")) is not None}
     study = parts["study"]
     text = study_page.page(parts, where(study["environment"]))
     return {STUDY: text, FIGURES / study_page.FIGURE: study_page.figure(study["runs"])}

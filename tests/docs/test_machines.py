@@ -14,8 +14,8 @@ from bench.report import pages
 ROOT = pages.ROOT
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 FOLDERS = sorted(path for path in pages.RESULTS.iterdir() if path.is_dir())
-# As results and pages call them; a GPU also without its memory.
-NAMES = re.compile(r"AMD EPYC|Intel\(R\) Xeon|\bH100\b")
+# As results and pages call them; a GPU by its number alone.
+NAMES = re.compile(r"AMD EPYC|Intel\(R\) Xeon|\bH[12]00\b")
 # What a clock, a counter of memory or an energy meter tells: as a column's title, or beside a number.
 TITLE = re.compile(r"\btime\b|seconds|\bms\b|\bMB\b|\bGB\b|\bGiB\b|memory|minutes|tokens/s|\bJ\b|joules")
 CELL = re.compile(r"\d ?(ms|s|MB|GB|GiB|J|minutes|tokens/s)\b")
