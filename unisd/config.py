@@ -369,7 +369,7 @@ class UniSDConfig(DistillationConfig):
                 f"agreement={self.agreement!r} with num_auxiliary=1: one context has no {self.agreement_statistic}, so "
                 "every weight is 1; set num_auxiliary to 2 or more, or agreement='none'"
             )
-        if self.teacher_mixture == "consensus" and self.agreement_fraction != 1.0:
+        if self.teacher_mixture == "consensus" and self.uses_agreement and self.agreement_fraction != 1.0:
             raise ValueError(
                 f"teacher_mixture='consensus' reads every sequence under the auxiliary contexts, of which "
                 f"agreement_fraction={self.agreement_fraction} would leave some out; set agreement_fraction to 1"

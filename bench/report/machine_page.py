@@ -11,7 +11,7 @@ from bench.records import machine
 from bench.records.verdict import Row
 from bench.report import plots, spread, tables
 from bench.report.provenance import where
-from bench.studies import ema, numerics, scaling, steps, threads
+from bench.studies import ema, mixtures, numerics, scaling, steps, threads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,6 +67,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("Threads, cores and few rows", "threads", "", threads.table),
     ("A whole training step: the reliability tax, SmolLM2-135M", "steps_smollm2", "", training_steps),
     ("A whole training step: the reliability tax, Gemma-3-270M", "steps_gemma3", "", training_steps),
+    ("A teacher that is many", "mixtures", "What it is: [mixtures.md](mixtures.md).", mixtures.table),
     ("The moving average", "ema", "", ema.tables),
     ("The digits of a small divergence", "numerics", "", numerics.table),
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.report.study_figure import gain_against_drift
+from bench.report.study_mixtures import mixtures_section
 from bench.report.study_statistics import BASE, Run, by_method, difference, share
 from bench.report.study_tables import (
     against_star,
@@ -44,12 +45,13 @@ HOW_TO_READ = (
 )
 
 
-def page(parts: Mapping[str, Mapping[str, Any]], where: str) -> str:
+def page(parts: Mapping[str, Mapping[str, Any]], where: str, where_mixed: str) -> str:
     """The whole page.
 
     Args:
         parts: results by part.
         where: command, machine and versions.
+        where_mixed: the same of the mixtures, which were run later.
     """
     study, diagnostic, budget = parts["study"], parts["diagnostic"], parts["budget"]
     runs, sizes = study["runs"], study["sizes"]
@@ -59,7 +61,7 @@ def page(parts: Mapping[str, Mapping[str, Any]], where: str) -> str:
         summary(runs, sizes),
         "## What was run",
         setting(sizes),
-        cost(parts),
+        cost({name: part for name, part in parts.items() if name != "mixtures"}),
         where,
         *(section for task in TASKS for section in (f"## {TASKS[task]}", task_table(runs, task))),
         HOW_TO_READ,
@@ -76,6 +78,8 @@ def page(parts: Mapping[str, Mapping[str, Any]], where: str) -> str:
         by_steps_table(runs),
         "## A budget for the drift",
         budget_table(budget, runs),
+        "## Mixtures of teachers",
+        mixtures_section(parts["mixtures"], runs, where_mixed),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -96,12 +100,13 @@ def setting(sizes: Mapping[str, Any]) -> str:
 
 
 def cost(parts: Mapping[str, Mapping[str, Any]]) -> str:
-    """What all of it took."""
+    """What these parts took."""
     took = [one for part in parts.values() for run in part["runs"] for one in run["cost"].values()]
     seconds, memory = sum(one["core_seconds"] for one in took), max(one["peak_memory_gib"] for one in took)
     return (
-        f"All parts together took {seconds:,.0f} seconds of a core, {seconds / 120:.0f} minutes of two (the time that "
-        f"the processor gave them, while others used the machine too), and at most {memory:.1f} GiB a process."
+        f"All parts but the last together took {seconds:,.0f} seconds of a core, {seconds / 120:.0f} minutes of two "
+        f"(the time that the processor gave them, while others used the machine too), and at most {memory:.1f} GiB a "
+        "process."
     )
 
 

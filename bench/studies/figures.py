@@ -73,6 +73,7 @@ OPERATIONS = (
     Part("scaling", 3, ("scaling", "--device", "cpu", "--peers", OURS, "dense float32")),
     Part("threads", 3.5, ("threads", "--rounds", "3")),
     Part("ceilings", 0.3, ("ceilings", "--device", "cpu")),
+    Part("mixtures", 1.5, ("mixtures",)),
     Part("ema", 0.5, ("ema",)),
     Part("numerics", 0.3, ("numerics",)),
 )

@@ -26,6 +26,7 @@ CURVES = {
     "agreement_weight_min": "unisd/agreement_weight_min",
     "divergence": "unisd/divergence",
     "contrastive": "unisd/contrastive",
+    "teacher_entropy": "unisd/teacher_entropy",
     "length": "completions/mean_length",
 }
 """Name here -> name in a run's log."""

@@ -12,8 +12,9 @@ import yaml
 
 from bench.__main__ import main
 from bench.report import study_statistics
+from bench.report.study_mixtures import mixtures_section
 from bench.studies import study, study_jobs
-from bench.studies.study_methods import ALONE, SEEDED
+from bench.studies.study_methods import ALONE, MIXED, SEEDED
 from bench.studies.study_plan import Sizes, planned
 from unisd.cli.errors import CommandError
 from unisd.compare.runs import EVALUATIONS
@@ -39,6 +40,18 @@ def test_only_the_budget_differs(tmp_path):
     free, *kept = plan("budget", tmp_path)
     assert all(run.train == (*free.train, "--drift_budget", "0.02") for run in kept)
     assert [run.cell.seed for run in kept] == [0, 1, 2]
+
+
+def test_mixtures_are_run_as_the_study_runs_what_they_are_compared_with(tmp_path):
+    study_runs, mixed = plan("study", tmp_path), plan("mixtures", tmp_path)
+    for run in mixed:
+        preset = run.cell.preset if run.variant else "plain"
+        (other,) = (each for each in study_runs if each.name == run.name.replace(run.cell.preset, preset))
+        extra = ("--teacher_mixture", run.variant.removeprefix("sdft_")) if run.variant else ()
+        assert run.train == (*other.train, *extra)
+        assert run.evaluations[0] == other.evaluations[0]
+    assert {run.variant for run in mixed} == {"", "sdft_consensus", "sdft_contrastive", "sdft_pmi"}
+    assert {run.cell.preset for run in mixed if not run.variant} == {*MIXED, "plain"}
 
 
 @needs_fork
@@ -214,3 +227,37 @@ def test_runs_are_compared_seed_by_seed():
     assert one_more.value == 0.25
     with pytest.raises(ValueError, match=r"got the seeds \[0, 1, 2\] and \[1, 2\]"):
         study_statistics.difference(first, second[1:], "procedural", "accuracy")
+
+
+def run_of(preset, digits, seed=0, variant="", loss=1.0):
+    """A run as the page of the mixtures reads it."""
+    run = made(preset, digits, digits.count("1") / len(digits), seed)
+    found = run["evaluations"]["procedural"]
+    found["digits"]["answered"] = digits
+    found["scores"]["answered"] = found["scores"]["accuracy"]
+    found["overall"] = {"perplexity": 1.5}
+    cost = {"train": {"core_seconds": 100.0}, "eval": {"core_seconds": 20.0}}
+    return {**run, "variant": variant, "drift_kl": 0.01 + 0.01 * seed, "curves": {"loss": [[1, loss]]}, "cost": cost}
+
+
+def test_a_mixture_stands_beside_the_same_method_without_one():
+    runs = [run_of("plain", "0000"), *(run_of("sdft", "0001", seed) for seed in range(3))]
+    mine = [
+        run_of("consensus", "1100"),
+        run_of("plain", "0000"),
+        *(run_of("sdft", "0111", seed, "sdft_pmi") for seed in (0, 1)),
+    ]
+    result = {"sizes": {"steps": 12, "batch_size": 4}, "runs": mine}
+    text = mixtures_section(result, runs, "the machine.")
+    assert "loss for loss and item for item the same" in text
+    assert "| Procedural tasks | `consensus` | 1 | 50% [15, 85] | +50 " in text
+    assert "| Procedural tasks | SDFT with `pmi` | 2 | 75%" in text
+    assert "| +50 [" in text.splitlines()[-5], "of the study's two seeds, not three"
+    assert "0.015 (0.010 to 0.020) (without 0.015)" in text
+    assert "480 seconds of a core for 4 runs" in text
+    assert "Not run for time: `contrastive_teacher` on Procedural tasks" in text
+    assert "seed 2 of SDFT with `pmi`" in text
+    other = mixtures_section({**result, "runs": [mine[0], run_of("plain", "1000", loss=2.0)]}, runs, "")
+    assert "with other losses, +25 [" in other
+    assert "was not repeated" in mixtures_section({**result, "runs": mine[:1]}, runs, "")
+    assert "Not run yet" in mixtures_section({}, runs, "")

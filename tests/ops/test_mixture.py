@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +83,31 @@ def test_as_the_teacher_of_a_loss(beta, num_auxiliary):
     torch.testing.assert_close(result.divergence, divergence.detach(), rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(result.loss, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(result.loss, student)[0], gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_the_reverse_kl_to_a_consensus_is_the_mean_of_those_to_its_views():
+    """In its gradient; the forward KL is not: its mean is that to the arithmetic mean."""
+    (student, *views), head = views_and_head(4)
+    student.requires_grad_()
+    mixed = mix_hidden(views, [1 / 3] * 3, head)
+
+    def gradient(divergences):
+        return torch.autograd.grad(torch.stack(divergences).mean(0).sum(), student)[0]
+
+    for beta, is_mean in ((1.0, True), (0.0, False)):
+        each = gradient([linear_divergence(student, head, view, head, beta=beta) for view in views])
+        one = gradient([linear_divergence(student, head, mixed, head, beta=beta)])
+        assert torch.allclose(one, each, rtol=1e-11, atol=1e-12) == is_mean
+
+
+def test_the_example_of_the_page_runs():
+    text = (Path(__file__).parents[2] / "docs" / "mixtures.md").read_text()
+    (student, teacher, *auxiliary), head = views_and_head(4)
+    names = {"student": student.requires_grad_(), "teacher": teacher, "auxiliary": auxiliary, "head": head}
+    names |= {"ids": torch.zeros(5, dtype=torch.long), "cu": torch.tensor([0, 5], dtype=torch.int32)}
+    exec(text[text.index("```python\n") + 10 : text.index("```\n", text.index("```python\n") + 10)], names)
+    names["result"].loss.backward()
+    assert student.grad.abs().min() > 0
 
 
 def test_a_view_alone_is_itself():
