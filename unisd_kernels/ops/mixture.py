@@ -35,8 +35,8 @@ def mix_hidden(
         views: K >= 1 tensors [N, H] of the same tokens (or one [K, N, H]), of one dtype: float32, float64, bfloat16 or
             float16. Any strides.
         weights: K finite numbers, negative ones too (`h_t + alpha (h_t - h_n)` has 1 + alpha and -alpha).
-        head: the views' head, or one for each view, which must be one: the same memory, scale and columns. None leaves
-            that, and that there is no soft cap, to the caller; then the weights must add up to 1.
+        head: the views' head, or one for each view, which must be one: the same memory, scale, cap and columns. None
+            leaves that, and that there is no soft cap, to the caller; then the weights must add up to 1.
 
     Returns:
         [N, H] in the views' dtype. The sum is taken in float32 (float64 for float64) and rounded once, as every hidden
@@ -53,13 +53,12 @@ def mix_hidden(
     2305.14739).
     """
     tensors = _checked_views(views)
-    numbers_ = _checked_weights(weights, len(tensors))
+    factors = _checked_weights(weights, len(tensors))
     _check_heads(head, tensors)
     dtype = statistics_dtype(tensors[0].dtype)
-    first = head if head is None or isinstance(head, LMHead) else head[0]
-    _check_sum(numbers_, first, dtype)
-    mixed = tensors[0].to(dtype) * numbers_[0]
-    for view, weight in zip(tensors[1:], numbers_[1:], strict=True):
+    _check_sum(factors, head[0] if isinstance(head, Sequence) else head, dtype)
+    mixed = tensors[0].to(dtype) * factors[0]
+    for view, weight in zip(tensors[1:], factors[1:], strict=True):
         mixed = mixed.add_(view, alpha=weight)
     return mixed.to(tensors[0].dtype)
 
@@ -111,7 +110,7 @@ def _checked_weights(weights: object, num_views: int) -> list[float]:
     return [float(weight) for weight in weights]
 
 
-def _check_heads(head: object, views: list[torch.Tensor]) -> None:
+def _check_heads(head: LMHead | Sequence[LMHead] | None, views: list[torch.Tensor]) -> None:
     """Raise unless all views have one head without a soft cap."""
     if head is None:
         return
@@ -123,8 +122,8 @@ def _check_heads(head: object, views: list[torch.Tensor]) -> None:
         check_head(name, own)
         if not heads[0].is_same(own):
             raise ValueError(
-                f"{name} is another head than head[0] (other memory, scale or columns): views of different heads have "
-                "no common hidden state; score them under one head, or mix their log-probabilities"
+                f"{name} is another head than head[0] (other memory, scale, cap or columns): views of different heads "
+                "have no common hidden state; score them under one head, or mix their log-probabilities"
             )
         if own.softcap is not None:
             raise ValueError(
