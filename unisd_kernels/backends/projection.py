@@ -14,6 +14,7 @@ import torch
 from unisd_kernels.backends.transform import LogitTransform
 from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.heads import LMHead
+from unisd_kernels.heads.head import same_memory
 
 # A widened slice of a 16-bit weight takes at most this much.
 _WIDENED_BYTES = 16 << 20
@@ -44,15 +45,15 @@ class Projection:
 
     def weight_is(self, other: Projection) -> bool:
         """Whether the other one's weight is this very memory."""
-        return _is_same(self.weight, other.weight)
+        return same_memory(self.weight, other.weight)
 
     def delta_is_projection(self, other: Projection) -> bool:
         """Whether `z_other - z_self` is the projection of `h_other - h_self`: one head for both, and no soft cap."""
         return (
             self.transform == other.transform
             and self.transform.softcap is None
-            and _is_same(self.weight, other.weight)
-            and _is_same(self.bias, other.bias)
+            and same_memory(self.weight, other.weight)
+            and same_memory(self.bias, other.bias)
         )
 
     def can_project_delta(self, other: Projection) -> bool:
@@ -161,9 +162,3 @@ class Projection:
     def add_bias_gradient(self, gradient: torch.Tensor, out: torch.Tensor) -> None:
         """`out += gradient_scale * sum_rows G`."""
         out.add_(gradient.sum(0, dtype=self.dtype), alpha=self.transform.gradient_scale)
-
-
-def _is_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype

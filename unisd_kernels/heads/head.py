@@ -113,8 +113,8 @@ class LMHead:
         """Whether both are one head: the same weight and bias in memory, the same scale, cap and columns."""
         return (
             (self.logit_scale, self.softcap) == (other.logit_scale, other.softcap)
-            and _place(self.active_weight) == _place(other.active_weight)
-            and _place(self.active_bias) == _place(other.active_bias)
+            and same_memory(self.active_weight, other.active_weight)
+            and same_memory(self.active_bias, other.active_bias)
         )
 
     def detach(self) -> LMHead:
@@ -158,9 +158,11 @@ class LMHead:
         return cls(weight, bias, form.logit_scale, form.softcap, form.vocab_size)
 
 
-def _place(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
-    """What two tensors have in common that are one in memory."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+def same_memory(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether two tensors are one, in the same shape and dtype; None is None."""
+    if a is None or b is None:
+        return a is b
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def _number(name: str, value: Any) -> float:
