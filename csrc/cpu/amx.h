@@ -86,22 +86,17 @@ struct Unit<Pairs> {
 };
 
 constexpr int kTile = 16;
-constexpr int64_t kTileBytes = 64;
 
-// Whole steps of 16 pairs for `tall` tiles of rows: their sums stay in up to six tiles.
+// Whole steps of 16 pairs for `tall` tiles of rows by `vectors` tiles of lanes, at most two each.
 template <int vectors, int tall>
 inline void multiply_tile(const float* a, int64_t a_stride, Broadcast<Pairs> b, int64_t steps, Sums c) {
-  constexpr int kRows = 6, kPanelTile = 7;
+  // Tiles 0 to 3: the sums, 4 and 5: rows of b, 6 and 7: lanes of a.
   const int64_t a_bytes = a_stride * 4, b_bytes = b.stride * 2, c_bytes = c.stride * 4;
   const auto each_sum = [&](const auto& body) UNISD_INLINE {
     body(std::integral_constant<int, 0>(), 0, 0);
     if constexpr (vectors > 1) body(std::integral_constant<int, 1>(), 0, 1);
-    if constexpr (vectors > 2) body(std::integral_constant<int, 2>(), 0, 2);
-    if constexpr (tall > 1) {
-      body(std::integral_constant<int, 3>(), 1, 0);
-      if constexpr (vectors > 1) body(std::integral_constant<int, 4>(), 1, 1);
-      if constexpr (vectors > 2) body(std::integral_constant<int, 5>(), 1, 2);
-    }
+    if constexpr (tall > 1) body(std::integral_constant<int, 2>(), 1, 0);
+    if constexpr (tall > 1 && vectors > 1) body(std::integral_constant<int, 3>(), 1, 1);
   };
   const auto place = [&](int row, int column) { return c.data + row * kTile * c.stride + column * kTile; };
   each_sum([&](auto t, int row, int column) UNISD_INLINE {
@@ -111,11 +106,16 @@ inline void multiply_tile(const float* a, int64_t a_stride, Broadcast<Pairs> b, 
       Tiles::zero<t.value>();
   });
   for (int64_t k = 0; k < steps; k += kTile) {
-    each_sum([&](auto t, int row, int column) UNISD_INLINE {
-      if (column == 0) Tiles::load<kRows>(b.from(row * kTile, k).data, b_bytes);
-      Tiles::load<kPanelTile>(a + k * a_stride + column * kTile, a_bytes);
-      Tiles::add_product<t.value, kRows, kPanelTile>();
-    });
+    Tiles::load<4>(b.from(0, k).data, b_bytes);
+    if constexpr (tall > 1) Tiles::load<5>(b.from(kTile, k).data, b_bytes);
+    Tiles::load<6>(a + k * a_stride, a_bytes);
+    Tiles::add_product<0, 4, 6>();
+    if constexpr (tall > 1) Tiles::add_product<2, 5, 6>();
+    if constexpr (vectors > 1) {
+      Tiles::load<7>(a + k * a_stride + kTile, a_bytes);
+      Tiles::add_product<1, 4, 7>();
+      if constexpr (tall > 1) Tiles::add_product<3, 5, 7>();
+    }
   }
   each_sum([&](auto t, int row, int column) UNISD_INLINE { Tiles::store<t.value>(place(row, column), c_bytes); });
 }

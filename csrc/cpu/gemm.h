@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <new>
+#include <type_traits>
 
 #include "kernels.h"
 #include "vec_math.h"
@@ -25,18 +26,21 @@ constexpr int kVectors = 2, kBroadcast = 6;
 #else
 constexpr int kVectors = 4, kBroadcast = 4;
 #endif
-constexpr int kPanel = kVectors * Vec::width;
 // Weight rows of a block: they stay in the second-level cache while all panels pass.
 constexpr int kBlock = 64;
-// Length of the inner dimension after which accumulators are put down, so that a panel's slice stays in the first-level
-// cache.
-constexpr int64_t kInner = 128;
 
 // What a product multiplies at a time: single float32 numbers, or pairs of bfloat16 numbers, which lie in the lanes of a
 // float vector. `a` are vectors of them, `b` is what is broadcast, read where it lies.
 struct Singles {
   using Element = float;
   static constexpr int64_t elements = 1;
+  // Vectors of a panel.
+  static constexpr int vectors = kVectors;
+  static constexpr int panel = vectors * Vec::width;
+  // Steps after which accumulators are put down, so that a panel's slice stays in the first-level cache.
+  static constexpr int64_t inner = 128;
+  // Steps of the gradient's product for which a panel of the weight is packed at a time.
+  static constexpr int64_t gradient_block = 96;
   static Vec broadcast(const float* p) { return Vec::set(*p); }
   static Vec add_product(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 };
@@ -45,6 +49,15 @@ struct Singles {
 struct Pairs {
   using Element = uint16_t;
   static constexpr int64_t elements = 2;
+#if defined(UNISD_ISA_AMX)
+  // Two tiles of lanes by two of rows: four tiles of sums, as many loads as products. Sums are dear to put down.
+  static constexpr int vectors = 2;
+  static constexpr int64_t inner = 320, gradient_block = 256;
+#else
+  static constexpr int vectors = kVectors;
+  static constexpr int64_t inner = 128, gradient_block = 96;
+#endif
+  static constexpr int panel = vectors * Vec::width;
   static Vec broadcast(const uint16_t* p) {
     int32_t pair;
     std::memcpy(&pair, p, sizeof pair);
@@ -143,23 +156,23 @@ inline void multiply_rows(const float* a, int64_t a_stride, Broadcast<Operand> b
   for (; i < rows; ++i) multiply<Operand, vectors, 1>(a, a_stride, b.from(i, 0), steps, c.from(i), 0);
 }
 
-// A panel may be lower than kVectors.
+// A panel may be lower than Operand::vectors.
 template <class Operand, class Between>
 inline void multiply_panel(int vectors, const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t rows,
                            int64_t steps, Sums c, int64_t ahead, const Between& between) {
+  const auto multiply_with = [&](auto count) UNISD_INLINE {
+    if constexpr (count.value <= Operand::vectors)
+      multiply_rows<Operand, count.value>(a, a_stride, b, rows, steps, c, ahead, between);
+  };
   switch (vectors) {
     case 1:
-      return multiply_rows<Operand, 1>(a, a_stride, b, rows, steps, c, ahead, between);
+      return multiply_with(std::integral_constant<int, 1>());
     case 2:
-      return multiply_rows<Operand, 2>(a, a_stride, b, rows, steps, c, ahead, between);
-#if !defined(UNISD_ISA_AVX2)
+      return multiply_with(std::integral_constant<int, 2>());
     case 3:
-      return multiply_rows<Operand, 3>(a, a_stride, b, rows, steps, c, ahead, between);
-#if !defined(UNISD_ISA_AVX512)
+      return multiply_with(std::integral_constant<int, 3>());
     case 4:
-      return multiply_rows<Operand, 4>(a, a_stride, b, rows, steps, c, ahead, between);
-#endif
-#endif
+      return multiply_with(std::integral_constant<int, 4>());
     default:
       __builtin_unreachable();
   }
@@ -183,8 +196,9 @@ class Buffer {
   float* data_;
 };
 
+template <class Operand>
 inline int vectors_for(int64_t rows) {
-  return static_cast<int>(at_most(kVectors, (rows + Vec::width - 1) / Vec::width));
+  return static_cast<int>(at_most(Operand::vectors, (rows + Vec::width - 1) / Vec::width));
 }
 
 // n elements of a row, widened to float32.
@@ -253,10 +267,10 @@ inline int64_t packed_size(int64_t rows, int64_t width) {
 }
 
 // Panels of [steps][vectors * Vec::width]; missing rows are zero. read(row, k) is the number of a row at a step.
-template <class Prepare, class Read>
+template <class Operand, class Prepare, class Read>
 inline void pack_panels(int64_t rows, int64_t steps, float* packed, const Prepare& prepare, const Read& read) {
-  for (int64_t start = 0; start < rows; start += kPanel) {
-    const int64_t height = vectors_for(rows - start) * Vec::width;
+  for (int64_t start = 0; start < rows; start += Operand::panel) {
+    const int64_t height = vectors_for<Operand>(rows - start) * Vec::width;
     for (int64_t lane = 0; lane < height; ++lane) {
       float* out = packed + lane;
       const int64_t row = start + lane;
@@ -269,7 +283,7 @@ inline void pack_panels(int64_t rows, int64_t steps, float* packed, const Prepar
 
 inline void pack_rows(Matrix hidden, int64_t rows, int64_t width, float* packed) {
   Buffer wide(width);
-  pack_panels(
+  pack_panels<Singles>(
       rows, width, packed,
       [&](int64_t row) { widen(row_of(hidden, row), hidden.storage, 0, width, wide.data()); },
       [&](int64_t, int64_t k) { return wide[k]; });
@@ -278,7 +292,7 @@ inline void pack_rows(Matrix hidden, int64_t rows, int64_t width, float* packed)
 #if defined(UNISD_ISA_BF16)
 inline void pack_pairs(Matrix hidden, int64_t rows, int64_t width, float* packed) {
   Buffer wide(width / 2);
-  pack_panels(
+  pack_panels<Pairs>(
       rows, width / 2, packed,
       [&](int64_t row) { std::memcpy(wide.data(), row_of(hidden, row), static_cast<size_t>(width) * 2); },
       [&](int64_t, int64_t k) { return wide[k]; });
@@ -290,8 +304,8 @@ template <class Operand>
 inline void block_product(const float* panel, int vectors, int64_t steps, const WeightBlock<Operand>& weight,
                           int64_t rows, bool first_panel, float* c) {
   const int64_t height = vectors * Vec::width;
-  for (int64_t k = 0; k < steps; k += kInner) {
-    multiply_panel(vectors, panel + k * height, height, weight.rows.from(0, k), rows, at_most(kInner, steps - k),
+  for (int64_t k = 0; k < steps; k += Operand::inner) {
+    multiply_panel(vectors, panel + k * height, height, weight.rows.from(0, k), rows, at_most(Operand::inner, steps - k),
                    Sums{c, height, k != 0}, first_panel ? weight.ahead : 0, [] {});
   }
 }

@@ -43,14 +43,13 @@ const Kernels& kernels() {
     Kernels set = base();
     set.name = UNISD_ISA_NAME;
     set.multiplies_pairs = true;
+    set.pair_panel_rows = Pairs::panel;
     set.pack_rows = pack_rows_either;
     set.logits = logits;
     set.score = score;
     set.backward = backward;
     return set;
   }();
-  // Rows are packed by the one table and multiplied by the other.
-  static_assert(kPanel == 48, "the panels of the base");
   return table;
 }
 

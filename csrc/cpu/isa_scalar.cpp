@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 
 #define UNISD_ISA scalar
 #define UNISD_ISA_NAME "scalar"

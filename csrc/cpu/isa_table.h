@@ -26,7 +26,8 @@ const Kernels& kernels() {
   static const Kernels table = {
       UNISD_ISA_NAME,
       false,
-      kPanel,
+      Singles::panel,
+      Singles::panel,
       packed_size,
       [](Matrix hidden, int64_t rows, int64_t width, bool, float* packed) { pack_rows(hidden, rows, width, packed); },
       logits_of<Singles>,

@@ -77,6 +77,7 @@ struct Kernels {
 
   // Rows of one panel of PackedRows: panels are this high, the last may be lower by whole vectors.
   int panel_rows;
+  int pair_panel_rows;  // the same of rows that are packed in pairs
   int64_t (*packed_size)(int64_t rows, int64_t width);  // in floats; in pairs half as many are used
   // Packs in pairs: for bfloat16 rows of an even width and a bfloat16 weight, where `multiplies_pairs`.
   void (*pack_rows)(Matrix hidden, int64_t rows, int64_t width, bool pairs, float* packed);

@@ -11,8 +11,6 @@
 namespace unisd {
 namespace UNISD_ISA {
 
-// Weight rows of a block of the backward product; a column panel of them stays in the first-level cache.
-constexpr int64_t kGradientBlock = 96;
 // A tile of more floats than this leaves the second-level cache anyway.
 constexpr int64_t kStreamedFloats = 1 << 20;
 
@@ -21,7 +19,7 @@ inline void logits_of(PackedRows hidden, Matrix weight, const float* bias, float
                       float* out, int64_t out_stride) {
   const int64_t steps = hidden.width / Operand::elements;
   [[maybe_unused]] const Unit<Operand> unit{};
-  Buffer product(kBlock * kPanel), wide(Operand::elements == 1 ? widened_size(weight, hidden.width) : 0);
+  Buffer product(kBlock * Operand::panel), wide(Operand::elements == 1 ? widened_size(weight, hidden.width) : 0);
   const Vec factor = Vec::set(scale);
   // A tile too large for the cache goes to memory past it, which spares reading what is overwritten; in whole cache
   // lines only.
@@ -32,8 +30,8 @@ inline void logits_of(PackedRows hidden, Matrix weight, const float* bias, float
     const int64_t columns = at_most(kBlock, end - v);
     const auto block = weight_block<Operand>(weight, hidden.width, v, v + columns, end, &wide);
     const float* panel = hidden.data;
-    for (int64_t start = 0; start < hidden.rows; start += kPanel) {
-      const int vectors = vectors_for(hidden.rows - start);
+    for (int64_t start = 0; start < hidden.rows; start += Operand::panel) {
+      const int vectors = vectors_for<Operand>(hidden.rows - start);
       const int64_t height = vectors * Vec::width;
       block_product(panel, vectors, steps, block, columns, start == 0, product.data());
       panel += height * steps;
@@ -72,7 +70,7 @@ inline void score_of(PackedRows hidden, Matrix weight, const float* bias, float 
                      const int64_t* target_ids, bool want_entropy, int64_t begin, int64_t end, float* partial) {
   const int64_t steps = hidden.width / Operand::elements;
   [[maybe_unused]] const Unit<Operand> unit{};
-  Buffer product(kBlock * kPanel), wide(Operand::elements == 1 ? widened_size(weight, hidden.width) : 0);
+  Buffer product(kBlock * Operand::panel), wide(Operand::elements == 1 ? widened_size(weight, hidden.width) : 0);
   const int64_t padded = packed_size(hidden.rows, 1);
   Buffer state(3 * padded);
   float* highest = state.data();
@@ -89,8 +87,8 @@ inline void score_of(PackedRows hidden, Matrix weight, const float* bias, float 
     const int64_t columns = at_most(kBlock, end - v);
     const auto block = weight_block<Operand>(weight, hidden.width, v, v + columns, end, &wide);
     const float* panel = hidden.data;
-    for (int64_t start = 0; start < hidden.rows; start += kPanel) {
-      const int vectors = vectors_for(hidden.rows - start);
+    for (int64_t start = 0; start < hidden.rows; start += Operand::panel) {
+      const int vectors = vectors_for<Operand>(hidden.rows - start);
       const int64_t height = vectors * Vec::width;
       block_product(panel, vectors, steps, block, columns, start == 0, product.data());
       panel += height * steps;
@@ -145,9 +143,9 @@ inline void score_of(PackedRows hidden, Matrix weight, const float* bias, float 
 inline void pack_panel(Singles, Matrix weight, int64_t first_row, int64_t count, int64_t first_column, int64_t columns,
                        int vectors, float* packed) {
   const int64_t height = vectors * Vec::width;
-  if (weight.storage == Storage::kFloat32 && columns == kPanel) {
+  if (weight.storage == Storage::kFloat32 && columns == Singles::panel) {
     const float* row = static_cast<const float*>(weight.data) + first_row * weight.stride + first_column;
-    for (int64_t i = 0; i < count; ++i, row += weight.stride, packed += kPanel) {
+    for (int64_t i = 0; i < count; ++i, row += weight.stride, packed += Singles::panel) {
       UNISD_UNROLL
       for (int j = 0; j < kVectors; ++j) Vec::load(row + j * Vec::width).store(packed + j * Vec::width);
     }
@@ -189,7 +187,7 @@ inline void pack_panel(Pairs, Matrix weight, int64_t first_row, int64_t count, i
 inline Broadcast<Pairs> gradient_block(Pairs, const float* gradient, int64_t stride, int64_t rows, int64_t count,
                                        Buffer* buffer) {
   uint16_t* copy = reinterpret_cast<uint16_t*>(buffer->data());
-  constexpr int64_t copy_stride = 2 * kGradientBlock;
+  constexpr int64_t copy_stride = 2 * Pairs::gradient_block;
   for (int64_t n = 0; n < rows; ++n) {
     const float* from = gradient + n * stride;
     uint16_t* to = copy + n * copy_stride;
@@ -202,7 +200,7 @@ inline Broadcast<Pairs> gradient_block(Pairs, const float* gradient, int64_t str
   }
   return {copy, copy_stride};
 }
-inline int64_t gradient_block_size(Pairs, int64_t rows) { return rows * kGradientBlock; }
+inline int64_t gradient_block_size(Pairs, int64_t rows) { return rows * Pairs::gradient_block; }
 #endif
 
 template <class Operand>
@@ -213,13 +211,13 @@ inline void backward_of(const float* gradient, int64_t gradient_stride, int64_t 
   // misses neither the cache nor the page table, and narrow storage is widened once.
   const int64_t width = end - begin, padded = (width + Vec::width - 1) / Vec::width * Vec::width;
   const bool in_place = padded == width;  // else the last vector of a row would write past the columns
-  constexpr int64_t block = kGradientBlock * Operand::elements;
-  Buffer packed(kGradientBlock * kPanel), sums(in_place ? 0 : rows * padded);
+  constexpr int64_t block = Operand::gradient_block * Operand::elements;
+  Buffer packed(Operand::gradient_block * Operand::panel), sums(in_place ? 0 : rows * padded);
   Buffer narrow(gradient_block_size(Operand(), rows));
   float* total = in_place ? out + begin : sums.data();
   const int64_t total_stride = in_place ? out_stride : padded;
   const int64_t element = bytes_of(weight.storage);
-  const int64_t tiles = (padded + kPanel - 1) / kPanel * (rows / kBroadcast);
+  const int64_t tiles = (padded + Operand::panel - 1) / Operand::panel * (rows / kBroadcast);
   const int64_t rows_per_tile = tiles == 0 ? 0 : (block + tiles - 1) / tiles;
   for (int64_t v = 0; v < length; v += block) {
     const int64_t count = at_most(block, length - v);
@@ -234,9 +232,9 @@ inline void backward_of(const float* gradient, int64_t gradient_stride, int64_t 
     };
     const auto g = gradient_block(Operand(), gradient + v, gradient_stride, rows, count, &narrow);
     const int64_t steps = (count + Operand::elements - 1) / Operand::elements;
-    for (int64_t h = 0; h < padded; h += kPanel) {
-      const int vectors = vectors_for(padded - h);
-      pack_panel(Operand(), weight, v, count, begin + h, at_most(kPanel, width - h), vectors, packed.data());
+    for (int64_t h = 0; h < padded; h += Operand::panel) {
+      const int vectors = vectors_for<Operand>(padded - h);
+      pack_panel(Operand(), weight, v, count, begin + h, at_most(Operand::panel, width - h), vectors, packed.data());
       multiply_panel(vectors, packed.data(), vectors * Vec::width, g, rows, steps, Sums{total + h, total_stride, v != 0},
                      0, fetch_rows);
     }

@@ -38,7 +38,7 @@ Operands operands(const Tensor& hidden, const Tensor& weight, const std::optiona
   const bool pairs = kernels().multiplies_pairs && width % 2 == 0 && rows.storage == Storage::kBFloat16 &&
                      result.weight.storage == Storage::kBFloat16;
   // Whole panels, packed by several threads.
-  const int64_t panel = kernels().panel_rows, steps = pairs ? width / 2 : width;
+  const int64_t panel = pairs ? kernels().pair_panel_rows : kernels().panel_rows, steps = pairs ? width / 2 : width;
   result.packed = allocate(kernels().packed_size(count, width));
   float* packed = result.packed.get();
   for_each_span(count, panel, [&](int64_t, int64_t first, int64_t last) {

@@ -80,11 +80,12 @@ void check_products(int64_t rows, int64_t columns, int64_t width, Storage storag
     Buffer<float> packed(k->packed_size(rows, width), kNan), by_panel(k->packed_size(rows, width), kNan);
     const bool pairs = k->multiplies_pairs && storage == Storage::kBFloat16 && width % 2 == 0;
     k->pack_rows(hidden.matrix(), rows, width, pairs, packed.data);
-    for (int64_t first = 0; first < rows; first += k->panel_rows) {
+    const int64_t panel = pairs ? k->pair_panel_rows : k->panel_rows;
+    for (int64_t first = 0; first < rows; first += panel) {
       Matrix part = hidden.matrix();
       part.data = static_cast<const char*>(part.data) + first * part.stride * bytes_of(storage);
       const int64_t left = rows - first;
-      k->pack_rows(part, left < k->panel_rows ? left : k->panel_rows, width, pairs,
+      k->pack_rows(part, left < panel ? left : panel, width, pairs,
                    by_panel.data + first * (pairs ? width / 2 : width));
     }
     for (int64_t i = 0; i < packed.size / (pairs ? 2 : 1); ++i)
