@@ -19,7 +19,7 @@ struct CpuFeatures {
   bool avx512 = false;       // F, BW, DQ and VL, with all of `avx2`
   bool avx512_bf16 = false;  // these two with all of `avx512`
   bool avx512_vnni = false;
-  // Is its vdpbf16ps slower than two float32 products? Intel's is: 85 GFLOP/s a core for float32's 140 (Emerald Rapids).
+  // Is its vdpbf16ps slower than the float32 products it stands for? Intel's is.
   bool slow_bf16 = false;
   bool amx_bf16 = false;  // tiles and their bf16 product, with all of `avx512`; see request_amx()
 };
