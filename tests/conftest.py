@@ -75,3 +75,11 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _freeze() -> Iterator[None]:
+    """Nor through what the tests have imported since, dynamo, Lightning and the like: twice as much again."""
+    yield
+    gc.collect()
+    gc.freeze()
