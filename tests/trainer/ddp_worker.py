@@ -1,11 +1,16 @@
-"""One process of a data-parallel run: trains two steps a setting and saves the weights, then meets a NaN.
+"""Two processes of a data-parallel run: each trains two steps a setting and saves the weights, then meets a NaN.
 
-Run by test_trainer_ddp, which starts the two processes once: importing everything takes longer than the runs."""
+    python -m tests.trainer.ddp_worker FOLDER
 
+forks the two, once everything is imported: that takes longer than the runs."""
+
+import gc
 import os
+import socket
 import sys
 
 import torch
+from torch.multiprocessing import start_processes
 
 from tests.trainer import tiny_run
 from unisd.run.processes import ending_process_group
@@ -63,7 +68,25 @@ def not_finite(folder: str) -> None:
     torch.save(out, f"{folder}/rank{run.accelerator.process_index}.pt")
 
 
-if __name__ == "__main__":
+def process(rank: int, folder: str) -> None:
+    """What a launcher starts, with its variables."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     with ending_process_group():
-        main(sys.argv[1])
-        not_finite(sys.argv[1])
+        main(folder)
+        not_finite(folder)
+
+
+def two_processes(folder: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    # The Trainer's full collections need not look through what was imported.
+    gc.collect()
+    gc.freeze()
+    start_processes(process, (folder,), nprocs=2, start_method="fork")
+
+
+if __name__ == "__main__":
+    two_processes(sys.argv[1])
