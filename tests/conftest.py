@@ -21,12 +21,12 @@ if not torch.cuda.is_available():
 
 from hypothesis import HealthCheck, settings
 
-from tests.interpreter_patches import swap_once_a_launch
+from tests.interpreter_patches import quicken_the_interpreter
 from tests.last_bit import LastBit
 from tests.sticky_errors import pytest_exception_interact, pytest_runtest_logfinish  # noqa: F401
 
 if not torch.cuda.is_available():
-    swap_once_a_launch()
+    quicken_the_interpreter()
 
 settings.register_profile(
     "suite",
