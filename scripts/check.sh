@@ -8,6 +8,9 @@ set -uo pipefail
 bin="$1"
 oldest_trl="$2"
 shift 2
+# A module is compiled once, not by each of some forty processes, whatever the caller's setting; and a thread that waits
+# takes no processor time from the other processes.
+export PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=PASSIVE
 report=()
 status=0
 
