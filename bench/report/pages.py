@@ -134,7 +134,7 @@ def study_pages() -> dict[Path, str]:
     """docs/study.md and its figure."""
     parts = {part: found for part in PARTS if (found := load(f"study_{part}_cpu")) is not None}
     study = parts["study"]
-    mixed = parts["mixtures"]
+    mixed = parts.get("mixtures")
     text = study_page.page(parts, where(study["environment"]), where(mixed["environment"]) if mixed else "")
     return {STUDY: text, FIGURES / study_page.FIGURE: study_page.figure(study["runs"])}
 

@@ -79,7 +79,7 @@ def page(parts: Mapping[str, Mapping[str, Any]], where: str, where_mixed: str) -
         "## A budget for the drift",
         budget_table(budget, runs),
         "## Mixtures of teachers",
-        mixtures_section(parts["mixtures"], runs, where_mixed),
+        mixtures_section(parts.get("mixtures"), runs, where_mixed),
     ]
     return "\n\n".join(sections) + "\n"
 

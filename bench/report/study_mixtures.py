@@ -22,15 +22,15 @@ from bench.studies.study_methods import MIXED, STEADY
 _PLAIN = "plain"
 
 
-def mixtures_section(result: Mapping[str, Any], runs: Sequence[Run], where: str) -> str:
+def mixtures_section(result: Mapping[str, Any] | None, runs: Sequence[Run], where: str) -> str:
     """Text and table.
 
     Args:
-        result: the part's results; empty where it was not run.
+        result: the part's results; None where it was not run.
         runs: of the study.
         where: command, machine and versions of the part.
     """
-    if not result:
+    if result is None:
         return "Not run yet: `python -m bench study --part mixtures`."
     mixed = [run for run in result["runs"] if run["variant"] or run["preset"] != _PLAIN]
     texts = [_introduction(result), _control(result["runs"], runs), _table(mixed, result["runs"], runs)]

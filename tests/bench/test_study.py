@@ -260,4 +260,4 @@ def test_a_mixture_stands_beside_the_same_method_without_one():
     other = mixtures_section({**result, "runs": [mine[0], run_of("plain", "1000", loss=2.0)]}, runs, "")
     assert "with other losses, +25 [" in other
     assert "was not repeated" in mixtures_section({**result, "runs": mine[:1]}, runs, "")
-    assert "Not run yet" in mixtures_section({}, runs, "")
+    assert "Not run yet" in mixtures_section(None, runs, "")

@@ -23,7 +23,7 @@ def test_a_figure_that_differs_is_noticed(tmp_path, monkeypatch, capsys):
     """By one digit of one ratio, in the page and in README.md."""
     results = tmp_path / "results"
     shutil.copytree(pages.RESULTS, results)
-    file = machine_page.folders(results)[0] / "float32.json"
+    file = next(path for folder in machine_page.folders(results) if (path := folder / "float32.json").exists())
     result = json.loads(file.read_text())
     (row,) = (
         row
@@ -78,8 +78,9 @@ MACHINES = [
 
 @pytest.mark.parametrize("folder", MACHINES)
 def test_plots_are_those_of_the_result_files(folder, tmp_path):
-    drawn = machine_page.plots_of(folder)
-    assert set(drawn) == {path.name for path in (ROOT / pages.FIGURES / folder.name).iterdir()}
+    drawn, kept_in = machine_page.plots_of(folder), ROOT / pages.FIGURES / folder.name
+    # A machine of which no part with a plot was measured has no folder of them.
+    assert set(drawn) == ({path.name for path in kept_in.iterdir()} if kept_in.exists() else set())
     for name, figure in drawn.items():
         plots.save(figure, tmp_path / name)
         now, kept = (image.imread(path / name) for path in (tmp_path, ROOT / pages.FIGURES / folder.name))
