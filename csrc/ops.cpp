@@ -42,6 +42,9 @@ STABLE_TORCH_LIBRARY(unisd, m) {
   m.def("linear_logits(Tensor hidden, Tensor weight, Tensor? bias, float scale, Tensor(a!) out) -> ()");
   // out [rows, H] = scale * gradient weight
   m.def("linear_backward(Tensor gradient, Tensor weight, float scale, Tensor(a!) out) -> ()");
+  // out [V, H] = scale * gradient^T hidden, or that much more
+  m.def(
+      "linear_weight_gradient(Tensor gradient, Tensor hidden, float scale, bool accumulate, Tensor(a!) out) -> ()");
   // exp, log, expm1 or tanh of a float32 tensor, as the kernels compute them; for their tests.
   m.def("vector_math(str function, Tensor x, Tensor(a!) out) -> ()");
 

@@ -36,6 +36,21 @@ void backward(const float* gradient, int64_t gradient_stride, int64_t rows, int6
   backward_of<Pairs>(gradient, gradient_stride, rows, length, weight, begin, end, out, out_stride);
 }
 
+void pack_columns_either(Matrix hidden, int64_t rows, int64_t width, float* packed) {
+  if (hidden.storage != Storage::kBFloat16) return base().pack_columns(hidden, rows, width, packed);
+  pack_columns<Pairs>(hidden, rows, width, packed);
+}
+
+void weight_gradient(const float* gradient, int64_t gradient_stride, int64_t rows, const float* packed, Storage storage,
+                     int64_t width, float scale, int64_t begin, int64_t end, bool accumulate, float* out,
+                     int64_t out_stride) {
+  if (storage != Storage::kBFloat16)
+    return base().weight_gradient(gradient, gradient_stride, rows, packed, storage, width, scale, begin, end,
+                                  accumulate, out, out_stride);
+  weight_gradient_of<Pairs>(gradient, gradient_stride, rows, packed, width, scale, begin, end, accumulate, out,
+                            out_stride);
+}
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -48,6 +63,8 @@ const Kernels& kernels() {
     set.logits = logits;
     set.score = score;
     set.backward = backward;
+    set.pack_columns = pack_columns_either;
+    set.weight_gradient = weight_gradient;
     return set;
   }();
   return table;

@@ -33,6 +33,12 @@ const Kernels& kernels() {
       logits_of<Singles>,
       score_of<Singles>,
       backward_of<Singles>,
+      pack_columns<Singles>,
+      [](const float* gradient, int64_t gradient_stride, int64_t rows, const float* packed, Storage, int64_t width,
+         float scale, int64_t begin, int64_t end, bool accumulate, float* out, int64_t out_stride) {
+        weight_gradient_of<Singles>(gradient, gradient_stride, rows, packed, width, scale, begin, end, accumulate, out,
+                                    out_stride);
+      },
       sum_rows,
       tile_softmax,
       tile_logprob_gradient,

@@ -93,6 +93,13 @@ struct Kernels {
   // over `length` in its order.
   void (*backward)(const float* gradient, int64_t gradient_stride, int64_t rows, int64_t length, Matrix weight,
                    int64_t begin, int64_t end, float* out, int64_t out_stride);
+  // The hidden states' columns in panels, for weight_gradient: packed_size(width, rows) floats.
+  void (*pack_columns)(Matrix hidden, int64_t rows, int64_t width, float* packed);
+  // Rows [begin, end) of scale * gradient^T hidden into `out` [V, H], or onto it, with gradient [rows, V]; `storage` is
+  // that of the hidden states that were packed.
+  void (*weight_gradient)(const float* gradient, int64_t gradient_stride, int64_t rows, const float* packed,
+                          Storage storage, int64_t width, float scale, int64_t begin, int64_t end, bool accumulate,
+                          float* out, int64_t out_stride);
   // out [width] = scale * (part + (part + stride) + ...), in this order.
   void (*sum_rows)(const float* part, int64_t stride, int64_t parts, int64_t width, float scale, float* out);
 

@@ -162,6 +162,8 @@ inline Broadcast<Singles> gradient_block(Singles, const float* gradient, int64_t
   return {gradient, stride};
 }
 inline int64_t gradient_block_size(Singles, int64_t) { return 0; }
+// A vector of numbers, at a position in a copy of what is broadcast.
+inline void put_down(Singles, Vec x, float* copy, int64_t position) { x.store(copy + position); }
 
 #if defined(UNISD_ISA_BF16)
 // The same in pairs of rows; behind the last of an odd number of rows comes zero.
@@ -199,6 +201,10 @@ inline Broadcast<Pairs> gradient_block(Pairs, const float* gradient, int64_t str
     }
   }
   return {copy, copy_stride};
+}
+inline void put_down(Pairs, Vec x, float* copy, int64_t position) {
+  const __m256i narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<uint16_t*>(copy) + position), narrow);
 }
 inline int64_t gradient_block_size(Pairs, int64_t rows) { return rows * Pairs::gradient_block; }
 #endif
@@ -241,6 +247,75 @@ inline void backward_of(const float* gradient, int64_t gradient_stride, int64_t 
   }
   for (int64_t n = 0; n < rows && (!in_place || length == 0); ++n) {
     for (int64_t h = 0; h < width; ++h) out[n * out_stride + begin + h] = length == 0 ? 0.0f : total[n * padded + h];
+  }
+}
+
+// Columns of the gradient [rows, V] as rows of what is broadcast, times `scale`: [count, rows], the rows rounded up to
+// whole steps with zeros.
+template <class Operand>
+inline Broadcast<Operand> transposed_gradient(const float* gradient, int64_t stride, int64_t rows, int64_t count,
+                                              float scale, Buffer* buffer) {
+  const int64_t padded = (rows + Vec::width - 1) / Vec::width * Vec::width;
+  const Vec factor = Vec::set(scale);
+  for (int64_t n = 0; n < rows; n += Vec::width) {
+    const int64_t down = at_most(Vec::width, rows - n);
+    for (int64_t v = 0; v < count; v += Vec::width) {
+      const int across = static_cast<int>(at_most(Vec::width, count - v));
+      Vec square[Vec::width];
+      for (int64_t j = 0; j < Vec::width; ++j)
+        square[j] = j < down ? factor * Vec::load_part(gradient + (n + j) * stride + v, across, 0.0f) : Vec::set(0.0f);
+      transpose(square);
+      for (int i = 0; i < across; ++i) put_down(Operand(), square[i], buffer->data(), (v + i) * padded + n);
+    }
+  }
+  return {reinterpret_cast<typename Operand::Element*>(buffer->data()), padded};
+}
+
+// Rows [begin, end) of scale * gradient^T hidden into, or onto, out [V, H]; `packed` holds all panels of the hidden states'
+// columns (pack_columns).
+template <class Operand>
+inline void weight_gradient_of(const float* gradient, int64_t gradient_stride, int64_t rows, const float* packed,
+                               int64_t width, float scale, int64_t begin, int64_t end, bool accumulate, float* out,
+                               int64_t out_stride) {
+  [[maybe_unused]] const Unit<Operand> unit{};
+  const int64_t steps = (rows + Operand::elements - 1) / Operand::elements;
+  Buffer product(kBlock * Operand::panel), narrow(packed_size(rows, kBlock));
+  for (int64_t v = begin; v < end; v += kBlock) {
+    const int64_t count = at_most(kBlock, end - v);
+    const auto block = transposed_gradient<Operand>(gradient + v, gradient_stride, rows, count, scale, &narrow);
+    const float* panel = packed;
+    for (int64_t h = 0; h < width; h += Operand::panel) {
+      const int vectors = vectors_for<Operand>(width - h);
+      const int64_t height = vectors * Vec::width;
+      block_product(panel, vectors, steps, WeightBlock<Operand>{block, 0}, count, false, product.data());
+      panel += height * steps;
+      const int64_t columns = at_most(height, width - h);
+      for (int64_t i = 0; i < count; ++i) {
+        float* target = out + (v + i) * out_stride + h;
+        const float* sums = product.data() + i * height;
+        for_each_vector(
+            columns,
+            [&](int64_t j) UNISD_INLINE {
+              const Vec sum = Vec::load(sums + j);
+              (accumulate ? Vec::load(target + j) + sum : sum).store(target + j);
+            },
+            [&](int64_t j, int lanes) UNISD_INLINE {
+              const Vec sum = Vec::load(sums + j);
+              (accumulate ? Vec::load_part(target + j, lanes, 0.0f) + sum : sum).store_part(target + j, lanes);
+            });
+      }
+    }
+  }
+}
+
+// All panels of the columns of hidden states [rows, width], for weight_gradient_of.
+template <class Operand>
+inline void pack_columns(Matrix hidden, int64_t rows, int64_t width, float* packed) {
+  const int64_t steps = (rows + Operand::elements - 1) / Operand::elements;
+  for (int64_t h = 0; h < width; h += Operand::panel) {
+    const int vectors = vectors_for<Operand>(width - h);
+    pack_panel(Operand(), hidden, 0, rows, h, at_most(Operand::panel, width - h), vectors, packed);
+    packed += vectors * Vec::width * steps;
   }
 }
 

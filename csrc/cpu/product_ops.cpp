@@ -134,6 +134,24 @@ void linear_backward(Tensor gradient, Tensor weight, double scale, Tensor out) {
   });
 }
 
+void linear_weight_gradient(Tensor gradient, Tensor hidden, double scale, bool accumulate, Tensor out) {
+  const float* data = tile_data(gradient, "gradient");
+  float* target = tile_data(out, "out");
+  const Matrix states = matrix(hidden, "hidden");
+  const int64_t rows = gradient.size(0), columns = gradient.size(1), width = hidden.size(1);
+  STD_TORCH_CHECK(hidden.size(0) == rows, "hidden must have shape [", rows, ", H], got [", hidden.size(0), ", ", width,
+                  "]");
+  STD_TORCH_CHECK(out.size(0) == columns && out.size(1) == width, "out must have shape [", columns, ", ", width, "]");
+  STD_TORCH_CHECK(rows > 0, "gradient must have at least one row");
+  const Floats packed = allocate(kernels().packed_size(width, rows + 1));
+  kernels().pack_columns(states, rows, width, packed.get());
+  const int64_t stride = gradient.stride(0), out_stride = out.stride(0);
+  for_each_span(columns, kLogitColumns, [&](int64_t, int64_t begin, int64_t end) {
+    kernels().weight_gradient(data, stride, rows, packed.get(), states.storage, width, static_cast<float>(scale), begin,
+                              end, accumulate, target, out_stride);
+  });
+}
+
 }  // namespace
 }  // namespace unisd
 
@@ -141,4 +159,5 @@ STABLE_TORCH_LIBRARY_IMPL(unisd, CPU, m) {
   m.impl("linear_logits", TORCH_BOX(&unisd::linear_logits));
   m.impl("linear_score", TORCH_BOX(&unisd::linear_score));
   m.impl("linear_backward", TORCH_BOX(&unisd::linear_backward));
+  m.impl("linear_weight_gradient", TORCH_BOX(&unisd::linear_weight_gradient));
 }

@@ -30,6 +30,8 @@ class Meter(TorchDispatchMode):
             self.multiply_adds += a.shape[0] * a.shape[1] * b.shape[1]
         elif name in ("linear_score", "linear_logits", "linear_backward"):
             self.multiply_adds += args[0].shape[0] * args[1].numel()
+        elif name == "linear_weight_gradient":
+            self.multiply_adds += args[0].numel() * args[1].shape[1]
         elif name in ("matmul", "bmm", "linear"):
             raise AssertionError(f"{name} is not counted")
         for tensor in out if isinstance(out, (tuple, list)) else (out,):

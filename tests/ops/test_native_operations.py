@@ -41,6 +41,7 @@ def arguments():
         "linear_score": (hidden, weight, torch.randn(columns), 1.0, None, ids, new(), new(), new()),
         "linear_logits": (hidden, weight, None, 1.0, torch.empty(rows, columns)),
         "linear_backward": (tile(), weight, 1.0, torch.empty(rows, 5)),
+        "linear_weight_gradient": (tile(), hidden, 1.0, False, torch.empty(columns, 5)),
         "vector_math": ("exp", vector, new()),
     }
 

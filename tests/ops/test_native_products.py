@@ -87,6 +87,27 @@ def check_backward(gradient, weight, scale, out) -> None:
     assert_accurate("hidden gradient", out, exact, native)
 
 
+@settings(max_examples=40)
+@given(operands(), st.booleans(), st.integers(0, 5), st.integers(0, 40))
+def test_weight_gradient(given_operands, accumulate, left, right):
+    hidden, weight, _, scale = given_operands
+    if hidden.shape[0] == 0:
+        return
+    gradient = torch.randn(hidden.shape[0], weight.shape[0])
+    # Numbers that a product with bfloat16 hidden states need not round.
+    if hidden.dtype == torch.bfloat16:
+        gradient = (gradient * scale).bfloat16().float() / scale
+    before = torch.randn(weight.shape) if accumulate else torch.full(weight.shape, torch.nan)
+    out = inside(before, 1, left, right, CANARY)
+    inner = inside(gradient, 1, right, left, torch.nan)
+    extension.operations().linear_weight_gradient(inner, hidden, scale, accumulate, out)
+    exact, native = (scale * torch.mm(gradient.to(d).T, hidden.to(d)) for d in (torch.float64, torch.float32))
+    if accumulate:
+        exact, native = exact + before.double(), native + before
+    assert_accurate("weight gradient", out, exact, native)
+    assert frame_is_untouched(out, CANARY)
+
+
 @settings(max_examples=80)
 @given(operands(), st.integers(0, 5), st.integers(0, 40))
 def test_logits(given_operands, left, right):
@@ -288,6 +309,9 @@ def test_bad_arguments():
         (r"gradient must have shape \[rows, 9\], got \[4, 8\]", "linear_backward", (out[:, :8], weight, 1.0, back)),
         (r"out must have shape \[4, 6\]", "linear_backward", (out, weight, 1.0, back[:3])),
         (r"gradient must be float32", "linear_backward", (out.half(), weight, 1.0, back)),
+        (r"out must have shape \[9, 6\]", "linear_weight_gradient", (out, hidden, 1.0, False, weight[:8])),
+        (r"hidden must have shape \[4, H\]", "linear_weight_gradient", (out, hidden[:3], 1.0, False, weight)),
+        (r"at least one row", "linear_weight_gradient", (out[:0], hidden[:0], 1.0, False, weight)),
     ]
     for message, name, arguments in cases:
         with pytest.raises(RuntimeError, match=message):

@@ -158,6 +158,11 @@ class Backend(Protocol):
     def hidden_gradient(self, projection: Projection, gradient: torch.Tensor, out: torch.Tensor) -> None:
         """`out = gradient_scale * G W` for complete rows; `gradient` is [rows, V], `out` [rows, H]."""
 
+    def add_weight_gradient(
+        self, projection: Projection, gradient: torch.Tensor, rows: slice, out: torch.Tensor, first: bool
+    ) -> None:
+        """`out += gradient_scale * G^T h`, or `=` for the `first` rows; `out` is [V, H] in the accumulator's dtype."""
+
     def score(
         self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
     ) -> None:

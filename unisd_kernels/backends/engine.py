@@ -244,7 +244,7 @@ class Engine:
         if gradients.hidden is not None:
             self.backend.hidden_gradient(projection, tile, gradients.hidden[rows])
         if gradients.weight is not None:
-            projection.add_weight_gradient(tile, rows, gradients.weight, first=rows.start == 0)
+            self.backend.add_weight_gradient(projection, tile, rows, gradients.weight, rows.start == 0)
         if gradients.bias is not None:
             projection.add_bias_gradient(tile, gradients.bias)
 

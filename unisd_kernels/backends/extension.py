@@ -30,6 +30,7 @@ OPERATIONS = (
     "linear_score",
     "linear_logits",
     "linear_backward",
+    "linear_weight_gradient",
     "vector_math",
     "ema_update_",
 )

@@ -89,6 +89,14 @@ class NativeBackend:
             gradient, row_major(projection.weight), projection.transform.gradient_scale, out
         )
 
+    def add_weight_gradient(
+        self, projection: Projection, gradient: torch.Tensor, rows: slice, out: torch.Tensor, first: bool
+    ) -> None:
+        hidden = row_major(projection.hidden[rows])
+        extension.operations().linear_weight_gradient(
+            gradient, hidden, projection.transform.gradient_scale, not first, out
+        )
+
     def score(
         self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
     ) -> None:

@@ -106,6 +106,11 @@ class TorchBackend:
     def hidden_gradient(self, projection: Projection, gradient: torch.Tensor, out: torch.Tensor) -> None:
         projection.hidden_gradient(gradient, out)
 
+    def add_weight_gradient(
+        self, projection: Projection, gradient: torch.Tensor, rows: slice, out: torch.Tensor, first: bool
+    ) -> None:
+        projection.add_weight_gradient(gradient, rows, out, first)
+
     def score(
         self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
     ) -> None:

@@ -145,6 +145,30 @@ void check_products(int64_t rows, int64_t columns, int64_t width, Storage storag
         }
       }
     }
+    // out = scale gradient^T hidden, and once more onto it.
+    Buffer<float> columns_packed(k->packed_size(width, rows + 1), kNan);
+    k->pack_columns(hidden.matrix(), rows, width, columns_packed.data);
+    Buffer<float> weight_gradient((columns - 1) * back_stride + width, kNan);
+    for (int repeat = 0; repeat < 2; ++repeat) {
+      for (int part = 0; part < 2; ++part)
+        k->weight_gradient(gradient.data, gradient_stride, rows, columns_packed.data, storage, width, 0.5f,
+                           part == 0 ? 0 : middle, part == 0 ? middle : columns, repeat == 1, weight_gradient.data,
+                           back_stride);
+    }
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t h = 0; h < back_stride && j * back_stride + h < weight_gradient.size; ++h) {
+        const double value = static_cast<double>(weight_gradient[j * back_stride + h]);
+        if (h >= width) {
+          if (!std::isnan(value)) report("weight gradient's padding", j * back_stride + h, value, 0.0, 0.0);
+          continue;
+        }
+        double exact_sum = 0.0;
+        for (int64_t n = 0; n < rows; ++n)
+          exact_sum += static_cast<double>(gradient[n * gradient_stride + j]) * hidden.values[n * width + h];
+        expect("weight gradient", j * back_stride + h, value, exact_sum,
+               2e-6 * std::sqrt(static_cast<double>(rows)) + tolerance(exact_sum));
+      }
+    }
     // Nothing to sum over.
     k->backward(gradient.data, gradient_stride, rows, 0, weight.matrix(), 0, width, back.data, back_stride);
     for (int64_t h = 0; h < width; ++h) expect("backward of nothing", h, static_cast<double>(back[h]), 0.0, 0.0);
