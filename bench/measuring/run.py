@@ -51,6 +51,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer-rounds", type=int, help="of peers other than this package; default: --rounds")
+    parser.add_argument("--threads", type=int, help="of torch on a CPU, also more than there are cores")
     parser.add_argument("--sample-seconds", type=float, help="the least a sample takes on a CPU, by repeating its step")
     parser.add_argument(
         "--memory",
@@ -69,6 +70,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     device = chosen_device(options.device)
+    if options.threads:
+        # OMP_NUM_THREADS alone is cut to the number of cores.
+        torch.set_num_threads(options.threads)
     try:
         cases = [find_case(name, device) for name in options.case]
         if options.beta:

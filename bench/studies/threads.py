@@ -83,16 +83,8 @@ def measured(setting: Setting, cases: Sequence[Case], peers: Sequence[str], roun
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "bench", "run", "--device", "cpu", "--rounds", str(rounds)]
-        command += [
-            "--sample-seconds",
-            str(SAMPLE_SECONDS),
-            "--memory",
-            "here",
-            "--peers",
-            *peers,
-            "--output",
-            str(output),
-        ]
+        command += ["--threads", str(setting.threads), "--sample-seconds", str(SAMPLE_SECONDS), "--memory", "here"]
+        command += ["--peers", *peers, "--output", str(output)]
         command += ["--case", *(case.name for case in cases)]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
         with on_cores(usable_cores()[: setting.cores]):

@@ -192,6 +192,7 @@ def test_a_setting_is_what_its_process_gets(monkeypatch):
         words = command[4:]
         options = run_command.parse(words)
         assert options.memory == "here"
+        assert options.threads == int(env["OMP_NUM_THREADS"])
         assert all(find_case(name, CPU).name == name for name in options.case)
         about = {"threads": int(env["OMP_NUM_THREADS"]), "processor": {"usable_cores": seen[-1][1]}}
         found = [{**row(dtype="float32", case=name), "ratio_p20": 1, "ratio_p80": 1} for name in options.case]

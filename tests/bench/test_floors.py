@@ -147,6 +147,7 @@ def test_a_fresh_process_knows_nothing_of_this_one():
 
 
 def test_a_processor_without_units_is_not_measured_in_bfloat16(monkeypatch, capsys, tmp_path):
+    asked = []
     monkeypatch.setattr(run_command, "multiplies_bfloat16", lambda: False)
     name = "scaling.kl.N16.H8.V100.K0.bfloat16"
     output = tmp_path / "x.json"
@@ -154,5 +155,7 @@ def test_a_processor_without_units_is_not_measured_in_bfloat16(monkeypatch, caps
     assert run_command.main(arguments) == 0
     assert f"{name}: left out: this processor has no units for bfloat16" in capsys.readouterr().out
     monkeypatch.setattr(run_command, "multiplies_bfloat16", lambda: True)
-    assert run_command.main(arguments) == 0
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert run_command.main([*arguments, "--threads", "5"]) == 0
     assert "of the FMA" not in capsys.readouterr().out
+    assert asked == [5]
