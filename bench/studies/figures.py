@@ -83,7 +83,7 @@ STEPS = tuple(
         minutes,
         ("steps", "--device", "cpu", "--dtype", "auto", "--model", model, "--presets", *PRESETS, "--rounds", "3"),
     )
-    for short, model, minutes in (("smollm2", SMOLLM2, 4), ("gemma3", GEMMA3, 5))
+    for short, model, minutes in (("smollm2", SMOLLM2, 4), ("gemma3", GEMMA3, 7))
 )
 
 
