@@ -25,8 +25,9 @@ def load(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def folders(results: Path) -> list[Path]:
-    """One for each machine measured, in the order of their names."""
-    return sorted(path for path in results.iterdir() if path.is_dir())
+    """One for each machine of which there is something to show, in the order of their names."""
+    found = (path for path in results.iterdir() if path.is_dir())
+    return sorted(folder for folder in found if any((folder / f"{name}.json").exists() for name in shown()))
 
 
 def environment_of(folder: Path) -> dict[str, Any]:
@@ -71,6 +72,13 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("The moving average", "ema", "", ema.tables),
     ("The digits of a small divergence", "numerics", "", numerics.table),
 )
+
+
+def shown() -> set[str]:
+    """Names of the results that a page has a section for by themselves; two runs have one together."""
+    return {name for _, name, _, _ in SECTIONS} | {"ceilings"}
+
+
 # The plots that a section ends with.
 PLOTS = {"scaling": ("scaling_time", "scaling_memory"), "ceilings": ("roofline",)}
 

@@ -132,7 +132,7 @@ def pages() -> dict[Path, str]:
 
 def study_pages() -> dict[Path, str]:
     """docs/study.md and its figure."""
-    parts = {part: found for part in PARTS if (found := load(f"study_{part}_cpu")) is not None}
+    parts = {part: load(f"study_{part}_cpu") or {} for part in PARTS}
     study = parts["study"]
     mixed = parts.get("mixtures")
     text = study_page.page(parts, where(study["environment"]), where(mixed["environment"]) if mixed else "")

@@ -30,7 +30,7 @@ def no_library():
 
 
 def fastest(call):
-    """Of this thread's own time, which another process does not lengthen."""
+    """Seconds of this thread's own time, which another process does not lengthen."""
     seconds = []
     for _ in range(9):
         begun = time.thread_time()
