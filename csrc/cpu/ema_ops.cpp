@@ -6,6 +6,7 @@
 
 #include "../ema_arguments.h"
 #include "arguments.h"
+#include "boxed.h"
 #include "parallel.h"
 
 namespace unisd {
@@ -57,4 +58,4 @@ void ema_update(std::vector<Tensor> teacher, std::vector<Tensor> student, double
 }  // namespace
 }  // namespace unisd
 
-STABLE_TORCH_LIBRARY_IMPL(unisd, CPU, m) { m.impl("ema_update_", TORCH_BOX(&unisd::ema_update)); }
+STABLE_TORCH_LIBRARY_IMPL(unisd, CPU, m) { m.impl("ema_update_", UNISD_BOX(&unisd::ema_update)); }

@@ -5,19 +5,28 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
+#include <exception>
 
 namespace unisd {
 
-// body(i, state) for each i in [0, pieces); make() gives each thread that has a piece a state of its own.
+// body(i, state) for each i in [0, pieces); make() gives each thread that has a piece a state of its own. What they throw
+// does not pass through torch (boxed.h): the first is thrown again here, when every thread is done.
 template <class Make, class Body>
 void for_each_piece_with(int64_t pieces, const Make& make, const Body& body) {
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
   torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
-    int64_t i = next++;
-    if (i >= pieces) return;
-    const auto state = make();
-    for (; i < pieces; i = next++) body(i, state);
+    try {
+      int64_t i = next++;
+      if (i >= pieces) return;
+      const auto state = make();
+      for (; i < pieces && !failed; i = next++) body(i, state);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 // body(i) for each i in [0, pieces).

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "arguments.h"
+#include "boxed.h"
 #include "floats.h"
 #include "parallel.h"
 
@@ -156,8 +157,8 @@ void linear_weight_gradient(Tensor gradient, Tensor hidden, double scale, bool a
 }  // namespace unisd
 
 STABLE_TORCH_LIBRARY_IMPL(unisd, CPU, m) {
-  m.impl("linear_logits", TORCH_BOX(&unisd::linear_logits));
-  m.impl("linear_score", TORCH_BOX(&unisd::linear_score));
-  m.impl("linear_backward", TORCH_BOX(&unisd::linear_backward));
-  m.impl("linear_weight_gradient", TORCH_BOX(&unisd::linear_weight_gradient));
+  m.impl("linear_logits", UNISD_BOX(&unisd::linear_logits));
+  m.impl("linear_score", UNISD_BOX(&unisd::linear_score));
+  m.impl("linear_backward", UNISD_BOX(&unisd::linear_backward));
+  m.impl("linear_weight_gradient", UNISD_BOX(&unisd::linear_weight_gradient));
 }

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "arguments.h"
+#include "boxed.h"
 #include "floats.h"
 #include "parallel.h"
 
@@ -136,10 +137,10 @@ void vector_math(std::string function, Tensor x, Tensor out) {
 }  // namespace unisd
 
 STABLE_TORCH_LIBRARY_IMPL(unisd, CPU, m) {
-  m.impl("tile_softmax_", TORCH_BOX(&unisd::tile_softmax));
-  m.impl("tile_logprob_gradient_", TORCH_BOX(&unisd::tile_logprob_gradient));
-  m.impl("tile_divergence_", TORCH_BOX(&unisd::tile_divergence));
-  m.impl("tile_divergence_gradient_", TORCH_BOX(&unisd::tile_divergence_gradient));
-  m.impl("scale_rows", TORCH_BOX(&unisd::scale_rows));
-  m.impl("vector_math", TORCH_BOX(&unisd::vector_math));
+  m.impl("tile_softmax_", UNISD_BOX(&unisd::tile_softmax));
+  m.impl("tile_logprob_gradient_", UNISD_BOX(&unisd::tile_logprob_gradient));
+  m.impl("tile_divergence_", UNISD_BOX(&unisd::tile_divergence));
+  m.impl("tile_divergence_gradient_", UNISD_BOX(&unisd::tile_divergence_gradient));
+  m.impl("scale_rows", UNISD_BOX(&unisd::scale_rows));
+  m.impl("vector_math", UNISD_BOX(&unisd::vector_math));
 }
