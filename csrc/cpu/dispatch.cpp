@@ -18,6 +18,8 @@ const Kernels* find(const std::string& name) {
   if (((widest && !has.slow_bf16) || name == "avx512_bf16") && has.avx512_bf16) return &avx512_bf16::kernels();
   if ((widest || name == "avx512") && has.avx512) return &avx512::kernels();
   if ((widest || name == "avx2") && has.avx2) return &avx2::kernels();
+#elif defined(__aarch64__)
+  if (name.empty() || name == "neon") return &neon::kernels();
 #endif
   if (name.empty() || name == "scalar") return &scalar::kernels();
   return nullptr;
@@ -29,7 +31,8 @@ const Kernels& choose() {
   const Kernels* found = find(name);
   if (found == nullptr)
     throw std::runtime_error("UNISD_CPU_ISA=" + name +
-                             ": not an instruction set this processor has; it takes scalar, avx2, avx512, avx512_bf16 or amx_bf16");
+                             ": not an instruction set this processor has; it takes scalar, avx2, avx512, "
+                             "avx512_bf16 or amx_bf16 on x86-64, scalar or neon on aarch64");
   return *found;
 }
 

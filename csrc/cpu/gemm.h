@@ -23,6 +23,8 @@ namespace UNISD_ISA {
 constexpr int kVectors = 3, kBroadcast = 8;
 #elif defined(UNISD_ISA_AVX2)
 constexpr int kVectors = 2, kBroadcast = 6;
+#elif defined(UNISD_ISA_NEON)
+constexpr int kVectors = 4, kBroadcast = 6;
 #else
 constexpr int kVectors = 4, kBroadcast = 4;
 #endif

@@ -140,6 +140,10 @@ const Kernels& kernels();
 namespace amx_bf16 {
 const Kernels& kernels();
 }
+#elif defined(__aarch64__)
+namespace neon {
+const Kernels& kernels();
+}
 #endif
 
 // Chosen at first use: the widest set this processor has, or what UNISD_CPU_ISA names. Throws std::runtime_error if

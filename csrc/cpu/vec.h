@@ -1,6 +1,6 @@
-// A float vector for three instruction sets behind one interface. A translation unit picks one by defining
-// UNISD_ISA_AVX512, UNISD_ISA_AVX2 or neither (scalar) and, for the first two, a target pragma before it includes this
-// (isa_*.cpp). UNISD_ISA names the set and is the namespace, so that no inline function is shared between sets.
+// A float vector for several instruction sets behind one interface. A translation unit picks one by defining
+// UNISD_ISA_AVX512, UNISD_ISA_AVX2, UNISD_ISA_NEON or none (scalar) and, for the first two, a target pragma before it
+// includes this (isa_*.cpp). UNISD_ISA names the set and is the namespace, so that no inline function is shared between sets.
 //
 // Kernels are written once against `Vec`; what differs is the width.
 #pragma once
@@ -177,6 +177,63 @@ inline void transpose(Vec rows[8]) {
     rows[i].v = _mm256_permute2f128_ps(b[i], b[4 + i], 0x20);
     rows[4 + i].v = _mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
   }
+}
+
+#elif defined(UNISD_ISA_NEON)
+
+struct Vec {
+  float32x4_t v;
+  static constexpr int width = 4;
+  static Vec set(float x) { return {vdupq_n_f32(x)}; }
+  static Vec load(const float* p) { return {vld1q_f32(p)}; }
+  static Vec load_part(const float* p, int n, float fill) {
+    float lanes[4];
+    for (int i = 0; i < 4; ++i) lanes[i] = i < n ? p[i] : fill;
+    return {vld1q_f32(lanes)};
+  }
+  static Vec load_bf16(const uint16_t* p) { return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))}; }
+  static Vec load_fp16(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
+  void store(float* p) const { vst1q_f32(p, v); }
+  void stream(float* p) const { vst1q_f32(p, v); }
+  void store_part(float* p, int n) const {
+    float lanes[4];
+    vst1q_f32(lanes, v);
+    for (int i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+};
+inline Vec operator+(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+// Not vmaxq_f32, which gives NaN where either is NaN.
+inline Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
+inline Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
+inline Vec abs(Vec a) { return {vabsq_f32(a.v)}; }
+inline Vec with_sign(Vec magnitude, Vec sign) { return {vbslq_f32(vdupq_n_u32(0x80000000u), sign.v, magnitude.v)}; }
+inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) { return {vbslq_f32(vcltq_f32(a.v, b.v), yes.v, no.v)}; }
+inline Vec where_equal(Vec a, Vec b, Vec yes, Vec no) { return {vbslq_f32(vceqq_f32(a.v, b.v), yes.v, no.v)}; }
+inline Vec scale_by_power(Vec x, Vec n) {
+  // In two halves, as AVX2's; NaN has become 0, and NaN is then what x is.
+  const int32x4_t total = vcvtnq_s32_f32(n.v), half = vshrq_n_s32(total, 1), bias = vdupq_n_s32(127);
+  const float32x4_t a = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(half, bias), 23));
+  const float32x4_t b = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vsubq_s32(total, half), bias), 23));
+  return {vmulq_f32(vmulq_f32(x.v, a), b)};
+}
+inline void split(Vec x, Vec* mantissa, Vec* exponent) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(x.v);
+  exponent->v = vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_u32(vshrq_n_u32(bits, 23)), vdupq_n_s32(126)));
+  mantissa->v = vreinterpretq_f32_u32(vorrq_u32(vandq_u32(bits, vdupq_n_u32(0x007fffff)), vdupq_n_u32(0x3f000000)));
+}
+inline void transpose(Vec rows[4]) {
+  const auto low = [](float32x4_t a, float32x4_t b) { return vcombine_f32(vget_low_f32(a), vget_low_f32(b)); };
+  const auto high = [](float32x4_t a, float32x4_t b) { return vcombine_f32(vget_high_f32(a), vget_high_f32(b)); };
+  const float32x4x2_t a = vtrnq_f32(rows[0].v, rows[1].v), b = vtrnq_f32(rows[2].v, rows[3].v);
+  rows[0].v = low(a.val[0], b.val[0]);
+  rows[1].v = low(a.val[1], b.val[1]);
+  rows[2].v = high(a.val[0], b.val[0]);
+  rows[3].v = high(a.val[1], b.val[1]);
 }
 
 #else

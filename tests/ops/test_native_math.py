@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from tests.ops.native_tiles import needs_library
 from unisd_kernels.backends import extension
 
 ROOT = Path(__file__).parents[2]
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "neon") if platform.machine() == "aarch64" else ("scalar", "avx2", "avx512")
 FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "exp": np.exp,
     "log": np.log,

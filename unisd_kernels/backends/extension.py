@@ -46,7 +46,7 @@ def cpu_unavailable() -> str | None:
 
 
 def cpu_isa() -> str:
-    """The instruction set the CPU operations run with: "amx_bf16", "avx512_bf16", "avx512", "avx2" or "scalar".
+    """The instruction set the CPU operations run with: "amx_bf16", "avx512_bf16", "avx512", "avx2", "neon" or "scalar".
     `UNISD_CPU_ISA` overrides the choice.
 
     Raises:
@@ -94,7 +94,7 @@ def _load_cpu() -> tuple[str | None, str | None]:
     if isa is None:
         raise ValueError(
             f"UNISD_CPU_ISA={os.environ.get('UNISD_CPU_ISA')!r} is not an instruction set of this processor; it takes "
-            "scalar, avx2, avx512, avx512_bf16 or amx_bf16, or leave it unset"
+            "scalar, avx2, avx512, avx512_bf16 or amx_bf16 on x86-64, scalar or neon on aarch64, or leave it unset"
         )
     for operation in OPERATIONS:
         torch.library.register_fake(f"unisd::{operation}", _fake)

@@ -198,6 +198,8 @@ std::vector<const Kernels*> tables() {
 #else
   if (has.avx512_bf16 && has.amx_bf16 && request_amx()) found.push_back(&amx_bf16::kernels());
 #endif
+#elif defined(__aarch64__)
+  found.push_back(&neon::kernels());
 #endif
   return found;
 #endif
