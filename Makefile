@@ -17,7 +17,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 OLDEST_TRL := 1.15.0
 OLDEST_TRL_DIR := $(CURDIR)/$(VENV)/trl-$(OLDEST_TRL)
 
-.PHONY: demo test test-all machines lint bench figures figures-steps wheel clean install
+.PHONY: demo test test-all machines lint bench figures figures-steps wheel wheels clean install
 
 install: $(STAMP)
 
@@ -39,8 +39,8 @@ demo: $(STAMP)
 test: $(STAMP) $(OLDEST_TRL_DIR)
 	@scripts/check.sh $(BIN) $(OLDEST_TRL_DIR) -m "not exhaustive"
 
-# With the sweeps.
-test-all: $(STAMP) $(OLDEST_TRL_DIR)
+# With the sweeps, and the library as the wheels have it.
+test-all: $(STAMP) $(VENV)/.release $(OLDEST_TRL_DIR)
 	@scripts/check.sh $(BIN) $(OLDEST_TRL_DIR)
 
 # The suite as other processors and other versions of torch would run it; its table is docs/machines.md. An hour or two.
@@ -70,10 +70,18 @@ figures: $(STAMP)
 figures-steps: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench figures --steps $(FIGURES_ARGS)
 
-# One wheel for every Python >= 3.10 and torch >= 2.10 (docs/building.md).
+# One wheel for every Python >= 3.10 and torch >= 2.10, and for machines no older than this (docs/building.md).
 wheel: $(STAMP)
 	UNISD_BUILD=cpu $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
 	@ls dist/*.whl
+
+# A release: an sdist, and manylinux_2_28 wheels for x86_64 and aarch64 made from it, checked (docs/building.md).
+wheels: $(VENV)/.release
+	$(BIN)/python scripts/wheels.py
+
+$(VENV)/.release: $(STAMP)
+	@$(PIP) install -q -c constraints.txt ziglang auditwheel twine build
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .benchmarks runs

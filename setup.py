@@ -7,6 +7,9 @@
     cpu     the CPU library, or an error
     cuda    the CPU library and the CUDA library (needs nvcc), or an error
 
+    manylinux_x86_64, manylinux_aarch64    the CPU library for any such machine with glibc 2.28, cross-compiled by the
+            package ziglang (csrc/manylinux.py; needs --no-build-isolation), or an error
+
 The CPU library uses LibTorch's stable ABI of torch 2.10 and Python's limited API of 3.10, so that one wheel
 (`cp310-abi3`) fits every later version of both. torch itself is not imported here: only its headers and its library
 are looked up. An isolated build (a plain `pip install .`) has no torch of its own, so the environment that is installed
@@ -66,6 +69,13 @@ class Build(build_ext):
         if MODE == "cuda":
             build_cuda(Path(self.get_ext_fullpath("unisd_kernels._C")).parent)
 
+    def build_extensions(self) -> None:
+        if CROSS is None:
+            super().build_extensions()
+            return
+        for extension in self.extensions:
+            MANYLINUX.build(extension, Path(self.get_ext_fullpath(extension.name)), CROSS)
+
 
 def build_cuda(directory: Path) -> None:
     load("nvcc").build(directory / "_C_cuda.abi3.so")
@@ -90,7 +100,8 @@ def extensions() -> list[Extension]:
     if MODE == "none":
         return []
     torch = load("find_torch").torch_directory()
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    # That of ziglang reports itself where it is missing.
+    compiler = CROSS or os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     missing = None
     if torch is None:
         missing = (
@@ -110,12 +121,17 @@ def extensions() -> list[Extension]:
 
 
 MODE = os.environ.get("UNISD_BUILD", "auto") or "auto"
-if MODE not in ("auto", "none", "cpu", "cuda"):
-    raise SystemExit(f"UNISD_BUILD must be none, cpu or cuda, or unset, got {MODE!r}")
+MANYLINUX = load("manylinux")
+MODES = ("none", "cpu", "cuda", *(f"manylinux_{name}" for name in MANYLINUX.ARCHITECTURES))
+if MODE not in ("auto", *MODES):
+    raise SystemExit(f"UNISD_BUILD must be one of {', '.join(MODES)}, or unset, got {MODE!r}")
+# Architecture of the machines that a wheel is made for here, if it is not made for this one.
+CROSS = MODE.removeprefix("manylinux_") if MODE.startswith("manylinux_") else None
 
 EXTENSIONS = extensions()
+OPTIONS = {"py_limited_api": "cp310"} | ({"plat_name": MANYLINUX.platform_tag(CROSS)} if CROSS else {})
 setup(
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
+    options={"bdist_wheel": OPTIONS} if EXTENSIONS else {},
 )

@@ -11,32 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.build.processor import CPUINFO, fastest, listed
 from unisd_kernels.backends import extension
 
 PROBE = Path(__file__).parent / "kernels" / "features.cpp"
-CPUINFO = Path("/proc/cpuinfo")
 GXX = shutil.which("g++")
-
-# Name in CpuFeatures, and the kernel's names of all it stands for.
-AVX2 = {"avx", "avx2", "fma", "f16c"}
-AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-FEATURES = {
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512_bf16": AVX512 | {"avx512_bf16"},
-    "avx512_vnni": AVX512 | {"avx512_vnni"},
-    "amx_bf16": AVX512 | {"amx_tile", "amx_bf16"},
-}
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or not CPUINFO.exists(), reason="cpuid is x86-64's, /proc/cpuinfo is Linux's"
 )
-
-
-def listed() -> set[str]:
-    """Names in FEATURES that the kernel lists in full."""
-    flags = set(next(line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")).split())
-    return {name for name, needed in FEATURES.items() if needed <= flags}
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +50,4 @@ def test_the_fastest_set_is_chosen():
     script = "from unisd_kernels.backends import extension; print(extension.cpu_isa())"
     environment = {name: value for name, value in os.environ.items() if name != "UNISD_CPU_ISA"}
     chosen = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment)
-    candidates = ["amx_bf16", "avx512_bf16", "avx512", "avx2"]
-    if "GenuineIntel" in CPUINFO.read_text():
-        candidates.remove("avx512_bf16")  # slower there than float32
-    widest = next((name for name in candidates if name in listed()), "scalar")
-    assert chosen.stdout == f"{widest}\n"
+    assert chosen.stdout == f"{fastest()}\n"

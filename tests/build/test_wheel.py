@@ -114,7 +114,10 @@ def test_a_build_that_was_asked_for_fails_without_a_compiler(tmp_path: Path):
 def test_an_unknown_build_is_refused(tmp_path: Path):
     done = build_wheel(tmp_path, NO_ISOLATION, UNISD_BUILD="gpu")
     assert done.returncode != 0
-    assert "UNISD_BUILD must be none, cpu or cuda, or unset, got 'gpu'" in done.stdout + done.stderr
+    assert (
+        "UNISD_BUILD must be one of none, cpu, cuda, manylinux_x86_64, manylinux_aarch64, or unset, got 'gpu'"
+        in done.stdout + done.stderr
+    )
 
 
 def test_contents(tmp_path: Path):
