@@ -1,5 +1,5 @@
-"""`python -m bench report`: writes docs/benchmarks.md, docs/study.md with its figure, and README.md's tables, from the
-files in bench/results: one section for each machine, whose folder there is named after its processor.
+"""`python -m bench report`: writes docs/benchmarks.md, docs/study.md with its figure, README.md's tables and its
+picture, from the files in bench/results: one section for each machine, whose folder there is named after its processor.
 
 Nothing of it is typed: a figure is in a result file or nowhere. In README.md a table stands between
 `<!-- figures: NAME -->` and `<!-- end of figures -->`. `--check` writes nothing and fails where a page is not what the
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.parser import command_parser
-from bench.report import machine_page, plots
+from bench.report import machine_page, peers_figure, plots
 from bench.report import study as study_page
 from bench.report.provenance import where
 from bench.studies.study_methods import PARTS
@@ -127,7 +127,19 @@ def readme(text: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    return {PAGE: page(), **study_pages(), README: readme((ROOT / README).read_text())}
+    return {
+        PAGE: page(),
+        **study_pages(),
+        README: readme((ROOT / README).read_text()),
+        FIGURES / peers_figure.FIGURE: picture(),
+    }
+
+
+def picture() -> str:
+    """README.md's picture, of the machine measured last."""
+    results = [machine_page.load(folder, "float32") for folder in machine_page.folders(RESULTS)]
+    latest = max((result for result in results if result), key=lambda result: result["environment"]["date"])
+    return peers_figure.figure(latest, "unisd_star_cpu", "forward KL")
 
 
 def study_pages() -> dict[Path, str]:

@@ -37,6 +37,7 @@ def test_a_figure_that_differs_is_noticed(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "docs/benchmarks.md is not what the results say" in said
     assert "README.md is not what the results say" in said
+    assert "docs/figures/peers.svg is not what the results say" in said
 
 
 def test_one_item_that_differs_is_noticed(tmp_path, monkeypatch, capsys):
@@ -66,7 +67,7 @@ def test_the_page_is_written(tmp_path, monkeypatch, capsys):
     assert readme.endswith("<!-- end of figures -->\nafter\n")
     assert "old" not in readme
     assert pages.main(["--check"]) == 0
-    assert capsys.readouterr().out.count("written") == 4
+    assert capsys.readouterr().out.count("written") == 5
 
 
 # One machine; those of all take seconds more.
