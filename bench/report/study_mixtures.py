@@ -30,7 +30,7 @@ def mixtures_section(result: Mapping[str, Any] | None, runs: Sequence[Run], wher
         runs: of the study.
         where: command, machine and versions of the part.
     """
-    if result is None:
+    if not result:
         return "Not run yet: `python -m bench study --part mixtures`."
     mixed = [run for run in result["runs"] if run["variant"] or run["preset"] != _PLAIN]
     texts = [_introduction(result), _control(result["runs"], runs), _table(mixed, result["runs"], runs)]

@@ -60,9 +60,10 @@ def test_an_installation_without_the_library_says_so_once(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is not on")
 def test_the_interpreter_is_never_chosen_by_itself(monkeypatch):
     """Under TRITON_INTERPRET=1 the kernels run on a CPU, thousands of times slower: only when asked for by name."""
-    monkeypatch.setattr(registry, "_IMPLEMENTATIONS", dict(registry._IMPLEMENTATIONS))
-    monkeypatch.setitem(registry._IMPLEMENTATIONS, "native", registry._IMPLEMENTATIONS["torch"])
-    assert resolve(None, CPU).name == "torch"
+    entry = dataclasses.replace(registry._IMPLEMENTATIONS["native"], unavailable=lambda: "the interpreter is on")
+    monkeypatch.setitem(registry._IMPLEMENTATIONS, "native", entry)
+    with pytest.warns(UserWarning, match="not used: the interpreter is on"):
+        assert resolve(None, CPU).name == "torch"
     assert available("cpu")["triton"]
 
 
@@ -120,6 +121,7 @@ def test_the_kernels_need_torch_only():
 
         assert not asked, asked
         assert not ABSENT & set(sys.modules), ABSENT & set(sys.modules)
+        del sys.meta_path[0]
         assert not unisd_kernels.available("cpu")["triton"]
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
