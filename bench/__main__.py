@@ -31,6 +31,7 @@ COMMANDS = {
     "rollouts": ("bench.studies.rollouts", "sampling through a LoRA adapter against merged weights"),
     "ema": ("bench.studies.ema", "the moving average: time, and error after a thousand steps"),
     "numerics": ("bench.studies.numerics", "the digits of a small divergence"),
+    "certificate": ("bench.studies.certificate", "how sure int8 scores of the views make the agreement weights"),
     "mixtures": ("bench.studies.mixtures", "a teacher made of K views: time against K, and digits"),
     "tensor-parallel": ("bench.studies.tensor_parallel", "a head in shards: bytes and messages, by formula"),
     "ceilings": ("bench.roofline.ceilings", "this device's copy bandwidth and product rate"),

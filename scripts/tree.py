@@ -34,6 +34,7 @@ FOLDERS = {
     "tests/bench": "Benchmarks, pages and plots.",
     "tests/benchmarks": "The six benchmarks and more, in their original formats.",
     "tests/build": "Wheels, the CUDA build, sanitizers.",
+    "tests/certified": "Scores from int8 products, their bounds, and what is scored again.",
     "tests/cli": "The command line as a user types it.",
     "tests/compare": "Runs side by side.",
     "tests/data": "Tasks and their generators.",

@@ -11,7 +11,7 @@ from bench.records import machine
 from bench.records.verdict import Row
 from bench.report import plots, spread, tables
 from bench.report.provenance import where
-from bench.studies import ema, mixtures, numerics, scaling, steps, threads
+from bench.studies import certificate, ema, mixtures, numerics, scaling, steps, threads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,6 +69,12 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("A whole training step: the reliability tax, SmolLM2-135M", "steps_smollm2", "", training_steps),
     ("A whole training step: the reliability tax, Gemma-3-270M", "steps_gemma3", "", training_steps),
     ("A teacher that is many", "mixtures", "What it is: [mixtures.md](mixtures.md).", mixtures.table),
+    (
+        "Views in int8, certified",
+        "certificate",
+        "What it is: [design.md](design.md#views-in-int8-certified).",
+        certificate.table,
+    ),
     ("The moving average", "ema", "", ema.tables),
     ("The digits of a small divergence", "numerics", "", numerics.table),
 )

@@ -1,0 +1,1 @@
+"""Views scored with int8 products: each score in an interval, and what is not sure enough scored again."""
