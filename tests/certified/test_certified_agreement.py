@@ -7,7 +7,7 @@ import torch
 
 from tests.certified.problems import views_problem
 from unisd_kernels import reference
-from unisd_kernels.certified.agreement import certified_agreement, weight_bounds
+from unisd_kernels.certified.agreement import certified_agreement, settled, weight_bounds
 from unisd_kernels.certified.int8_head import Int8Head
 from unisd_kernels.certified.scores import LogProbBounds
 from unisd_kernels.reference.certified import weight_bounds as reference_bounds
@@ -63,6 +63,25 @@ def test_weights_are_within_the_tolerance_on_many_problems(level, statistic):
     for seed in range(1000):
         tolerance, gamma = (0.003, 0.05, 0.2)[seed % 3], (0.1, 1.0, 10.0)[seed // 3 % 3]
         check_tolerance(seed, tolerance, level=level, statistic=statistic, gamma=gamma)
+
+
+@pytest.mark.parametrize(("level", "statistic"), LEVELS)
+def test_weights_are_within_the_tolerance_of_any_scores_in_the_bounds(level, statistic):
+    """The scores are where they differ most from the middle; those of int8 products hardly ever are."""
+    settings = {"level": level, "statistic": statistic, "gamma": 1.0}
+    cu_seqlens = torch.arange(0, 61, 3)
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        middle = -2 * torch.rand(3, 60, generator=generator, dtype=torch.float64)
+        widest = 0.1 if level == "token" else 0.05  # a mean over tokens has no narrow ones
+        half = widest * torch.rand(3, 60, generator=generator, dtype=torch.float64) ** 3
+        outwards = torch.sign(middle - middle.mean(0)) * (1 if seed % 2 else -1)
+        scores = middle + half * outwards
+        bounds = LogProbBounds(middle - half, middle + half)
+        found = settled(bounds, lambda places: scores[:, places], cu_seqlens, tolerance=0.02, **settings)  # noqa: B023
+        exact = reference.agreement_weights(scores, cu_seqlens, **settings)
+        assert float((found.weights - exact.weights).abs().max()) <= 0.02 + 1e-9, seed
+        assert not bool(found.rescored.all()), seed
 
 
 def test_with_no_tolerance_everything_is_exact():
