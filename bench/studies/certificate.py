@@ -323,7 +323,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="JSON file for everything")
     options = parser.parse_args(list(arguments))
     head, files = sampled_views(options.model, options.files, options.rows, options.new_tokens)
-    result = {
+    result: dict[str, Any] = {
         "environment": environment(torch.device("cpu")),
         "model": Path(options.model).name,
         "files": [file.file for file in files],
