@@ -59,8 +59,8 @@ def figure(result: Mapping[str, Any], case: str, divergence: str) -> str:
             'font-family="sans-serif">',
             f'<rect width="{WIDTH}" height="{total}" fill="#ffffff"/>',
             _text(8, 22, f"UniSD* loss and its gradients, {divergence}", size=15),
-            *panels,
             line,
+            *panels,
             *(_text(8, bottom + 17 * place, note, size=12, colour="#444444") for place, note in enumerate(notes)),
             "</svg>\n",
         ]
@@ -86,6 +86,8 @@ def _panel(top: int, title: str, rows: Sequence[Row], value: Callable[[Row], flo
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12, colour: str = "#000000") -> str:
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">'
+        # On a border of the background's colour, for where the dashed line passes.
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}" '
+        'stroke="#ffffff" stroke-width="3" paint-order="stroke">'
         f"{html.escape(text)}</text>"
     )
