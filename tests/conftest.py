@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -25,7 +26,8 @@ from tests.interpreter_patches import quicken_the_interpreter
 from tests.last_bit import LastBit
 from tests.sticky_errors import pytest_exception_interact, pytest_runtest_logfinish  # noqa: F401
 
-if not torch.cuda.is_available():
+# torch for CPUs alone brings no Triton; the tests of its kernels are skipped there.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     quicken_the_interpreter()
 
 settings.register_profile(
