@@ -96,7 +96,7 @@ def operation(shape: Shape, device: torch.device) -> Callable[[], object]:
 
         return score
     teacher = Projection.of(teacher_hidden, head, 1.0)
-    walk = TritonBackend("fused").divergence(student, teacher, 0.0, _WORKSPACE, NeedsGrad(hidden=True))
+    walk = TritonBackend("fused").divergence(student, teacher, 0.0, _WORKSPACE, NeedsGrad(hidden=True), True)
 
     def pair() -> None:
         walk.forward(walk.logits(rows), rows, rows, targets, False)

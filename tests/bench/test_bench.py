@@ -78,7 +78,8 @@ def test_numerics_command(monkeypatch, capsys, tmp_path):
     assert len(rows) == 2 * 3 * 4
     for row in rows:
         if "difference form" in row["peer"]:
-            assert row["largest"] < 1e-3
+            # Of differences in bfloat16, where the processor multiplies such; else a thousandth of it.
+            assert row["largest"] < 5e-3
         if row["peer"] == "bfloat16 logits" and row["mean"] < 1e-4:
             assert row["largest"] > 1e-2
     assert "| forward KL |" in capsys.readouterr().out

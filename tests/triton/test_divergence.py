@@ -250,7 +250,7 @@ def test_the_choice_of_design():
     def walk(dtype, beta, design=None, needs_grad=NeedsGrad(hidden=True)):
         hidden, weight = torch.zeros(4, 8, dtype=dtype), torch.zeros(9, 8, dtype=dtype)
         projection = Projection(hidden.to(DEVICE), weight.to(DEVICE), None, LogitTransform(1.0, None, 1.0))
-        return type(TritonBackend(design).divergence(projection, projection, beta, 1 << 20, needs_grad)).__name__
+        return type(TritonBackend(design).divergence(projection, projection, beta, 1 << 20, needs_grad, False)).__name__
 
     assert walk(NARROW, 0.0) == walk(NARROW, 1.0) == walk(NARROW, 0.5) == "FusedDivergence"
     assert walk(torch.float32, 0.0) == walk(NARROW, 0.5, needs_grad=NeedsGrad()) == "ChunkedDivergence"
