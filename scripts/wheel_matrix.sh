@@ -7,9 +7,9 @@
 #
 # The first argument is an interpreter, the second a version of torch or the path of a torch wheel. Makes an environment
 # in a temporary folder, installs torch as pip resolves it (its CUDA packages too, where its wheel asks for them), then
-# the wheel, then pytest, hypothesis and numpy; runs `unisd doctor` and tests/ops and tests/reference from a copy of the
-# tests that has no package beside it (a test takes its problems from bench/, which is copied too). The last line on
-# stdout is the summary; the exit status is 0 if all of it passed.
+# the wheel, then pytest, hypothesis, numpy and Triton, which torch for CPUs alone does not bring; runs `unisd doctor` and
+# tests/ops and tests/reference from a copy of the tests that has no package beside it (they read bench/ and docs/, which
+# are copied too). The last line on stdout is the summary; the exit status is 0 if all of it passed.
 #
 # It needs up to 10 GiB in $TMPDIR, freed at the end.
 #
@@ -58,7 +58,7 @@ version="$("$python" -c 'import platform; print(platform.python_version())')"
         "$python" -m pip freeze >"$temporary/before.txt" &&
         "$python" -m pip install --no-compile "$WHEEL" &&
         "$python" -m pip freeze >"$temporary/after.txt" &&
-        "$python" -m pip install --no-compile pytest hypothesis numpy &&
+        "$python" -m pip install --no-compile pytest hypothesis numpy triton &&
         "$python" -m pip check &&
         "$python" -m pip list
 } >"$logs/install.txt" 2>&1 || fail "could not be installed" "$logs/install.txt"
@@ -68,7 +68,7 @@ torch_version="$("$python" -c 'from importlib import metadata; print(metadata.ve
     fail "the wheel changed what else is installed" "$logs/install.txt"
 
 mkdir "$temporary/source"
-cp -r "$root/tests" "$root/bench" "$root/csrc" "$root/pyproject.toml" "$temporary/source"
+cp -r "$root/tests" "$root/bench" "$root/csrc" "$root/docs" "$root/pyproject.toml" "$temporary/source"
 cd "$temporary/source"
 
 # Loads the compiled library: without it the tests of the CPU operations would only be skipped.
