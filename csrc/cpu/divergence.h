@@ -13,24 +13,6 @@ struct DivergenceSums {
   double student_entropy = 0.0, teacher_entropy = 0.0;
 };
 
-// d logit / d (a x / tau): of a soft cap, else one.
-class CapSlope {
- public:
-  explicit CapSlope(const float* tanh_scale) : inverse_(tanh_scale == nullptr ? 0.0f : 1.0f / *tanh_scale) {}
-  Vec of(Vec z) const {
-    // Instead of -inf, whose product with 0 is NaN.
-    const Vec t = max(Vec::set(-1e30f), z) * Vec::set(inverse_);
-    return Vec::set(1.0f) - t * t;
-  }
-  float of(float z) const {
-    const float t = inverse_ == 0.0f ? 0.0f : z * inverse_;
-    return 1.0f - t * t;
-  }
-
- private:
-  float inverse_;
-};
-
 // What the gradient needs of a column besides the statistics of its row, which are known only after the sum: p_s, and r
 // (beta = 1) or u (0 < beta < 1). For beta = 0 it is known with the terms of D.
 struct Kept {

@@ -231,8 +231,10 @@ struct WeightBlock {
   int64_t ahead;  // to the next block of kBlock rows, for prefetching; 0 where the block is a copy
 };
 
+// Numbers of the buffer that weight_block wants.
+template <class Operand>
 inline int64_t widened_size(Matrix weight, int64_t width) {
-  return weight.storage == Storage::kFloat32 ? 0 : kBlock * width;
+  return Operand::elements > 1 || weight.storage == Storage::kFloat32 ? 0 : kBlock * width;
 }
 
 template <class Operand>
@@ -264,8 +266,8 @@ inline WeightBlock<Pairs> weight_block(Matrix weight, int64_t, int64_t begin, in
 }
 #endif
 
-inline int64_t packed_size(int64_t rows, int64_t width) {
-  return (rows + Vec::width - 1) / Vec::width * Vec::width * width;
+inline int64_t packed_size(int64_t rows, int64_t steps) {
+  return (rows + Vec::width - 1) / Vec::width * Vec::width * steps;
 }
 
 // Panels of [steps][vectors * Vec::width]; missing rows are zero. read(row, k) is the number of a row at a step.

@@ -78,7 +78,7 @@ struct Kernels {
   // Rows of one panel of PackedRows: panels are this high, the last may be lower by whole vectors.
   int panel_rows;
   int pair_panel_rows;  // the same of rows that are packed in pairs
-  int64_t (*packed_size)(int64_t rows, int64_t width);  // in floats; in pairs half as many are used
+  int64_t (*packed_size)(int64_t rows, int64_t steps);  // in floats; a step is one number or a pair
   // Packs in pairs: for bfloat16 rows of an even width and a bfloat16 weight, where `multiplies_pairs`.
   void (*pack_rows)(Matrix hidden, int64_t rows, int64_t width, bool pairs, float* packed);
 
@@ -93,7 +93,8 @@ struct Kernels {
   // over `length` in its order.
   void (*backward)(const float* gradient, int64_t gradient_stride, int64_t rows, int64_t length, Matrix weight,
                    int64_t begin, int64_t end, float* out, int64_t out_stride);
-  // The hidden states' columns in panels, for weight_gradient: packed_size(width, rows) floats.
+  // The hidden states' columns in panels, for weight_gradient: packed_size(width, steps) floats, of the
+  // rows in steps.
   void (*pack_columns)(Matrix hidden, int64_t rows, int64_t width, float* packed);
   // Rows [begin, end) of scale * gradient^T hidden into `out` [V, H], or onto it, with gradient [rows, V]; `storage` is
   // that of the hidden states that were packed.

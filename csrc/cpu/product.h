@@ -19,7 +19,7 @@ inline void logits_of(PackedRows hidden, Matrix weight, const float* bias, float
                       float* out, int64_t out_stride) {
   const int64_t steps = hidden.width / Operand::elements;
   [[maybe_unused]] const Unit<Operand> unit{};
-  Buffer product(kBlock * Operand::panel), wide(Operand::elements == 1 ? widened_size(weight, hidden.width) : 0);
+  Buffer product(kBlock * Operand::panel), wide(widened_size<Operand>(weight, hidden.width));
   const Vec factor = Vec::set(scale);
   // A tile too large for the cache goes to memory past it, which spares reading what is overwritten; in whole cache
   // lines only.
@@ -70,7 +70,7 @@ inline void score_of(PackedRows hidden, Matrix weight, const float* bias, float 
                      const int64_t* target_ids, bool want_entropy, int64_t begin, int64_t end, float* partial) {
   const int64_t steps = hidden.width / Operand::elements;
   [[maybe_unused]] const Unit<Operand> unit{};
-  Buffer product(kBlock * Operand::panel), wide(Operand::elements == 1 ? widened_size(weight, hidden.width) : 0);
+  Buffer product(kBlock * Operand::panel), wide(widened_size<Operand>(weight, hidden.width));
   const int64_t padded = packed_size(hidden.rows, 1);
   Buffer state(3 * padded);
   float* highest = state.data();
@@ -185,26 +185,22 @@ inline void pack_panel(Pairs, Matrix weight, int64_t first_row, int64_t count, i
   }
 }
 
-// A block of the gradient as it is broadcast: a copy [rows, count], rounded to the weight's 16 bits.
-inline Broadcast<Pairs> gradient_block(Pairs, const float* gradient, int64_t stride, int64_t rows, int64_t count,
-                                       Buffer* buffer) {
-  uint16_t* copy = reinterpret_cast<uint16_t*>(buffer->data());
-  constexpr int64_t copy_stride = 2 * Pairs::gradient_block;
-  for (int64_t n = 0; n < rows; ++n) {
-    const float* from = gradient + n * stride;
-    uint16_t* to = copy + n * copy_stride;
-    for (int64_t i = 0; i < count; i += Vec::width) {
-      const int64_t left = count - i;
-      const __mmask16 lanes = left >= Vec::width ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-      const __m256bh narrow = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, from + i));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), reinterpret_cast<__m256i>(narrow));
-    }
-  }
-  return {copy, copy_stride};
-}
 inline void put_down(Pairs, Vec x, float* copy, int64_t position) {
   const __m256i narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<uint16_t*>(copy) + position), narrow);
+}
+
+// A block of the gradient as it is broadcast: a copy [rows, count], rounded to the weight's 16 bits.
+inline Broadcast<Pairs> gradient_block(Pairs, const float* gradient, int64_t stride, int64_t rows, int64_t count,
+                                       Buffer* buffer) {
+  constexpr int64_t copy_stride = 2 * Pairs::gradient_block;
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t i = 0; i < count; i += Vec::width) {
+      const int lanes = static_cast<int>(at_most(Vec::width, count - i));
+      put_down(Pairs(), Vec::load_part(gradient + n * stride + i, lanes, 0.0f), buffer->data(), n * copy_stride + i);
+    }
+  }
+  return {reinterpret_cast<const uint16_t*>(buffer->data()), copy_stride};
 }
 inline int64_t gradient_block_size(Pairs, int64_t rows) { return rows * Pairs::gradient_block; }
 #endif

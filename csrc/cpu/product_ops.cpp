@@ -40,7 +40,7 @@ Operands operands(const Tensor& hidden, const Tensor& weight, const std::optiona
                      result.weight.storage == Storage::kBFloat16;
   // Whole panels, packed by several threads.
   const int64_t panel = pairs ? kernels().pair_panel_rows : kernels().panel_rows, steps = pairs ? width / 2 : width;
-  result.packed = allocate(kernels().packed_size(count, width));
+  result.packed = allocate(kernels().packed_size(count, steps));
   float* packed = result.packed.get();
   for_each_span(count, panel, [&](int64_t, int64_t first, int64_t last) {
     kernels().pack_rows(rows_from(rows, first), last - first, width, pairs, packed + first * steps);

@@ -94,6 +94,26 @@ inline void apply_softcap(float* row, int64_t columns, float tanh_scale) {
       [&](int64_t i, int n) UNISD_INLINE { capped_or_nan(Vec::load_part(row + i, n, 0.0f)).store_part(row + i, n); });
 }
 
+// d logit / d (a x / tau): of a soft cap, else one.
+class CapSlope {
+ public:
+  explicit CapSlope(const float* tanh_scale)
+      : tanh_scale_(tanh_scale), inverse_(Vec::set(tanh_scale == nullptr ? 0.0f : 1.0f / *tanh_scale)) {}
+  Vec of(Vec z) const {
+    // Instead of -inf, whose product with 0 is NaN.
+    const Vec t = max(Vec::set(-1e30f), z) * inverse_;
+    return Vec::set(1.0f) - t * t;
+  }
+  float of(float z) const {
+    const float t = tanh_scale_ == nullptr ? 0.0f : z / *tanh_scale_;
+    return 1.0f - t * t;
+  }
+
+ private:
+  const float* tanh_scale_;
+  Vec inverse_;
+};
+
 inline void tile_softmax(float* row, int64_t columns, const float* tanh_scale, int64_t target_id, float* logsumexp,
                          float* target_logit) {
   if (tanh_scale != nullptr) apply_softcap(row, columns, *tanh_scale);
@@ -101,12 +121,8 @@ inline void tile_softmax(float* row, int64_t columns, const float* tanh_scale, i
   *logsumexp = logsumexp_of(total);
   *target_logit = row[target_id];
   const Vec shift = Vec::set(total.max), log_sum = Vec::set(log_of_sum(total.sum));
-  const Vec inverse = Vec::set(tanh_scale == nullptr ? 0.0f : 1.0f / *tanh_scale);
-  const Vec lowest = Vec::set(-1e30f);  // instead of -inf, whose product with 0 is NaN
-  const auto gradient = [&](Vec z) UNISD_INLINE {
-    const Vec t = max(lowest, z) * inverse;
-    return exp((z - shift) - log_sum) * (Vec::set(1.0f) - t * t);
-  };
+  const CapSlope slope(tanh_scale);
+  const auto gradient = [&](Vec z) UNISD_INLINE { return exp((z - shift) - log_sum) * slope.of(z); };
   for_each_vector(
       columns, [&](int64_t i) UNISD_INLINE { gradient(Vec::load(row + i)).store(row + i); },
       [&](int64_t i, int n) UNISD_INLINE { gradient(Vec::load_part(row + i, n, 0.0f)).store_part(row + i, n); });
@@ -122,22 +138,18 @@ inline void tile_logprob_gradient(const LogprobTile& tile, int64_t n) {
   const float entropy_weight = tile.entropy_weight == nullptr ? 0.0f : tile.entropy_weight[n];
   const float entropy = tile.entropy_weight == nullptr ? 0.0f : tile.entropy[n];
   const Vec logsumexp = Vec::set(tile.logsumexp[n]), lowest = Vec::set(-1e30f);
-  const Vec constant = Vec::set(on_probs - entropy_weight * entropy), slope = Vec::set(-entropy_weight);
-  const Vec inverse = Vec::set(tile.tanh_scale == nullptr ? 0.0f : 1.0f / *tile.tanh_scale);
+  const Vec constant = Vec::set(on_probs - entropy_weight * entropy), entropy_slope = Vec::set(-entropy_weight);
+  const CapSlope slope(tile.tanh_scale);
   const int64_t target = tile.target_ids[n];
   const float target_z = row[target];
   const auto gradient = [&](Vec z) UNISD_INLINE {
     const Vec a = z - logsumexp;
-    const Vec t = max(lowest, z) * inverse;
-    return exp(a) * fma(slope, max(lowest, a), constant) * (Vec::set(1.0f) - t * t);
+    return exp(a) * fma(entropy_slope, max(lowest, a), constant) * slope.of(z);
   };
   for_each_vector(
       columns, [&](int64_t i) UNISD_INLINE { gradient(Vec::load(row + i)).store(row + i); },
       [&](int64_t i, int k) UNISD_INLINE { gradient(Vec::load_part(row + i, k, 0.0f)).store_part(row + i, k); });
-  if (tile.logprob_weight != nullptr) {
-    const float t = tile.tanh_scale == nullptr ? 0.0f : target_z / *tile.tanh_scale;
-    row[target] += logprob_weight * (1.0f - t * t);
-  }
+  if (tile.logprob_weight != nullptr) row[target] += logprob_weight * slope.of(target_z);
 }
 
 inline void scale_row(const float* row, float scale, int64_t width, void* out, Storage storage) {

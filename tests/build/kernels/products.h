@@ -77,8 +77,9 @@ void check_products(int64_t rows, int64_t columns, int64_t width, Storage storag
 
   for (const Kernels* k : tables()) {
     isa = k->name;
-    Buffer<float> packed(k->packed_size(rows, width), kNan), by_panel(k->packed_size(rows, width), kNan);
     const bool pairs = k->multiplies_pairs && storage == Storage::kBFloat16 && width % 2 == 0;
+    const int64_t steps = pairs ? width / 2 : width;
+    Buffer<float> packed(k->packed_size(rows, steps), kNan), by_panel(k->packed_size(rows, steps), kNan);
     k->pack_rows(hidden.matrix(), rows, width, pairs, packed.data);
     const int64_t panel = pairs ? k->pair_panel_rows : k->panel_rows;
     for (int64_t first = 0; first < rows; first += panel) {
@@ -86,9 +87,9 @@ void check_products(int64_t rows, int64_t columns, int64_t width, Storage storag
       part.data = static_cast<const char*>(part.data) + first * part.stride * bytes_of(storage);
       const int64_t left = rows - first;
       k->pack_rows(part, left < panel ? left : panel, width, pairs,
-                   by_panel.data + first * (pairs ? width / 2 : width));
+                   by_panel.data + first * steps);
     }
-    for (int64_t i = 0; i < packed.size / (pairs ? 2 : 1); ++i)
+    for (int64_t i = 0; i < packed.size; ++i)
       expect_bits("pack_rows", i, by_panel[i], packed[i]);
     const PackedRows panels{packed.data, rows, width, pairs};
 
