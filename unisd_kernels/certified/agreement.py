@@ -9,8 +9,7 @@ import torch
 
 from unisd_kernels.certified.int8_head import Int8Head
 from unisd_kernels.certified.scores import THRESHOLD, LogProbBounds, logprob_bounds
-from unisd_kernels.ops.agreement import agreement_weights
-from unisd_kernels.ops.quantile import linear_quantile
+from unisd_kernels.ops.agreement import agreement_weights, sequence_weight, token_scale, token_weight
 from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
 
 # Of the tokens that only the quantile depends on, this share is scored again at a time, widest first.
@@ -99,10 +98,10 @@ def weight_bounds(
     """Bounds [N] of the weights; the formulas are in `reference/certified.py`."""
     least, most = _spread_bounds(bounds, cu_seqlens, level, statistic)
     if level == "sequence":
-        low, high = (torch.exp(-gamma * spread).clamp(min=1e-6) for spread in (most, least))
+        low, high = (sequence_weight(spread, gamma) for spread in (most, least))
         ids = sequence_ids(cu_seqlens, bounds.lower.shape[1])
         return low[ids], high[ids]
-    return _token_weight(most, _scale(least), gamma), _token_weight(least, _scale(most), gamma)
+    return token_weight(most, token_scale(least), gamma), token_weight(least, token_scale(most), gamma)
 
 
 def _unsure(
@@ -121,9 +120,9 @@ def _unsure(
     if level == "sequence" or not bool(wide.any()):
         return wide
     least, most = _spread_bounds(bounds, cu_seqlens, level, statistic)
-    scale_low, scale_high = _scale(least), _scale(most)
+    scale_low, scale_high = token_scale(least), token_scale(most)
     middle = (scale_low + scale_high) / 2
-    by_itself = _token_weight(least, middle, gamma) - _token_weight(most, middle, gamma) > 2 * tolerance
+    by_itself = token_weight(least, middle, gamma) - token_weight(most, middle, gamma) > 2 * tolerance
     if bool((by_itself & ~rescored).any()):
         return by_itself
     # The rest is the quantile's doing, and that is a matter of the tokens around it.
@@ -153,11 +152,3 @@ def _spread_bounds(
     slack = (half.square().sum(0) / freedom).sqrt()
     spread = ((middle - middle.mean(0)).square().sum(0) / freedom).sqrt()
     return (spread - slack).clamp(min=0.0).square(), (spread + slack).square()
-
-
-def _scale(spread: torch.Tensor) -> torch.Tensor:
-    return linear_quantile(spread, 0.95).clamp(min=1e-6)
-
-
-def _token_weight(spread: torch.Tensor, scale: torch.Tensor, gamma: float) -> torch.Tensor:
-    return (1.0 / (1.0 + gamma * (spread / scale).clamp(max=10.0))).clamp(min=0.01)

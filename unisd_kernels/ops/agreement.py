@@ -67,12 +67,26 @@ def agreement_weights(
         spread = _spread(logprobs, statistic, unbiased=True)
         if not num_rows:
             return AgreementWeights(torch.ones_like(spread), spread)
-        scale = linear_quantile(spread, quantile).clamp(min=1e-6)
-        return AgreementWeights((1.0 / (1.0 + gamma * (spread / scale).clamp(max=10.0))).clamp(min=0.01), spread)
+        return AgreementWeights(token_weight(spread, token_scale(spread, quantile), gamma), spread)
     means = sequence_sums(logprobs, cu_seqlens) / sequence_lengths(cu_seqlens).clamp(min=1)
     spread = _spread(means, statistic, unbiased=False)
-    weights = torch.exp(-gamma * spread).clamp(min=1e-6)
+    weights = sequence_weight(spread, gamma)
     return AgreementWeights(weights[sequence_ids(cu_seqlens, num_rows)], spread)
+
+
+def token_scale(spread: torch.Tensor, quantile: float = 0.95) -> torch.Tensor:
+    """What the disagreement [N] of at least one token is measured by."""
+    return linear_quantile(spread, quantile).clamp(min=1e-6)
+
+
+def token_weight(spread: torch.Tensor, scale: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Weights of tokens from their disagreement."""
+    return (1.0 / (1.0 + gamma * (spread / scale).clamp(max=10.0))).clamp(min=0.01)
+
+
+def sequence_weight(spread: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Weights of sequences from their disagreement."""
+    return torch.exp(-gamma * spread).clamp(min=1e-6)
 
 
 def _spread(scores: torch.Tensor, statistic: str, unbiased: bool) -> torch.Tensor:

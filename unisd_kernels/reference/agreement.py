@@ -22,7 +22,16 @@ def token_weight(spread: torch.Tensor, gamma: float, quantile: float = 0.95) -> 
     """`w_n = max(1 / (1 + gamma * min(d_n / max(quantile_0.95(d), 1e-6), 10)), 0.01)`."""
     if spread.numel() == 0:
         return torch.ones_like(spread)
-    scale = torch.quantile(spread, quantile).clamp(min=1e-6)
+    return scaled_weight(spread, token_scale(spread, quantile), gamma)
+
+
+def token_scale(spread: torch.Tensor, quantile: float) -> torch.Tensor:
+    """`max(quantile_0.95(d), 1e-6)`."""
+    return torch.quantile(spread, quantile).clamp(min=1e-6)
+
+
+def scaled_weight(spread: torch.Tensor, scale: torch.Tensor, gamma: float) -> torch.Tensor:
+    """`token_weight` under a scale that is given."""
     return (1.0 / (1.0 + gamma * (spread / scale).clamp(max=10.0))).clamp(min=0.01)
 
 

@@ -29,6 +29,7 @@ from itertools import pairwise
 import torch
 
 from unisd_kernels.heads import LMHead
+from unisd_kernels.reference.agreement import scaled_weight, sequence_weight, token_scale
 from unisd_kernels.reference.logprobs import linear_logits
 
 LARGEST_ERROR = 20.0
@@ -134,13 +135,9 @@ def weight_bounds(
         least, most = (spread - slack).clamp(min=0.0).square(), (spread + slack).square()
     if level == "sequence":
         lengths = torch.tensor([end - start for start, end in bounds])
-        pair = [torch.exp(-gamma * spread).clamp(min=1e-6).repeat_interleave(lengths) for spread in (most, least)]
+        pair = [sequence_weight(spread, gamma).repeat_interleave(lengths) for spread in (most, least)]
         return pair[0], pair[1]
     if not least.numel():
         return torch.ones_like(least), torch.ones_like(least)
-    scales = [torch.quantile(spread, quantile).clamp(min=1e-6) for spread in (least, most)]
-    pair = [
-        (1.0 / (1.0 + gamma * (spread / scale).clamp(max=10.0))).clamp(min=0.01)
-        for spread, scale in zip((most, least), scales, strict=True)
-    ]
-    return pair[0], pair[1]
+    scale_low, scale_high = (token_scale(spread, quantile) for spread in (least, most))
+    return scaled_weight(most, scale_low, gamma), scaled_weight(least, scale_high, gamma)
