@@ -2,7 +2,7 @@
 
 `reference/certified.py` holds for any choice; this one makes its intervals small. A hidden state's energy lies in few
 directions and few channels, and a row's int8 step is set by its largest element. So the leading directions of hidden
-states are taken out (16 of 576 hold some 85% of SmolLM2's), the others are scaled so that weight and hidden states
+states are taken out, the others are scaled so that weight and hidden states
 have one and the same covariance (which makes the product of their lengths, on average, smallest), and turned by a
 random rotation, so that no element stands out.
 """
