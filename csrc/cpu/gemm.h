@@ -19,8 +19,10 @@ namespace unisd {
 namespace UNISD_ISA {
 
 // The register tile: kVectors vectors by kBroadcast elements of accumulators.
-#if defined(UNISD_ISA_AVX512)
-constexpr int kVectors = 3, kBroadcast = 8;
+#if defined(UNISD_ISA_BF16)
+constexpr int kVectors = 3, kBroadcast = 8;  // a whole number of times into the rows of an AMX tile
+#elif defined(UNISD_ISA_AVX512)
+constexpr int kVectors = 4, kBroadcast = 6;
 #elif defined(UNISD_ISA_AVX2)
 constexpr int kVectors = 2, kBroadcast = 6;
 #elif defined(UNISD_ISA_NEON)
@@ -30,6 +32,9 @@ constexpr int kVectors = 4, kBroadcast = 4;
 #endif
 // Weight rows of a block: they stay in the second-level cache while all panels pass.
 constexpr int kBlock = 64;
+
+// Steps from one call of `between` to the next.
+constexpr int64_t kBetween = 16;
 
 // What a product multiplies at a time: single float32 numbers, or pairs of bfloat16 numbers, which lie in the lanes of a
 // float vector. `a` are vectors of them, `b` is what is broadcast, read where it lies.
@@ -94,10 +99,11 @@ struct Sums {
 };
 
 // c[i][j] (+)= sum_k a[k][j] b[i][k] for i < count and j in the vectors of a. `ahead` is how many numbers further lies
-// what b will be next, or 0.
-template <class Operand, int vectors, int count>
+// what b will be next, or 0. `between` is called every few steps, to fetch something else meanwhile: a few cache lines at
+// a time, for a burst of them holds up the loads of the product.
+template <class Operand, int vectors, int count, class Between>
 inline UNISD_INLINE void multiply(const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t steps, Sums c,
-                                  int64_t ahead) {
+                                  int64_t ahead, const Between& between) {
   Vec sum[count][vectors];
   UNISD_UNROLL
   for (int i = 0; i < count; ++i) {
@@ -107,11 +113,12 @@ inline UNISD_INLINE void multiply(const float* a, int64_t a_stride, Broadcast<Op
   }
   int64_t k = 0;
   while (k < steps) {
-    const int64_t stop = at_most(steps, k + 16);  // a cache line of b
+    const int64_t stop = at_most(steps, k + kBetween);  // a cache line of b
     if (ahead != 0) {
       UNISD_UNROLL
       for (int i = 0; i < count; ++i) __builtin_prefetch(b.from(i, k).data + ahead, 0, 2);
     }
+    between();
     for (; k < stop; ++k) {
       Vec column[vectors];
       UNISD_UNROLL
@@ -141,8 +148,7 @@ inline UNISD_INLINE void multiply(const float* a, int64_t a_stride, Broadcast<Op
 namespace unisd {
 namespace UNISD_ISA {
 
-// The same for any number of rows of b, a register tile at a time. `between` is called after each tile, to fetch
-// something else meanwhile.
+// The same for any number of rows of b, a register tile at a time.
 template <class Operand, int vectors, class Between>
 inline void multiply_rows(const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t rows, int64_t steps, Sums c,
                           int64_t ahead, const Between& between) {
@@ -151,11 +157,10 @@ inline void multiply_rows(const float* a, int64_t a_stride, Broadcast<Operand> b
   if constexpr (Operand::elements == 2) i = multiply_tiles<vectors>(a, a_stride, b, rows, steps, c, ahead, between);
 #endif
   for (; i + kBroadcast <= rows; i += kBroadcast) {
-    multiply<Operand, vectors, kBroadcast>(a, a_stride, b.from(i, 0), steps, c.from(i), ahead);
-    between();
+    multiply<Operand, vectors, kBroadcast>(a, a_stride, b.from(i, 0), steps, c.from(i), ahead, between);
   }
-  for (; i + 2 <= rows; i += 2) multiply<Operand, vectors, 2>(a, a_stride, b.from(i, 0), steps, c.from(i), 0);
-  for (; i < rows; ++i) multiply<Operand, vectors, 1>(a, a_stride, b.from(i, 0), steps, c.from(i), 0);
+  for (; i + 2 <= rows; i += 2) multiply<Operand, vectors, 2>(a, a_stride, b.from(i, 0), steps, c.from(i), 0, between);
+  for (; i < rows; ++i) multiply<Operand, vectors, 1>(a, a_stride, b.from(i, 0), steps, c.from(i), 0, between);
 }
 
 // A panel may be lower than Operand::vectors.

@@ -47,10 +47,10 @@ const Kernels& kernels() {
       tile_divergence_and_gradient,
       scale_row,
       ema,
-      map<exp>,
-      map<log>,
-      map<expm1>,
-      map<tanh>,
+      map<exp<Vec>>,
+      map<log<Vec>>,
+      map<expm1<Vec>>,
+      map<tanh<Vec>>,
   };
   return table;
 }

@@ -300,6 +300,50 @@ inline float max_of_lanes(Vec a) {
   return best;
 }
 
+// Two vectors, of which every operation does the first and then the second, so that there is always one that does not wait
+// for the result of the last: what is done to a column of logits is one long chain, and a processor looks some hundred
+// instructions ahead. Lane for lane what Vec gives.
+struct Vec2 {
+  Vec low, high;
+  static constexpr int width = 2 * Vec::width;
+  Vec2() = default;
+  UNISD_INLINE Vec2(Vec a, Vec b) : low(a), high(b) {}
+  UNISD_INLINE Vec2(Vec both) : low(both), high(both) {}
+  static UNISD_INLINE Vec2 set(float x) { return {Vec::set(x)}; }
+  static UNISD_INLINE Vec2 load(const float* p) { return {Vec::load(p), Vec::load(p + Vec::width)}; }
+  UNISD_INLINE void store(float* p) const {
+    low.store(p);
+    high.store(p + Vec::width);
+  }
+  // Not templates: a Vec beside a Vec2 is meant for both.
+  friend UNISD_INLINE Vec2 operator+(Vec2 a, Vec2 b) { return {a.low + b.low, a.high + b.high}; }
+  friend UNISD_INLINE Vec2 operator-(Vec2 a, Vec2 b) { return {a.low - b.low, a.high - b.high}; }
+  friend UNISD_INLINE Vec2 operator*(Vec2 a, Vec2 b) { return {a.low * b.low, a.high * b.high}; }
+  friend UNISD_INLINE Vec2 operator/(Vec2 a, Vec2 b) { return {a.low / b.low, a.high / b.high}; }
+  friend UNISD_INLINE Vec2 fma(Vec2 a, Vec2 b, Vec2 c) { return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)}; }
+  friend UNISD_INLINE Vec2 max(Vec2 a, Vec2 b) { return {max(a.low, b.low), max(a.high, b.high)}; }
+  friend UNISD_INLINE Vec2 min(Vec2 a, Vec2 b) { return {min(a.low, b.low), min(a.high, b.high)}; }
+  friend UNISD_INLINE Vec2 round(Vec2 a) { return {round(a.low), round(a.high)}; }
+  friend UNISD_INLINE Vec2 abs(Vec2 a) { return {abs(a.low), abs(a.high)}; }
+  friend UNISD_INLINE Vec2 where_less(Vec2 a, Vec2 b, Vec2 yes, Vec2 no) {
+    return {where_less(a.low, b.low, yes.low, no.low), where_less(a.high, b.high, yes.high, no.high)};
+  }
+  friend UNISD_INLINE Vec2 where_equal(Vec2 a, Vec2 b, Vec2 yes, Vec2 no) {
+    return {where_equal(a.low, b.low, yes.low, no.low), where_equal(a.high, b.high, yes.high, no.high)};
+  }
+  friend UNISD_INLINE Vec2 scale_by_power(Vec2 x, Vec2 n) { return {scale_by_power(x.low, n.low), scale_by_power(x.high, n.high)}; }
+  friend UNISD_INLINE void split(Vec2 x, Vec2* mantissa, Vec2* exponent) {
+    split(x.low, &mantissa->low, &exponent->low);
+    split(x.high, &mantissa->high, &exponent->high);
+  }
+};
+
+// Sums over columns, in their order: sum + a, and sum + a * b rounded once.
+inline UNISD_INLINE Vec add_to(Vec sum, Vec a) { return sum + a; }
+inline UNISD_INLINE Vec add_to(Vec sum, Vec2 a) { return (sum + a.low) + a.high; }
+inline UNISD_INLINE Vec add_product_to(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
+inline UNISD_INLINE Vec add_product_to(Vec sum, Vec2 a, Vec2 b) { return fma(a.high, b.high, fma(a.low, b.low, sum)); }
+
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Call whole(position) or part(position, lanes) over [0, n): whole vectors, then what is left.
@@ -307,6 +351,24 @@ template <class Whole, class Part>
 inline UNISD_INLINE void for_each_vector(int64_t n, const Whole& whole, const Part& part) {
   int64_t i = 0;
   for (; i + Vec::width <= n; i += Vec::width) whole(i);
+  if (i < n) part(i, static_cast<int>(n - i));
+}
+
+#if defined(UNISD_ISA_AVX512) || defined(UNISD_ISA_NEON)
+constexpr bool kTwoAtATime = true;
+#else
+constexpr bool kTwoAtATime = false;  // sixteen registers, or a compiler's own
+#endif
+
+// The same with whole(position, Vec2()) for two vectors at a time where there are registers for it, and whole(position,
+// Vec()) for a single one; the second argument says what to load.
+template <class Whole, class Part>
+inline UNISD_INLINE void for_each_wide(int64_t n, const Whole& whole, const Part& part) {
+  int64_t i = 0;
+  if (kTwoAtATime) {
+    for (; i + Vec2::width <= n; i += Vec2::width) whole(i, Vec2());
+  }
+  for (; i + Vec::width <= n; i += Vec::width) whole(i, Vec());
   if (i < n) part(i, static_cast<int>(n - i));
 }
 
