@@ -44,7 +44,11 @@ def check_that_they_equal_one(one, tmp_path):
         for weight, value in expected["weights"].items():
             assert torch.allclose(two[name]["weights"][weight], value, rtol=0, atol=2e-6), (name, weight)
         assert two[name]["divergence"] == pytest.approx(expected["divergence"], rel=1e-5)
+        assert two[name]["num_tokens"].sum() == expected["num_tokens"].sum()
         assert two[name]["drift"] == pytest.approx(expected["drift"], rel=1e-4, abs=1e-7)
+
+    # One of the processes had no token in a step.
+    assert not two["masked"]["num_tokens"].view(2, 2, 2).sum(2).all()
 
 
 def check_that_both_skip_or_stop_when_one_meets_a_nan(tmp_path):
