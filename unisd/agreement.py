@@ -71,6 +71,7 @@ def selected_scores(
     logprobs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     *,
     num_views: int,
+    dtype: torch.dtype,
     always_run: bool,
 ) -> tuple[torch.Tensor, CompletionRows]:
     """Scores [K, n] of the n counted tokens of the sequences that `inputs[SCORED]` chooses, and those tokens.
@@ -81,6 +82,7 @@ def selected_scores(
         logprobs: from packed hidden states [n, H] and ids [n] to log-probabilities [n] at temperature 1, which is
             that of the agreement whatever the training temperature.
         num_views: K.
+        dtype: of the log-probabilities.
         always_run: make the passes for one sequence if none is to be scored: with sharded weights a pass is a
             collective, and another process may have sequences to score.
     """
@@ -93,7 +95,7 @@ def selected_scores(
     hidden = views(batch, rows) if chosen.numel() else ()
     if is_idle:
         none = CompletionRows.of(mask[:0], inputs["completion_ids"][:0].to(mask.device))
-        return torch.zeros(num_views, 0, device=mask.device), none
+        return torch.zeros(num_views, 0, dtype=dtype, device=mask.device), none
     return torch.stack([logprobs(view, rows.ids) for view in hidden]), rows
 
 

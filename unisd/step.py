@@ -36,6 +36,7 @@ from unisd.views import ViewScorer
 from unisd.views.scorer import View, padded_view
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, linear_logprobs, unisd_loss
 from unisd_kernels.config import LossInputs
+from unisd_kernels.dtypes import statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,7 @@ class LossStep:
             lambda chosen, of_chosen: self.views(scorer, chosen, of_chosen, self.auxiliary, version),
             lambda hidden, ids: self.score(student, own_head, hidden, ids).logprobs,
             num_views=len(self.auxiliary),
+            dtype=statistics_dtype(model_head(student).weight.dtype),
             always_run=self.is_sharded,
         )
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.trainer import tiny_run
+from unisd.batch import CLIP_CAP
 from unisd.window import check_parallelism
 
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -104,6 +105,16 @@ def test_passes(tmp_path, settings, more):
     before = passes(tmp_path, **settings, batch_statistics="micro")
     after = passes(tmp_path, **settings)
     assert after == (before[0] + 4 * more, before[1])
+
+
+def test_the_cap_is_of_the_student_without_dropout(tmp_path):
+    caps = []
+    for dropout in (0.0, 0.5):
+        model = tiny_run.llama(attention_dropout=dropout)
+        run, *_ = step(tmp_path, 1, model, preset="agreement_token", clip_quantile=0.5)
+        caps += [batch[CLIP_CAP] for batch in run._buffered_inputs]
+    assert len(caps) == 8
+    assert torch.stack(caps).unique().numel() == 1
 
 
 def test_a_step_without_a_token(tmp_path):
