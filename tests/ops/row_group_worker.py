@@ -6,6 +6,7 @@ forks the four, once everything is imported."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 from dataclasses import dataclass, replace
@@ -106,6 +107,8 @@ def cases() -> dict[str, Case]:
     for size, normalization, level, clip, frozen in itertools.product(
         (1, 2, 3), ("sequence", "token"), ("token", "sequence"), (0.0, 0.6), (True, False)
     ):
+        if size < 3 and not clip:
+            continue
         options = settings(normalization=normalization, agreement=level, clip_quantile=clip or None, beta=0.3)
         problem = (("frozen_head", frozen), ("negative", not frozen), ("token_weights", True))
         found[f"{size} ranks, {normalization}, {level}, clip {clip}, frozen {frozen}"] = Case(
@@ -254,6 +257,7 @@ def process(rank: int, folder: str) -> None:
 
 
 def main(folder: str) -> None:
+    importlib.import_module("torch._dynamo")  # once, before the fork
     start_processes(process, (folder,), nprocs=RANKS, start_method="fork")
 
 
