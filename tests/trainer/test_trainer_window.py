@@ -40,6 +40,7 @@ def double():
 EVERY_SETTING = [name if name in ("token", "by token") else pytest.param(name, marks=EXHAUSTIVE) for name in SETTINGS]
 
 
+@tiny_run.with_the_newest_trl
 @pytest.mark.parametrize("name", EVERY_SETTING)
 def test_however_the_step_is_cut(tmp_path, name):
     """4 x 1, 2 x 2 and 1 x 4 in float64; 1 x 4 is what the micro-batch's own quantities give."""
@@ -89,6 +90,7 @@ def passes(tmp_path, **settings):
     return sum(not grad for _, grad in read), sum(grad for _, grad in read)
 
 
+@tiny_run.with_the_newest_trl
 @pytest.mark.parametrize(
     ("settings", "more"),
     [
@@ -107,6 +109,7 @@ def test_passes(tmp_path, settings, more):
     assert after == (before[0] + 4 * more, before[1])
 
 
+@tiny_run.with_the_newest_trl
 def test_the_cap_is_of_the_student_without_dropout(tmp_path):
     caps = []
     for dropout in (0.0, 0.5):
@@ -117,6 +120,7 @@ def test_the_cap_is_of_the_student_without_dropout(tmp_path):
     assert torch.stack(caps).unique().numel() == 1
 
 
+@tiny_run.with_the_newest_trl
 def test_a_step_without_a_token(tmp_path):
     with pytest.warns(UserWarning, match="no rows"):
         _, loss, gradients = step(tmp_path, 2, preset="unisd_star", clip_quantile=0.5, skip_first_tokens=9)
@@ -144,6 +148,7 @@ def test_what_is_not_finite_is_named(tmp_path):
         step(tmp_path, 1, cls=BadTeacher, **settings)
 
 
+@tiny_run.with_the_newest_trl
 def test_an_evaluation_batch_is_a_window(tmp_path):
     settings = {"preset": "unisd_star", "clip_quantile": 0.5, "agreement_gamma": 2.0, "normalization": "token"}
     losses = []
