@@ -6,15 +6,23 @@ The teacher's passes over the views come first (`unisd.views`), since a teacher 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from unisd.agreement import SelectiveWeights, most_uncertain, selective_weights, sequence_means
-from unisd.batch import SCORED, TEACHER_HIDDEN, CompletionRows, counted_mask, crop, per_sequence
+from unisd.agreement import GivenWeights, selected_scores, selective_weights, weights_of_window
+from unisd.batch import (
+    AGREEMENT_WEIGHTS,
+    CLIP_CAP,
+    TEACHER_HIDDEN,
+    WEIGHT_TOTAL,
+    CompletionRows,
+    counted_mask,
+    crop,
+)
 from unisd.config import UniSDConfig
 from unisd.contexts import ContextSpec
 from unisd.head import fitted_head, gathered_head, head_device
@@ -28,6 +36,7 @@ from unisd.views import ViewScorer
 from unisd.views.scorer import View, padded_view
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, linear_logprobs, unisd_loss
 from unisd_kernels.config import LossInputs
+from unisd_kernels.dtypes import statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,14 @@ class LossFunctions:
     linear_logprobs: Callable[..., LinearLogProbs] = linear_logprobs
 
 
+class ReadViews(NamedTuple):
+    """Hidden states [N, H] of a micro-batch's tokens under the views that are read."""
+
+    teacher: torch.Tensor
+    auxiliary: tuple[torch.Tensor, ...]
+    negative: torch.Tensor | None
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Loss of a micro-batch, and all it was made of.
@@ -46,14 +63,14 @@ class StepResult:
         batch: ids and masks of all views, cropped.
         inputs: hidden states of the N completion tokens, and the heads.
         loss: as `unisd_loss` returns it.
-        selective: with selective agreement, the weights that are `inputs.token_weights`.
+        given: the agreement weights that are `inputs.token_weights`, where the loss does not make them itself.
         parts: the views that are the teacher together (`unisd.mixture`), if it is a mixture.
     """
 
     batch: dict[str, Any]
     inputs: LossInputs
     loss: UniSDLoss
-    selective: SelectiveWeights | None = None
+    given: GivenWeights | None = None
     parts: tuple[Part, ...] = ()
 
 
@@ -103,19 +120,22 @@ class LossStep:
         rows = CompletionRows.of(mask, batch["completion_ids"]).to(head_device(student))
         if self.args.is_supervised:
             return self._supervised(student, batch, rows, num_items_in_batch)
-        selective = None
+        given = None
+        if AGREEMENT_WEIGHTS in batch:
+            given = weights_of_window(batch, rows, mask.to(rows.ids.device), str(self.args.agreement))
+        scores_all = self.args.uses_agreement and not self.is_selective and given is None
         version = self.teacher.version(student)
         with self.profile.phase("other views"), self.teacher.scoring(student) as scorer:
             own_head = self.teacher.head(student)
-            views: list[View] = [("negative_prompt", None)] if self.contexts.negative else []
-            if not self.is_selective:
-                views = [("teacher_prompt", None), *views, *self._auxiliary]
+            views = self.views_of(
+                batch, negative=self.contexts.negative, auxiliary=scores_all or self.args.teacher_mixture == "consensus"
+            )
             hidden_of = dict(zip(views, self.views(scorer, batch, rows, views, version), strict=True))
-            if self.is_selective:
-                hidden_of["teacher_prompt", None] = rows.take(batch[TEACHER_HIDDEN])
-                selective = self._selective_weights(student, scorer, own_head, batch, rows, mask, version)
-        teacher, negative = hidden_of["teacher_prompt", None], hidden_of.get(("negative_prompt", None))
-        auxiliary = () if self.is_selective else tuple(hidden_of[view] for view in self._auxiliary)
+            if self.is_selective and given is None:
+                scores = self.selected_scores(student, scorer, own_head, batch, mask.to(rows.ids.device), version)
+                given = selective_weights(batch, rows, mask.to(rows.ids.device), *scores, **self.agreement_settings)
+        read = self.read_views(batch, rows, hidden_of)
+        teacher, auxiliary, negative = read.teacher, read.auxiliary, read.negative
         with self.profile.phase("student"):
             hidden = rows.take(padded_view(self.hidden_states, student, batch, ("prompt", None)))
         num_items = self._num_items(batch, num_items_in_batch)
@@ -124,17 +144,12 @@ class LossStep:
             rows, hidden, teacher = rows.subset(kept), hidden[kept], teacher[kept]
             auxiliary = tuple(view[kept] for view in auxiliary)
             negative = None if negative is None else negative[kept]
-            if selective is not None:
-                selective = replace(selective, weights=selective.weights[kept])
+            if given is not None:
+                given = replace(given, weights=given.weights[kept])
             if num_items is not None and self.args.normalization == "token":
                 num_items = num_items * self.args.top_entropy_quantile
         with self.profile.phase("head and loss"), gathered_head(student):
-            head = fitted_head(model_head(student), hidden)
-            if not torch.is_grad_enabled():
-                head = head.detach()  # else evaluation would pay for the head's gradient
-            # The very same tensor where the weights are the same.
-            teacher_head = head.detach() if own_head is None else fitted_head(own_head, teacher)
-            parts = parts_of_teacher(self.args, Views(teacher, auxiliary, negative, hidden), teacher_head, head)
+            head, teacher_head, parts = self.pair(student, own_head, Views(teacher, auxiliary, negative, hidden))
             inputs = LossInputs(
                 student_hidden=hidden,
                 student_head=head,
@@ -143,13 +158,52 @@ class LossStep:
                 target_ids=rows.ids,
                 cu_seqlens=rows.cu_seqlens,
                 # Views that are read for the mixture alone are not scored.
-                auxiliary_hidden=auxiliary if self.args.uses_agreement else (),
+                auxiliary_hidden=auxiliary if scores_all else (),
                 negative_hidden=negative if self.args.uses_contrastive else None,
-                token_weights=None if selective is None else selective.weights,
+                token_weights=None if given is None else given.weights,
                 num_items=None if num_items is None else num_items.to(hidden.device),
+                weight_total=self._weight_total(batch, hidden.device),
             )
-            loss = self.functions.unisd_loss(**inputs.arguments(), **self.args.loss_settings())
-        return StepResult(batch, inputs, loss, selective, tuple(parts))
+            loss = self.functions.unisd_loss(**inputs.arguments(), **self._loss_settings(batch))
+        return StepResult(batch, inputs, loss, given, tuple(parts))
+
+    def views_of(self, batch: dict[str, Any], *, negative: bool, auxiliary: bool, teacher: bool = True) -> list[View]:
+        """The views to read of a batch; not the teacher's where it was read with the window."""
+        first: list[View] = [("teacher_prompt", None)] if teacher and TEACHER_HIDDEN not in batch else []
+        if negative:
+            first.append(("negative_prompt", None))
+        return [*first, *self.auxiliary] if auxiliary else first
+
+    def read_views(self, batch: dict[str, Any], rows: CompletionRows, hidden_of: dict[View, torch.Tensor]) -> ReadViews:
+        """The views that were read of a batch, the teacher's perhaps with its window."""
+        teacher = hidden_of.get(("teacher_prompt", None))
+        return ReadViews(
+            rows.take(batch[TEACHER_HIDDEN]) if teacher is None else teacher,
+            tuple(hidden_of[view] for view in self.auxiliary if view in hidden_of),
+            hidden_of.get(("negative_prompt", None)),
+        )
+
+    def pair(self, student: Any, own_head: LMHead | None, views: Views) -> tuple[LMHead, LMHead, list[Part]]:
+        """Heads of student and teacher, and the views that the teacher is mixed of; inside `gathered_head`."""
+        head = fitted_head(model_head(student), views.student)
+        if not torch.is_grad_enabled():
+            head = head.detach()  # else evaluation would pay for the head's gradient
+        # The very same tensor where the weights are the same.
+        teacher_head = head.detach() if own_head is None else fitted_head(own_head, views.teacher)
+        return head, teacher_head, parts_of_teacher(self.args, views, teacher_head, head)
+
+    def _weight_total(self, batch: dict[str, Any], device: torch.device) -> torch.Tensor | None:
+        """Sum of the weights of the whole optimizer step, treated as the number of tokens is (`_num_items`)."""
+        return batch[WEIGHT_TOTAL].to(device) / self.num_processes if WEIGHT_TOTAL in batch else None
+
+    def _loss_settings(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Settings of the loss, with the cap of the optimizer step if there is one."""
+        settings = self.args.loss_settings()
+        if CLIP_CAP in batch:
+            # No number where a divergence of the step is none; its micro-batch's loss then says so by itself.
+            cap = float(batch[CLIP_CAP])
+            settings |= {"clip_quantile": None, "clip_cap": cap if math.isfinite(cap) else None}
+        return settings
 
     def _most_entropic(self, student: Any, hidden: torch.Tensor, rows: CompletionRows) -> torch.Tensor:
         """Places [n] of the tokens at which the student is least sure, by its own head."""
@@ -189,36 +243,6 @@ class LossStep:
         )
         return StepResult(batch, inputs, loss)
 
-    def rank(self, student: Any, window: dict[str, Any], *, count: int, batch_size: int) -> dict[str, torch.Tensor]:
-        """Entries of a window for selective agreement (`unisd.agreement`): which `count` of its sequences are scored
-        under the auxiliary contexts, and the teacher's hidden states [B, T, H], by which that is decided.
-
-        Args:
-            student: the model, unwrapped.
-            window: the sequences of an optimizer step on this process.
-            count: how many are scored.
-            batch_size: sequences in one pass.
-        """
-        size, length = window["completion_ids"].shape
-        hidden, entropies = [], []
-        version = self.teacher.version(student)
-        with self.teacher.scoring(student) as scorer:
-            own_head = self.teacher.head(student)
-            for start in range(0, size, batch_size):
-                batch = {name: value[start : start + batch_size] for name, value in per_sequence(window).items()}
-                batch = batch if self.fixed_shapes else crop(batch)
-                mask = counted_mask(batch)
-                rows = CompletionRows.of(mask, batch["completion_ids"]).to(head_device(student))
-                (view,) = self.views(scorer, batch, rows, [("teacher_prompt", None)], version)
-                entropy = self._score(
-                    student, own_head, view, rows.ids, temperature=self.args.temperature, return_entropy=True
-                ).entropy
-                assert entropy is not None
-                entropies.append(sequence_means(entropy, rows, mask))
-                placed = rows.put(view, mask.shape)
-                hidden.append(nn.functional.pad(placed, (0, 0, 0, length - placed.shape[1])))
-        return {TEACHER_HIDDEN: torch.cat(hidden), SCORED: most_uncertain(torch.cat(entropies), count)}
-
     def _num_items(self, batch: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> torch.Tensor | None:
         """Sequences or tokens of the whole optimizer step, of which the losses of all micro-batches are shares.
 
@@ -230,33 +254,40 @@ class LossStep:
         return batch["num_sequences_in_batch"].clamp(min=1) / self.num_processes
 
     @property
-    def _auxiliary(self) -> list[View]:
+    def auxiliary(self) -> list[View]:
+        """The auxiliary contexts of a row."""
         return [("auxiliary_prompt", k) for k in range(self.contexts.num_auxiliary)]
 
-    def _selective_weights(
+    @property
+    def agreement_settings(self) -> dict[str, Any]:
+        """Keyword arguments of `agreement_weights`."""
+        return {
+            "level": str(self.args.agreement),
+            "statistic": self.args.agreement_statistic,
+            "gamma": float(self.args.agreement_gamma or 0.0),
+        }
+
+    def selected_scores(
         self,
         student: Any,
         scorer: Any,
         own_head: LMHead | None,
         batch: dict[str, Any],
-        rows: CompletionRows,
         mask: torch.Tensor,
         version: Hashable,
-    ) -> SelectiveWeights:
-        """Agreement weights of a micro-batch, whose counted tokens are `rows` [N] and `mask` [B, T]."""
-        return selective_weights(
+    ) -> tuple[torch.Tensor, CompletionRows]:
+        """Scores of the chosen sequences of a batch, whose counted tokens are `mask` [B, T]."""
+        return selected_scores(
             batch,
-            rows,
             mask,
-            lambda chosen, of_chosen: self.views(scorer, chosen, of_chosen, self._auxiliary, version),
-            lambda hidden, ids: self._score(student, own_head, hidden, ids).logprobs,
+            lambda chosen, of_chosen: self.views(scorer, chosen, of_chosen, self.auxiliary, version),
+            lambda hidden, ids: self.score(student, own_head, hidden, ids).logprobs,
+            num_views=len(self.auxiliary),
+            dtype=statistics_dtype(model_head(student).weight.dtype),
             always_run=self.is_sharded,
-            level=str(self.args.agreement),
-            statistic=self.args.agreement_statistic,
-            gamma=float(self.args.agreement_gamma or 0.0),
         )
 
-    def _score(
+    def score(
         self, student: Any, own_head: LMHead | None, hidden: torch.Tensor, ids: torch.Tensor, **options: Any
     ) -> LinearLogProbs:
         """Log-probabilities and entropies of `ids` [N] after `hidden` [N, H] under the teacher's head; inside

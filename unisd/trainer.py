@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
-from unisd.agreement import scored_count
 from unisd.config import UniSDConfig, config_for
 from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, collect_views, tokenize_views
 from unisd.drift import DriftProbe
@@ -46,6 +45,7 @@ from unisd.teachers import EMATeacher, Teacher, TeacherUpdates, load_teacher, sa
 from unisd.text_tokenizer import tokenizer_for
 from unisd.turns import Prompt
 from unisd.views import view_scorer
+from unisd.window import check_parallelism, read_window
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -143,6 +143,7 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             use_liger(student, args.liger_kernel_config or {}, use_cpu=args.use_cpu)
         self._takes_position_ids = takes_position_ids(student)
         check_trainable(student)
+        check_parallelism(args, self.accelerator)
         self._merges = merges_rollouts(args, student, is_sharded=self._is_sharded)
         check_sharding(args, student, is_sharded=self._is_sharded, is_deepspeed=self.is_deepspeed_enabled)
         self._check_head(student)
@@ -250,12 +251,9 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
         output.update({name: tensor.to(self.accelerator.device) for name, tensor in contexts.items()})
         self._empty.take_out(output, self.accelerator)
         mask_rollout(self, output)
-        if self.step.is_selective:
-            # A window is an optimizer step. Of an evaluation batch the share is rounded up.
-            size, is_training = len(inputs), self._mode == "train"
-            count = scored_count(self.args.agreement_fraction, size, self.state.global_step if is_training else 0)
-            batch_size = self.args.per_device_train_batch_size if is_training else size
-            output.update(self.run_on_student(self.step.rank, output, count=count, batch_size=batch_size))
+        if self.step.is_selective or self.args.uses_global_statistics:
+            # TRL generates for a whole optimizer step.
+            output.update(self.run_on_student(read_window, self.step, output, self._mode, self.state.global_step))
         return output
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from unisd_kernels.batch import Batch
 from unisd_kernels.heads import LMHead
 
 AgreementLevel = Literal["token", "sequence"]
@@ -156,6 +157,7 @@ class LossInputs:
     negative_head: LMHead | None = None
     token_weights: torch.Tensor | None = None  # [N]
     num_items: float | torch.Tensor | None = None
+    weight_total: float | torch.Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `unisd_loss`; without those that are None."""
@@ -177,10 +179,14 @@ class LossInputs:
     def num_sequences(self) -> int:
         return self.cu_seqlens.numel() - 1
 
-    def share(self, normalization: Normalization, dtype: torch.dtype) -> float | torch.Tensor:
-        """This call's share of all `num_items`; without a row there is nothing to share."""
-        if self.num_items is None or self.num_rows == 0:
+    def share(
+        self, normalization: Normalization, dtype: torch.dtype, batch: Batch | None = None
+    ) -> float | torch.Tensor:
+        """The share of all `num_items` that these rows are, or the batch they are in; without a row there is nothing
+        to share."""
+        counted = self if batch is None else batch
+        if self.num_items is None or counted.num_rows == 0:
             return 1.0
-        local = self.num_sequences if normalization == "sequence" else self.num_rows
+        local = counted.num_sequences if normalization == "sequence" else counted.num_rows
         # A quotient of integers would be float32.
         return local / (self.num_items.to(dtype) if isinstance(self.num_items, torch.Tensor) else self.num_items)
