@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch.distributed import ProcessGroup
 
 from unisd_kernels.batch import Batch, check_groups
 from unisd_kernels.config import check_choice, check_number
@@ -11,6 +12,9 @@ from unisd_kernels.ops.quantile import linear_quantile
 from unisd_kernels.packing import sequence_ids, sequence_sums
 from unisd_kernels.results import AgreementWeights
 from unisd_kernels.validation import check_cu_seqlens, check_operand_dtype
+
+if TYPE_CHECKING:  # a torch may be built without it
+    from torch.distributed import ProcessGroup
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed import ProcessGroup
 
 from unisd_kernels import reference
 from unisd_kernels.autocast import autocast_inputs
@@ -29,6 +29,9 @@ from unisd_kernels.ops.loss_autograd import LossFunction
 from unisd_kernels.ops.loss_compiled import loss_compiled
 from unisd_kernels.results import UniSDLoss
 from unisd_kernels.validation import check_loss_inputs, check_workspace
+
+if TYPE_CHECKING:  # a torch may be built without it
+    from torch.distributed import ProcessGroup
 
 
 def unisd_loss(
