@@ -59,7 +59,8 @@ template <class T>
 inline const T* dense_data(const Tensor& t, const char* name, int64_t rows, int64_t columns, ScalarType type) {
   check_matrix(t, name);
   STD_TORCH_CHECK(t.scalar_type() == type, name, " has the wrong dtype");
-  STD_TORCH_CHECK(t.size(0) == rows && t.size(1) == columns && (rows <= 1 || t.stride(0) == columns), name,
+  STD_TORCH_CHECK(t.size(0) == rows && t.size(1) == columns && (t.numel() == 0 || rows <= 1 || t.stride(0) == columns),
+                  name,
                   " must be contiguous [", rows, ", ", columns, "]");
   return static_cast<const T*>(t.const_data_ptr());
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -39,17 +39,19 @@ def certified_agreement(
     statistic: str = "variance",
     gamma: float = 0.01,
     threshold: float = THRESHOLD,
+    impl: Literal["native", "torch"] = "torch",
 ) -> CertifiedAgreement:
     """Weights of N tokens from K views [N, H].
 
     Args:
         score: exact log-probabilities of rows and their ids.
         tolerance: largest error of a weight.
+        threshold, impl: of `logprob_bounds`.
     """
     num_views, num_rows = len(views), len(target_ids)
     # Token by token, so that the views of one share their exact columns.
     rows = torch.stack(tuple(views), dim=1).flatten(0, 1)
-    found = logprob_bounds(rows, ready, target_ids.repeat_interleave(num_views), threshold)
+    found = logprob_bounds(rows, ready, target_ids.repeat_interleave(num_views), threshold, impl)
     bounds = LogProbBounds(*(values.view(num_rows, num_views).T.contiguous() for values in found))
 
     def exact(places: torch.Tensor) -> torch.Tensor:
@@ -77,7 +79,7 @@ def settled(
     """
     rescored = torch.zeros(bounds.lower.shape[1], dtype=torch.bool)
     settings: dict[str, Any] = {"level": level, "statistic": statistic, "gamma": gamma}
-    again = bounds.lower.isinf().any(0)
+    again = ~(bounds.lower.isfinite() & bounds.upper.isfinite()).all(0)
     while True:
         if bool(again.any()):
             places = again.nonzero().squeeze(-1)
