@@ -74,6 +74,7 @@ class Int8Head:
             raise ValueError("the head's weight holds numbers that are not finite: it has no int8 codes")
         width, dtype = weight.shape[1], torch.float64 if weight.dtype == torch.float64 else torch.float32
         rows = hidden.detach().double()
+        rows = rows[rows.isfinite().all(-1)]
         moments = torch.zeros(width, width, dtype=torch.float64)
         for start in range(0, len(weight), _ROWS):
             part = weight[start : start + _ROWS].double()

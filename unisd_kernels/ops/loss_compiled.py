@@ -17,6 +17,7 @@ import torch
 from unisd_kernels.backends.base import NeedsGrad
 from unisd_kernels.backends.engine import Engine, Gradients
 from unisd_kernels.backends.registry import resolve
+from unisd_kernels.certified.views import check_frozen, check_views
 from unisd_kernels.config import LossConfig, LossInputs, check_number
 from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.heads import LMHead
@@ -45,6 +46,7 @@ def loss_compiled(inputs: LossInputs, config: LossConfig, impl: str | None, work
         value = getattr(inputs, name)
         if isinstance(value, torch.Tensor) and value.requires_grad:
             raise ValueError(f"{name} must not require a gradient; detach it")
+    check_frozen(inputs, config)
     num_items = inputs.num_items
     if num_items is not None and not isinstance(num_items, torch.Tensor):
         check_number("num_items", num_items, low=0.0)
@@ -118,6 +120,7 @@ def _loss_operator(
     check_loss_inputs(inputs, settings)
     device = inputs.student_hidden.device
     implementation = resolve(impl, device, inputs.student_hidden.dtype)
+    check_views(inputs, settings, implementation.name)
     assert implementation.backend is not None
     needed = NeedsGrad(*needs_grad)
     engine = Engine.of(implementation.backend(), workspace_bytes, device, needed.weight)
