@@ -77,7 +77,6 @@ struct Quads {
   static constexpr int64_t elements = 4;
   static constexpr int vectors = kVectors;
   static constexpr int panel = vectors * Vec::width;
-  static constexpr int64_t inner = 144;
   static Vec broadcast(const int8_t* p) {
     uint32_t quad;
     std::memcpy(&quad, p, sizeof quad);
@@ -203,26 +202,32 @@ inline void multiply_rows(const float* a, int64_t a_stride, Broadcast<Operand> b
   for (; i < rows; ++i) multiply<Operand, vectors, 1>(a, a_stride, b.from(i, 0), steps, c.from(i), 0);
 }
 
-// A panel may be lower than Operand::vectors.
-template <class Operand, class Between>
-inline void multiply_panel(int vectors, const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t rows,
-                           int64_t steps, Sums c, int64_t ahead, const Between& between) {
-  const auto multiply_with = [&](auto count) UNISD_INLINE {
-    if constexpr (count.value <= Operand::vectors)
-      multiply_rows<Operand, count.value>(a, a_stride, b, rows, steps, c, ahead, between);
+// function(number of a panel's vectors, as a constant): a panel may be lower than Operand::vectors.
+template <class Operand, class Function>
+inline UNISD_INLINE void with_vectors(int vectors, const Function& function) {
+  const auto call = [&](auto count) UNISD_INLINE {
+    if constexpr (count.value <= Operand::vectors) function(count);
   };
   switch (vectors) {
     case 1:
-      return multiply_with(std::integral_constant<int, 1>());
+      return call(std::integral_constant<int, 1>());
     case 2:
-      return multiply_with(std::integral_constant<int, 2>());
+      return call(std::integral_constant<int, 2>());
     case 3:
-      return multiply_with(std::integral_constant<int, 3>());
+      return call(std::integral_constant<int, 3>());
     case 4:
-      return multiply_with(std::integral_constant<int, 4>());
+      return call(std::integral_constant<int, 4>());
     default:
       __builtin_unreachable();
   }
+}
+
+template <class Operand, class Between>
+inline void multiply_panel(int vectors, const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t rows,
+                           int64_t steps, Sums c, int64_t ahead, const Between& between) {
+  with_vectors<Operand>(vectors, [&](auto count) UNISD_INLINE {
+    multiply_rows<Operand, count.value>(a, a_stride, b, rows, steps, c, ahead, between);
+  });
 }
 
 // Working memory on a cache line. Not std::vector: its functions would be shared with translation units for other

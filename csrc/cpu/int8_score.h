@@ -298,6 +298,74 @@ class CodeScores {
   RowTotals* totals_;
 };
 
+// Approximate products of `count` columns from the first one with a panel, into out [count][height]. The int32 sums never
+// leave the registers. `ahead` is how many codes further the next block lies, or 0.
+template <int vectors, int count>
+inline UNISD_INLINE void multiply_codes(const float* panel, const float* along, const float* scales,
+                                        const CodedHead& head, int64_t column, int64_t ahead, float* out) {
+  constexpr int64_t height = vectors * Vec::width;
+  const int64_t stride = head.quads * Quads::elements;
+  const int8_t* codes = head.codes + column * stride;
+  Vec sum[count][vectors];
+  UNISD_UNROLL
+  for (int i = 0; i < count; ++i) {
+    UNISD_UNROLL
+    for (int j = 0; j < vectors; ++j) sum[i][j] = Vec::set(0.0f);
+  }
+  for (int64_t k = 0; k < head.quads;) {
+    const int64_t stop = at_most(head.quads, k + 16);  // a cache line of codes
+    if (ahead != 0) {
+      UNISD_UNROLL
+      for (int i = 0; i < count; ++i) __builtin_prefetch(codes + i * stride + k * Quads::elements + ahead, 0, 2);
+    }
+    for (; k < stop; ++k) {
+      Vec rows[vectors];
+      UNISD_UNROLL
+      for (int j = 0; j < vectors; ++j) rows[j] = Vec::load(panel + k * height + j * Vec::width);
+      UNISD_UNROLL
+      for (int i = 0; i < count; ++i) {
+        const Vec quad = Quads::broadcast(codes + i * stride + k * Quads::elements);
+        UNISD_UNROLL
+        for (int j = 0; j < vectors; ++j) sum[i][j] = Quads::add_product(rows[j], quad, sum[i][j]);
+      }
+    }
+  }
+  UNISD_UNROLL
+  for (int i = 0; i < count; ++i) {
+    const Vec scale = Vec::set(head.scales[column + i]);
+    UNISD_UNROLL
+    for (int j = 0; j < vectors; ++j)
+      sum[i][j] = Quads::value(sum[i][j], head.offsets[column + i]) * (Vec::load(scales + j * Vec::width) * scale);
+  }
+  const float* lead = head.lead + column * head.directions;
+  for (int64_t k = 0; k < head.directions; ++k) {
+    Vec rows[vectors];
+    UNISD_UNROLL
+    for (int j = 0; j < vectors; ++j) rows[j] = Vec::load(along + k * height + j * Vec::width);
+    UNISD_UNROLL
+    for (int i = 0; i < count; ++i) {
+      const Vec element = Vec::set(lead[i * head.directions + k]);
+      UNISD_UNROLL
+      for (int j = 0; j < vectors; ++j) sum[i][j] = fma(rows[j], element, sum[i][j]);
+    }
+  }
+  UNISD_UNROLL
+  for (int i = 0; i < count; ++i) {
+    UNISD_UNROLL
+    for (int j = 0; j < vectors; ++j) sum[i][j].store(out + i * height + j * Vec::width);
+  }
+}
+
+template <int vectors>
+inline void multiply_codes_of_block(const float* panel, const float* along, const float* scales, const CodedHead& head,
+                                    int64_t column, int64_t columns, int64_t ahead, float* out) {
+  constexpr int64_t height = vectors * Vec::width;
+  int64_t i = 0;
+  for (; i + kBroadcast <= columns; i += kBroadcast)
+    multiply_codes<vectors, kBroadcast>(panel, along, scales, head, column + i, ahead, out + i * height);
+  for (; i < columns; ++i) multiply_codes<vectors, 1>(panel, along, scales, head, column + i, 0, out + i * height);
+}
+
 inline void score_codes(const CodedRows& rows, const CodedHead& head, float log_threshold, const CodeSums& out) {
   const int64_t quads = head.quads, directions = head.directions;
   Buffer codes(packed_size(rows.count, quads)), along(packed_size(rows.count, directions));
@@ -307,25 +375,16 @@ inline void score_codes(const CodedRows& rows, const CodedHead& head, float log_
   CodeScores scores(rows, head, log_threshold);
   for (int64_t v = 0; v < head.columns; v += kBlock) {
     if (v != 0 && v % kCodeSegment == 0) scores.end_segment();
-    const int64_t columns = at_most(kBlock, head.columns - v), stride = quads * Quads::elements;
-    const WeightBlock<Quads> block{{head.codes + v * stride, stride},
-                                   v + 2 * kBlock <= head.columns ? kBlock * stride : 0};
+    const int64_t columns = at_most(kBlock, head.columns - v);
+    const int64_t next = v + 2 * kBlock <= head.columns ? kBlock * quads * Quads::elements : 0;
     const float *panel = codes.data(), *along_panel = along.data();
     for (int64_t start = 0; start < rows.count; start += Quads::panel) {
       const int vectors = vectors_for<Quads>(rows.count - start);
       const int64_t height = vectors * Vec::width;
-      block_product(panel, vectors, quads, block, columns, start == 0, product.data());
-      for (int64_t i = 0; i < columns; ++i) {
-        float* sums = product.data() + i * height;
-        const Vec scale = Vec::set(head.scales[v + i]);
-        for (int64_t lane = 0; lane < height; lane += Vec::width) {
-          const Vec raw = Quads::value(Vec::load(sums + lane), head.offsets[v + i]);
-          (raw * (Vec::load(scores.scales_from(start + lane)) * scale)).store(sums + lane);
-        }
-      }
-      if (directions != 0)
-        multiply_panel(vectors, along_panel, height, Broadcast<Singles>{head.lead + v * directions, directions},
-                       columns, directions, Sums{product.data(), height, true}, 0, [] {});
+      with_vectors<Quads>(vectors, [&](auto count) UNISD_INLINE {
+        multiply_codes_of_block<count.value>(panel, along_panel, scores.scales_from(start), head, v, columns,
+                                             start == 0 ? next : 0, product.data());
+      });
       panel += height * quads;
       along_panel += height * directions;
       for (int64_t lane = 0; lane < height; lane += Vec::width)

@@ -12,8 +12,9 @@ from unisd_kernels.certified.scores import THRESHOLD, LogProbBounds, logprob_bou
 from unisd_kernels.ops.agreement import agreement_weights, sequence_weight, token_scale, token_weight
 from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
 
-# Of the tokens that only the quantile depends on, this share is scored again at a time, widest first.
-_SHARE = 0.25
+# Of the tokens that only the quantile depends on, this share is scored again at a time, widest first; and at least so
+# many, since a few rows take about as long as one: the whole weight is read.
+_SHARE, _LEAST = 0.25, 8
 
 
 class CertifiedAgreement(NamedTuple):
@@ -132,7 +133,8 @@ def _unsure(
     if not bool(around.any()):
         return wide
     width = torch.where(around, most - least, -1.0)
-    count = max(1, int(_SHARE * int(around.sum())))
+    candidates = int(around.sum())
+    count = min(candidates, max(_LEAST, int(_SHARE * candidates)))
     return torch.zeros_like(around).index_fill_(0, width.topk(count).indices, True)
 
 

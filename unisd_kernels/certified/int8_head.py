@@ -40,7 +40,8 @@ class Int8Head:
         offsets: int32 [V], 128 times the sum of a row of codes.
         residual_length, code_length: the longest row of R and of the codes times their scales.
         residual_norm, cross_norm: sigma(R) and sigma(R^T int8(W')).
-        gram: [H, H] of the codes times their scales, float64: ||int8(W') r||^2 = r gram r.
+        gram: [H, H] of the codes times their scales, in the dtype of `lead`: ||int8(W') r||^2 = r gram r.
+        gram_rounding: by which the product above may be off at most, for ||r|| = 1.
     """
 
     head: LMHead
@@ -55,6 +56,7 @@ class Int8Head:
     residual_norm: float
     cross_norm: float
     gram: torch.Tensor
+    gram_rounding: float
 
     @classmethod
     @torch.no_grad()
@@ -115,7 +117,9 @@ class Int8Head:
             code_length=code_length,
             residual_norm=residual_norm,
             cross_norm=float(torch.linalg.matrix_norm(cross, 2)),
-            gram=gram,
+            gram=gram.to(dtype),
+            # Two sums of H products, and the rounding of gram and r: |error| <= (2 H + 3) u |r| |gram| |r|.
+            gram_rounding=(width + 2) * torch.finfo(dtype).eps * float(torch.linalg.matrix_norm(gram.abs(), 2)),
         )
 
 

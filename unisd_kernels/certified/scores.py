@@ -205,7 +205,9 @@ def _errors(ready: Int8Head, rows: torch.Tensor, left: torch.Tensor) -> tuple[to
     """e and D [rows], from h' and r in float64."""
     length, rounded = rows.norm(dim=-1), left.norm(dim=-1)
     entry = ready.residual_length * length + ready.code_length * rounded
-    squares = (ready.residual_norm * length).square() + torch.linalg.vecdot(left @ ready.gram, left).clamp(min=0.0)
+    narrow = left.to(ready.gram.dtype)
+    squares = torch.linalg.vecdot(narrow @ ready.gram, narrow).double() + ready.gram_rounding * rounded.square()
+    squares = (ready.residual_norm * length).square() + squares.clamp(min=0.0)
     whole = (squares + 2 * ready.cross_norm * length * rounded).sqrt()
     scale, bias = abs(ready.head.logit_scale), ready.head.active_bias
     if bias is not None and not bool(bias.isfinite().all()):
