@@ -284,8 +284,8 @@ def times(head: LMHead, files: Sequence[FileViews], rounds: int) -> dict[str, li
 
 
 def kernel_against_exact(head: LMHead, files: Sequence[FileViews]) -> dict[str, Any]:
-    """Of the kernel, over the views that did not prepare the head: its intervals against exact scores, and its weights
-    for each tolerance."""
+    """The kernel over the views that did not prepare the head: its intervals against exact scores, and its weights for
+    each tolerance."""
     views, ids, bounds, score = _all_views(head, [each.split()[1] for each in files])
     ready = ready_head(head, torch.cat([each.split()[0].views.flatten(0, 1) for each in files]))
     scores = torch.stack([score(view, ids) for view in views])

@@ -268,6 +268,7 @@ class CodeScores {
       __builtin_prefetch(row + byte, 0, 3);
   }
 
+  // Like that of float32 scoring, a sum in float32.
   static float dot(const float* a, const float* b, int64_t width) {
     constexpr int kSums = 4;
     Vec sum[kSums];
@@ -370,7 +371,8 @@ inline void score_codes(const CodedRows& rows, const CodedHead& head, float log_
   const int64_t quads = head.quads, directions = head.directions;
   Buffer codes(packed_size(rows.count, quads)), along(packed_size(rows.count, directions));
   pack_quads(rows.codes, rows.count, quads, codes.data());
-  pack_rows({rows.along, directions, Storage::kFloat32}, rows.count, directions, along.data());
+  if (directions != 0)
+    pack_rows({rows.along, directions, Storage::kFloat32}, rows.count, directions, along.data());
   Buffer product(kBlock * Quads::panel);
   CodeScores scores(rows, head, log_threshold);
   for (int64_t v = 0; v < head.columns; v += kBlock) {

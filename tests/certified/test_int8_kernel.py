@@ -100,7 +100,7 @@ def test_sums(columns):
 
 
 def sums_of_given_logits(logits: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Of two rows, whose exact logits are 0."""
+    """The sums of two rows with these approximate logits, whose exact logits are 0."""
     columns, sums = len(logits), torch.empty(6, 2)
     extension.operations().int8_score(
         torch.zeros(2, 4, dtype=torch.int8),
