@@ -38,6 +38,12 @@ STABLE_TORCH_LIBRARY(unisd, m) {
   m.def(
       "linear_score(Tensor hidden, Tensor weight, Tensor? bias, float scale, float? tanh_scale, Tensor target_ids, "
       "Tensor(a!) logsumexp, Tensor(b!) target_logits, Tensor(c!)? entropy) -> ()");
+  // The same rows from int8 codes of `hidden` and `weight` (cpu/kernels.h: CodedRows, CodedHead), into `sums` [6, rows],
+  // the fields of CodeSums in their order.
+  m.def(
+      "int8_score(Tensor codes, Tensor scales, Tensor along, Tensor floor, Tensor hidden, Tensor head_codes, "
+      "Tensor head_scales, Tensor head_offsets, Tensor head_lead, Tensor weight, Tensor? bias, float scale, "
+      "float? tanh_scale, float log_threshold, Tensor(a!) sums) -> ()");
   // out [rows, V] = scale * (hidden weight^T + bias)
   m.def("linear_logits(Tensor hidden, Tensor weight, Tensor? bias, float scale, Tensor(a!) out) -> ()");
   // out [rows, H] = scale * gradient weight

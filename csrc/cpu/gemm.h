@@ -76,6 +76,50 @@ struct Pairs {
 };
 #endif
 
+// Four numbers of 8 bits: of `a` unsigned, of what is broadcast signed. Their sums are int32, whose bits lie in the lanes.
+struct Quads {
+  using Element = int8_t;
+  static constexpr int64_t elements = 4;
+  static constexpr int vectors = kVectors;
+  static constexpr int panel = vectors * Vec::width;
+  static Vec broadcast(const int8_t* p) {
+    uint32_t quad;
+    std::memcpy(&quad, p, sizeof quad);
+    return Vec::set(float_of(quad));
+  }
+#if defined(UNISD_ISA_VNNI)
+  static Vec add_product(Vec a, Vec b, Vec sum) {
+    return {_mm512_castsi512_ps(
+        _mm512_dpbusd_epi32(_mm512_castps_si512(sum.v), _mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+  }
+  // The float of sum - offset.
+  static Vec value(Vec sum, int32_t offset) {
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_castps_si512(sum.v), _mm512_set1_epi32(offset)))};
+  }
+#else
+  static Vec add_product(Vec a, Vec b, Vec sum) {
+    uint8_t left[4 * Vec::width];
+    int8_t right[4 * Vec::width];
+    int32_t sums[Vec::width];
+    std::memcpy(left, &a, sizeof left);
+    std::memcpy(right, &b, sizeof right);
+    std::memcpy(sums, &sum, sizeof sums);
+    for (int i = 0; i < Vec::width; ++i) {
+      for (int k = 4 * i; k < 4 * i + 4; ++k) sums[i] += left[k] * right[k];
+    }
+    std::memcpy(&sum, sums, sizeof sums);
+    return sum;
+  }
+  static Vec value(Vec sum, int32_t offset) {
+    int32_t sums[Vec::width];
+    float values[Vec::width];
+    std::memcpy(sums, &sum, sizeof sums);
+    for (int i = 0; i < Vec::width; ++i) values[i] = static_cast<float>(sums[i] - offset);
+    return Vec::load(values);
+  }
+#endif
+};
+
 // What a thread needs while it multiplies such operands: nothing, but for AMX.
 template <class Operand>
 struct Unit {};
@@ -163,26 +207,32 @@ inline void multiply_rows(const float* a, int64_t a_stride, Broadcast<Operand> b
   for (; i < rows; ++i) multiply<Operand, vectors, 1>(a, a_stride, b.from(i, 0), steps, c.from(i), 0, between);
 }
 
-// A panel may be lower than Operand::vectors.
-template <class Operand, class Between>
-inline void multiply_panel(int vectors, const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t rows,
-                           int64_t steps, Sums c, int64_t ahead, const Between& between) {
-  const auto multiply_with = [&](auto count) UNISD_INLINE {
-    if constexpr (count.value <= Operand::vectors)
-      multiply_rows<Operand, count.value>(a, a_stride, b, rows, steps, c, ahead, between);
+// function(number of a panel's vectors, as a constant): a panel may be lower than Operand::vectors.
+template <class Operand, class Function>
+inline UNISD_INLINE void with_vectors(int vectors, const Function& function) {
+  const auto call = [&](auto count) UNISD_INLINE {
+    if constexpr (count.value <= Operand::vectors) function(count);
   };
   switch (vectors) {
     case 1:
-      return multiply_with(std::integral_constant<int, 1>());
+      return call(std::integral_constant<int, 1>());
     case 2:
-      return multiply_with(std::integral_constant<int, 2>());
+      return call(std::integral_constant<int, 2>());
     case 3:
-      return multiply_with(std::integral_constant<int, 3>());
+      return call(std::integral_constant<int, 3>());
     case 4:
-      return multiply_with(std::integral_constant<int, 4>());
+      return call(std::integral_constant<int, 4>());
     default:
       __builtin_unreachable();
   }
+}
+
+template <class Operand, class Between>
+inline void multiply_panel(int vectors, const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t rows,
+                           int64_t steps, Sums c, int64_t ahead, const Between& between) {
+  with_vectors<Operand>(vectors, [&](auto count) UNISD_INLINE {
+    multiply_rows<Operand, count.value>(a, a_stride, b, rows, steps, c, ahead, between);
+  });
 }
 
 // Working memory on a cache line. Not std::vector: its functions would be shared with translation units for other
@@ -296,6 +346,17 @@ inline void pack_rows(Matrix hidden, int64_t rows, int64_t width, float* packed)
       rows, width, packed,
       [&](int64_t row) { widen(row_of(hidden, row), hidden.storage, 0, width, wide.data()); },
       [&](int64_t, int64_t k) { return wide[k]; });
+}
+
+// Codes [rows, 4 * quads], 128 added to each.
+inline void pack_quads(const int8_t* codes, int64_t rows, int64_t quads, float* packed) {
+  pack_panels<Quads>(
+      rows, quads, packed, [](int64_t) {},
+      [&](int64_t row, int64_t k) {
+        uint32_t quad;
+        std::memcpy(&quad, codes + (row * quads + k) * Quads::elements, sizeof quad);
+        return float_of(quad ^ 0x80808080u);
+      });
 }
 
 #if defined(UNISD_ISA_BF16)

@@ -64,6 +64,8 @@ inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
 inline Vec where_equal(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), no.v, yes.v)};
 }
+// Bit i: is lane i of a less than that of b?
+inline uint32_t lanes_less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 // x * 2^n for integral n in [-252, 254].
 inline Vec scale_by_power(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 // Mantissa in [0.5, 1) and exponent of a positive normal number.
@@ -145,6 +147,9 @@ inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
 inline Vec where_equal(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ))};
 }
+inline uint32_t lanes_less(Vec a, Vec b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)));
+}
 inline Vec scale_by_power(Vec x, Vec n) {
   // In two halves, so that each factor is a normal number.
   const __m256i total = _mm256_cvtps_epi32(n.v);
@@ -214,6 +219,10 @@ inline Vec abs(Vec a) { return {vabsq_f32(a.v)}; }
 inline Vec with_sign(Vec magnitude, Vec sign) { return {vbslq_f32(vdupq_n_u32(0x80000000u), sign.v, magnitude.v)}; }
 inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) { return {vbslq_f32(vcltq_f32(a.v, b.v), yes.v, no.v)}; }
 inline Vec where_equal(Vec a, Vec b, Vec yes, Vec no) { return {vbslq_f32(vceqq_f32(a.v, b.v), yes.v, no.v)}; }
+inline uint32_t lanes_less(Vec a, Vec b) {
+  const uint32x4_t less = vcltq_f32(a.v, b.v), bits = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(less, bits));
+}
 inline Vec scale_by_power(Vec x, Vec n) {
   // In two halves, as AVX2's; NaN has become 0, and NaN is then what x is.
   const int32x4_t total = vcvtnq_s32_f32(n.v), half = vshrq_n_s32(total, 1), bias = vdupq_n_s32(127);
@@ -265,6 +274,7 @@ inline Vec abs(Vec a) { return {std::fabs(a.v)}; }
 inline Vec with_sign(Vec magnitude, Vec sign) { return {std::copysign(magnitude.v, sign.v)}; }
 inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) { return a.v < b.v ? yes : no; }
 inline Vec where_equal(Vec a, Vec b, Vec yes, Vec no) { return a.v == b.v ? yes : no; }
+inline uint32_t lanes_less(Vec a, Vec b) { return a.v < b.v ? 1 : 0; }
 inline Vec scale_by_power(Vec x, Vec n) {
   // NaN has no integer.
   return {n.v == n.v ? std::ldexp(x.v, static_cast<int>(n.v)) : n.v};

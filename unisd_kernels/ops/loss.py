@@ -15,12 +15,14 @@ from unisd_kernels.backends.base import NeedsGrad
 from unisd_kernels.backends.engine import Engine
 from unisd_kernels.backends.registry import resolve
 from unisd_kernels.batch import Batch, check_groups
+from unisd_kernels.certified.views import check_views
 from unisd_kernels.config import (
     AgreementLevel,
     AgreementStatistic,
     LossConfig,
     LossInputs,
     Normalization,
+    ViewsDtype,
     WeightNormalization,
 )
 from unisd_kernels.heads import LMHead
@@ -66,6 +68,8 @@ def unisd_loss(
     sequence_group: ProcessGroup | None = None,
     return_entropy: bool = True,
     return_statistics: bool = True,
+    views_dtype: ViewsDtype | None = None,
+    views_tolerance: float | None = None,
     impl: str | None = None,
     workspace_bytes: int | None = None,
 ) -> UniSDLoss:
@@ -119,6 +123,12 @@ def unisd_loss(
         return_entropy: also return the entropies of student and teacher.
         return_statistics: also compute and return what only a term of weight 0 would need. False leaves such a term
             out, fields that belong to it are None (`UniSDLoss`): feature matching alone then costs no product at all.
+        views_dtype: "int8" scores the auxiliary views with int8 products, each in an interval that holds the exact
+            score, and exactly those tokens whose weight would be further off than `views_tolerance`. For the C++
+            backend on a processor with AVX512_VNNI, and a head of the views that is frozen and stays as it is: its
+            codes are made at the first call, and again when its weight has changed, which takes seconds.
+            `auxiliary_logprobs` are then the middle of the intervals. docs/design.md, "Views in int8, certified".
+        views_tolerance: with `views_dtype`, and only then: the largest error of an agreement weight, >= 0.
         impl: implementation by name (`unisd_kernels.available()`); None chooses.
         workspace_bytes: bound on the logits held at a time; None for the default.
 
@@ -163,6 +173,8 @@ def unisd_loss(
         normalization=normalization,
         return_entropy=return_entropy,
         return_statistics=return_statistics,
+        views_dtype=views_dtype,
+        views_tolerance=views_tolerance,
     )
     inputs = LossInputs(
         student_hidden=student_hidden,
@@ -201,6 +213,7 @@ def _loss(
     student_hidden = inputs.student_hidden
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
     inputs = autocast_inputs(inputs)
+    check_views(inputs, config, implementation.name, groups != (None, None))
     batch = Batch.of(inputs.cu_seqlens, inputs.num_rows, *groups, call=_call(inputs, config))
     if batch.num_rows == 0:
         warnings.warn(

@@ -11,6 +11,7 @@ from unisd_kernels.backends.base import DivergenceRows, NeedsGrad
 from unisd_kernels.backends.engine import Engine, Gradients, allocate
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.batch import Batch
+from unisd_kernels.certified.views import views_agreement
 from unisd_kernels.config import LossConfig, LossInputs
 from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.heads import LMHead
@@ -90,6 +91,13 @@ def loss_and_gradients(
     def score(hidden: torch.Tensor, head: LMHead, temperature: float, ids: torch.Tensor = target_ids) -> torch.Tensor:
         return engine.score(Projection.of(hidden, head, temperature), ids).logprobs
 
+    def exact_views() -> torch.Tensor:
+        views = inputs.auxiliary_hidden
+        if engine.backend.stacks_views and len(views) * inputs.num_rows <= _STACKED_ROWS:
+            stacked = score(torch.cat(views), auxiliary_head, 1.0, target_ids.repeat(len(views)))
+            return stacked.view(len(views), inputs.num_rows)
+        return torch.stack([score(hidden, auxiliary_head, 1.0) for hidden in views])
+
     has_divergence, has_contrast = config.runs_divergence, config.runs_contrast(inputs.negative_hidden is not None)
     negative = None
     if has_contrast:
@@ -99,15 +107,18 @@ def loss_and_gradients(
     weights = torch.ones(inputs.num_rows, dtype=dtype, device=inputs.student_hidden.device)
     auxiliary = spread = None
     if inputs.auxiliary_hidden and has_divergence:
-        views = inputs.auxiliary_hidden
-        if engine.backend.stacks_views and len(views) * inputs.num_rows <= _STACKED_ROWS:
-            stacked = score(torch.cat(views), auxiliary_head, 1.0, target_ids.repeat(len(views)))
-            auxiliary = stacked.view(len(views), inputs.num_rows)
+        if config.views_dtype is not None:
+            auxiliary, weights, spread, _ = views_agreement(inputs, config, engine)
         else:
-            auxiliary = torch.stack([score(hidden, auxiliary_head, 1.0) for hidden in views])
-        weights, spread = weights_in_batch(
-            auxiliary, inputs.cu_seqlens, batch, config.agreement, config.agreement_statistic, config.agreement_gamma
-        )
+            auxiliary = exact_views()
+            weights, spread = weights_in_batch(
+                auxiliary,
+                inputs.cu_seqlens,
+                batch,
+                config.agreement,
+                config.agreement_statistic,
+                config.agreement_gamma,
+            )
     if inputs.token_weights is not None:
         weights = weights * inputs.token_weights.to(dtype)
 

@@ -17,6 +17,7 @@ import torch
 from unisd_kernels.backends.base import NeedsGrad
 from unisd_kernels.backends.engine import Engine, Gradients
 from unisd_kernels.backends.registry import resolve
+from unisd_kernels.certified.views import check_frozen, check_views
 from unisd_kernels.config import LossConfig, LossInputs, check_number
 from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.heads import LMHead
@@ -50,6 +51,7 @@ def loss_compiled(inputs: LossInputs, config: LossConfig, impl: str | None, work
         value = getattr(inputs, name)
         if value is not None and not isinstance(value, torch.Tensor):
             check_number(name, value, low=0.0)
+    check_frozen(inputs, config)
     num_items = inputs.num_items
     student = inputs.student_head
     needs_grad = NeedsGrad.of(inputs.student_hidden, student.active_weight, student.active_bias)
@@ -124,6 +126,7 @@ def _loss_operator(
     check_loss_inputs(inputs, settings)
     device = inputs.student_hidden.device
     implementation = resolve(impl, device, inputs.student_hidden.dtype)
+    check_views(inputs, settings, implementation.name)
     assert implementation.backend is not None
     needed = NeedsGrad(*needs_grad)
     engine = Engine.of(implementation.backend(), workspace_bytes, device, needed.weight)
