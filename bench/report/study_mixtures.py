@@ -17,9 +17,7 @@ from bench.report.study_text import (
     signed,
     spread,
 )
-from bench.studies.study_methods import MIXED, STEADY
-
-_PLAIN = "plain"
+from bench.studies.study_methods import MIXED, PLAIN, STEADY
 
 
 def mixtures_section(result: Mapping[str, Any] | None, runs: Sequence[Run], where: str) -> str:
@@ -32,7 +30,7 @@ def mixtures_section(result: Mapping[str, Any] | None, runs: Sequence[Run], wher
     """
     if not result:
         return "Not run yet: `python -m bench study --part mixtures`."
-    mixed = [run for run in result["runs"] if run["variant"] or run["preset"] != _PLAIN]
+    mixed = [run for run in result["runs"] if run["variant"] or run["preset"] != PLAIN]
     texts = [_introduction(result), _control(result["runs"], runs), _table(mixed, result["runs"], runs)]
     return "\n\n".join([*(text for text in texts if text), _cost(result["runs"]), where])
 
@@ -49,10 +47,10 @@ def _introduction(result: Mapping[str, Any]) -> str:
 
 def _control(mine: Sequence[Run], runs: Sequence[Run]) -> str:
     """Whether the study's plain run comes out again."""
-    again = [run for run in mine if run["preset"] == _PLAIN and not run["variant"]]
+    again = [run for run in mine if run["preset"] == PLAIN and not run["variant"]]
     if not again:
         return "The study's `plain` was not repeated, so that code and day stand between these runs and the study's."
-    (before,) = by_method(runs, "procedural")[_PLAIN]
+    (before,) = by_method(runs, "procedural")[PLAIN]
     same_loss = again[0]["curves"]["loss"] == before["curves"]["loss"]
     digits = [run["evaluations"]["procedural"]["digits"] for run in (again[0], before)]
     if same_loss and digits[0] == digits[1]:
@@ -72,7 +70,7 @@ def _table(mixed: Sequence[Run], mine: Sequence[Run], runs: Sequence[Run]) -> st
         measure, second = MEASURES[task]
         for key in dict.fromkeys((run["variant"], run["preset"]) for run in mixed if run["data"] == task):
             group = [run for run in mixed if (run["variant"], run["preset"]) == key and run["data"] == task]
-            without = _without(key[1] if key[0] else _PLAIN, task, group, mine, runs)
+            without = _without(key[1] if key[0] else PLAIN, task, group, mine, runs)
             name = f"{method_name(key[1])} with `{key[0].removeprefix(key[1] + '_')}`" if key[0] else f"`{key[1]}`"
             cells = [title, name, str(len(group)), shown_share(group, task, measure)]
             cells += [signed(difference(without, group, task, measure)), mean_share(group, task, second)]

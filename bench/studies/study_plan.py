@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.studies.study_methods import ALONE, BASE, DIAGNOSED, MIXED, SEEDED, STEADY
+from bench.studies.study_methods import ALONE, BASE, DIAGNOSED, MIXED, PLAIN, SEEDED, STEADY
 from unisd.models import SMOLLM2
 from unisd.sweep import Cell
 
@@ -118,17 +118,19 @@ def _why(sizes: Sizes) -> list[Planned]:
 
 
 def _mixtures(sizes: Sizes, cos_e: Path, cos_e_test: Path) -> list[Planned]:
-    """Mixtures of teachers as the study runs each mechanism alone; the study's plain once more, for the same code and
-    day; and SDFT with each mixture, seed by seed."""
+    """Mixtures of teachers as the study runs each mechanism alone, and SDFT with each, seed by seed; beside them the
+    same without a mixture, as in the study, since another processor rounds otherwise and trains another model."""
     asked, train = _asked(sizes), _train(sizes, sizes.steps, sizes.completion, sizes.task_steps)
-    alone = [Cell("procedural", preset, 0) for preset in (*MIXED, "plain")]
+    alone = [Cell("procedural", preset, 0) for preset in (*MIXED, PLAIN)]
     runs = [Planned("mixtures", cell.name, cell, (asked,), train) for cell in alone]
     for seed in range(sizes.seeds):
+        cell = Cell("procedural", STEADY, seed)
+        runs.append(Planned("mixtures", cell.name, cell, (asked,), train))
         for mixture in MIXED.values():
-            cell, words = Cell("procedural", STEADY, seed), (*train, "--teacher_mixture", mixture)
+            words = (*train, "--teacher_mixture", mixture)
             runs.append(Planned("mixtures", cell.name, cell, (asked,), words, f"{STEADY}_{mixture}"))
         if seed == 0:
-            cells = [Cell(str(cos_e), preset, 0) for preset in MIXED]
+            cells = [Cell(str(cos_e), preset, 0) for preset in (*MIXED, PLAIN)]
             words = _train(sizes, sizes.steps, sizes.completion)
             asked_of = (_asked_of_cos_e(sizes, cos_e_test),)
             runs += [Planned("mixtures", cell.name, cell, asked_of, words) for cell in cells]
