@@ -134,7 +134,13 @@ class LossStep:
                 head = head.detach()  # else evaluation would pay for the head's gradient
             # The very same tensor where the weights are the same.
             teacher_head = head.detach() if own_head is None else fitted_head(own_head, teacher)
-            parts = parts_of_teacher(self.args, Views(teacher, auxiliary, negative, hidden), teacher_head, head)
+            parts = parts_of_teacher(
+                str(self.args.teacher_mixture),
+                float(self.args.mixture_alpha or 0.0),
+                Views(teacher, auxiliary, negative, hidden),
+                teacher_head,
+                head,
+            )
             inputs = LossInputs(
                 student_hidden=hidden,
                 student_head=head,
