@@ -85,7 +85,11 @@ class EnergyMeter:
         self._sources.append(_Rapl(zones) if zones else _CoreTime())
 
     def read(self) -> Energy:
-        """So far. RAPL's counters wrap after some minutes to hours: read often."""
+        """So far. RAPL's counters wrap after some minutes to hours: read often.
+
+        Raises:
+            NvmlError: a card's counter, which could be read before, cannot any more.
+        """
         return Energy(tuple(source.read() for source in self._sources))
 
 
@@ -171,20 +175,20 @@ def _gpu(device: torch.device, nvml: Any) -> _Source:
         total = ctypes.c_ulonglong()
         code = library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(total))
         if code:
-            raise _NvmlError(code)
+            raise NvmlError(f"error {code}")
         return total.value / 1e3
 
     try:
         return _Counter(name, joules, "NVML's counter of the card, other processes included")
-    except _NvmlError:
+    except NvmlError:
         limit = ctypes.c_uint()
         if code := library.nvmlDeviceGetEnforcedPowerLimit(handle, ctypes.byref(limit)):
             return _Unknown(name, f"NVML has neither a counter nor a power limit of it (error {code})")
         return _Bound(name, limit.value / 1e3)
 
 
-class _NvmlError(RuntimeError):
-    """A call of NVML that failed, with its code."""
+class NvmlError(RuntimeError):
+    """A reading of NVML's counter that failed."""
 
 
 def _readable_zones(powercap: Path) -> list[Path]:
