@@ -85,11 +85,7 @@ class EnergyMeter:
         self._sources.append(_Rapl(zones) if zones else _CoreTime())
 
     def read(self) -> Energy:
-        """So far. RAPL's counters wrap after some minutes to hours: read often.
-
-        Raises:
-            NvmlError: a card's counter, which could be read before, cannot any more.
-        """
+        """So far. RAPL's counters wrap after some minutes to hours: read often."""
         return Energy(tuple(source.read() for source in self._sources))
 
 
@@ -131,7 +127,10 @@ class _Counter:
         self._begun = joules()
 
     def read(self) -> Part:
-        return Part(self._device, self._joules() - self._begun, True, self._how)
+        try:
+            return Part(self._device, self._joules() - self._begun, True, self._how)
+        except _NvmlError as error:
+            return Part(self._device, None, False, f"not known: NVML's counter of the card failed ({error})")
 
 
 class _Bound:
@@ -175,19 +174,19 @@ def _gpu(device: torch.device, nvml: Any) -> _Source:
         total = ctypes.c_ulonglong()
         code = library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(total))
         if code:
-            raise NvmlError(f"error {code}")
+            raise _NvmlError(f"error {code}")
         return total.value / 1e3
 
     try:
         return _Counter(name, joules, "NVML's counter of the card, other processes included")
-    except NvmlError:
+    except _NvmlError:
         limit = ctypes.c_uint()
         if code := library.nvmlDeviceGetEnforcedPowerLimit(handle, ctypes.byref(limit)):
             return _Unknown(name, f"NVML has neither a counter nor a power limit of it (error {code})")
         return _Bound(name, limit.value / 1e3)
 
 
-class NvmlError(RuntimeError):
+class _NvmlError(RuntimeError):
     """A reading of NVML's counter that failed."""
 
 

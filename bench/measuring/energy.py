@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from unisd.energy import EnergyMeter, NvmlError
+from unisd.energy import EnergyMeter
 
 # The counter moves every tenth of a second or so; over this time its steps are a few percent.
 SHORTEST_WINDOW = 1.0
@@ -33,12 +33,10 @@ def energy_counter(device: torch.device, nvml: Any = None) -> Callable[[], float
         return None
 
     def joules() -> float:
-        try:
-            read = meter.read().parts[0].joules
-        except NvmlError as error:
-            raise NoEnergy(f"NVML: {error}") from error
-        assert read is not None
-        return read
+        card = meter.read().parts[0]
+        if card.joules is None:
+            raise NoEnergy(card.how)
+        return card.joules
 
     return joules
 
