@@ -29,7 +29,10 @@ def mixtures_section(result: Mapping[str, Any] | None, runs: Sequence[Run], wher
         where: command, machine and versions of the part.
     """
     if not result:
-        return "Not run yet: `python -m bench study --part mixtures`."
+        return (
+            "Not run yet: `python -m bench study --part mixtures`, with `--dtype float32` where the processor has no "
+            "products of 16 bits, and bfloat16 takes longer."
+        )
     mine = result["runs"]
     texts = [_introduction(result), _finding(mine), _control(mine, runs), _table(mine)]
     return "\n\n".join([*(text for text in texts if text), _cost(mine), where])
