@@ -190,7 +190,8 @@ class LossStep:
             head = head.detach()  # else evaluation would pay for the head's gradient
         # The very same tensor where the weights are the same.
         teacher_head = head.detach() if own_head is None else fitted_head(own_head, views.teacher)
-        return head, teacher_head, parts_of_teacher(self.args, views, teacher_head, head)
+        mixture, alpha = str(self.args.teacher_mixture), float(self.args.mixture_alpha or 0.0)
+        return head, teacher_head, parts_of_teacher(mixture, alpha, views, teacher_head, head)
 
     def _weight_total(self, batch: dict[str, Any], device: torch.device) -> torch.Tensor | None:
         """Sum of the weights of the whole optimizer step, treated as the number of tokens is (`_num_items`)."""

@@ -26,11 +26,10 @@ from unisd.generation.empty import EmptyCompletions
 from unisd.generation.greedy import greedy_rollouts
 from unisd.generation.merged import merged_adapters, merges_rollouts
 from unisd.guards import check_columns, check_end_token, check_no_teacher_model, check_sharding, check_trainable
-from unisd.head import check_head
+from unisd.head import check_head, check_mixture
 from unisd.liger import use_liger
 from unisd.masks import mask_rollout
 from unisd.metrics import LossMetrics
-from unisd.mixture import check_mixture
 from unisd.modules import hidden_before, takes_position_ids
 from unisd.nonfinite import NonFiniteGuard, on_any_process
 from unisd.profile import NoProfile, ProfiledRun, StepProfile
