@@ -26,7 +26,7 @@ from unisd_kernels.ops.autograd import recordable_inputs
 from unisd_kernels.ops.loss_autograd import LossFunction
 from unisd_kernels.ops.loss_compiled import loss_compiled
 from unisd_kernels.results import UniSDLoss
-from unisd_kernels.validation import check_loss_inputs, check_workspace
+from unisd_kernels.validation import check_loss_inputs, check_sliceable, check_workspace
 
 
 def unisd_loss(
@@ -121,7 +121,8 @@ def unisd_loss(
     finite before the cap, minus infinity included: the statistics of its row are NaN.
 
     Under `torch.compile` the call is one operator of the graph; arguments are then checked when it runs, and there are
-    no warnings.
+    no warnings. With vocabulary-parallel heads (`LMHead(group=...)`) it breaks the graph and runs eagerly, which
+    `fullgraph=True` refuses.
 
     Source: docs/design.md; UniSD, arXiv 2605.06597.
     """
@@ -158,9 +159,15 @@ def unisd_loss(
     )
     check_workspace(workspace_bytes)
     if torch.compiler.is_compiling() and (impl or os.environ.get("UNISD_IMPL")) != "reference":
+        if any(head.group is not None for head in inputs.heads):
+            # A process group has no place in an operator's schema: the graph breaks here.
+            return _outside_the_graph(
+                **inputs.arguments(), **config.arguments(), impl=impl, workspace_bytes=workspace_bytes
+            )
         return loss_compiled(autocast_inputs(inputs), config, impl, workspace_bytes)
     check_loss_inputs(inputs, config)
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
+    check_sliceable(implementation, student_head)
     if inputs.num_rows == 0:
         warnings.warn(
             "unisd_loss got no rows (every completion token is masked): the loss is 0 with zero gradients",
@@ -178,6 +185,9 @@ def unisd_loss(
     if result.loss.device.type == "cpu" and not bool(torch.isfinite(result.loss)):
         warnings.warn(f"unisd_loss is {float(result.loss.detach())}: {_blame(inputs)}", stacklevel=2)
     return result
+
+
+_outside_the_graph = torch.compiler.disable(unisd_loss)
 
 
 def _views(auxiliary_hidden: torch.Tensor | Sequence[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,6 @@ from unisd_kernels.backends.engine import Engine, Gradients, allocate
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.config import LossConfig, LossInputs
 from unisd_kernels.dtypes import statistics_dtype
-from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.agreement import agreement_weights
 from unisd_kernels.ops.autograd import first_order_only
 from unisd_kernels.ops.quantile import clip_cap
@@ -83,24 +82,25 @@ def loss_and_gradients(
     target_ids = inputs.target_ids.long()
     student_head, teacher_head, auxiliary_head, negative_head = inputs.heads
 
-    def score(hidden: torch.Tensor, head: LMHead, temperature: float, ids: torch.Tensor = target_ids) -> torch.Tensor:
-        return engine.score(Projection.of(hidden, head, temperature), ids).logprobs
-
     has_divergence, has_contrast = config.runs_divergence, config.runs_contrast(inputs.negative_hidden is not None)
-    negative = None
+    # All views that only are scored, at once: ranks with slices of the heads then exchange their statistics at once.
+    views: list[tuple[Projection, torch.Tensor]] = []
     if has_contrast:
         assert inputs.negative_hidden is not None
-        negative = score(inputs.negative_hidden, negative_head, config.temperature)
+        views.append((Projection.of(inputs.negative_hidden, negative_head, config.temperature), target_ids))
+    if inputs.auxiliary_hidden and has_divergence:
+        hidden = inputs.auxiliary_hidden
+        stacked = engine.backend.stacks_views and len(hidden) * inputs.num_rows <= _STACKED_ROWS
+        hidden = (torch.cat(hidden),) if stacked else hidden
+        ids = target_ids.repeat(len(inputs.auxiliary_hidden)) if stacked else target_ids
+        views += [(Projection.of(each, auxiliary_head, 1.0), ids) for each in hidden]
+    scored = [scores.logprobs for scores in engine.score_views(views)]
+    negative = scored.pop(0) if has_contrast else None
     dtype = statistics_dtype(inputs.student_hidden.dtype)
     weights = torch.ones(inputs.num_rows, dtype=dtype, device=inputs.student_hidden.device)
     auxiliary = spread = None
-    if inputs.auxiliary_hidden and has_divergence:
-        views = inputs.auxiliary_hidden
-        if engine.backend.stacks_views and len(views) * inputs.num_rows <= _STACKED_ROWS:
-            stacked = score(torch.cat(views), auxiliary_head, 1.0, target_ids.repeat(len(views)))
-            auxiliary = stacked.view(len(views), inputs.num_rows)
-        else:
-            auxiliary = torch.stack([score(hidden, auxiliary_head, 1.0) for hidden in views])
+    if scored:
+        auxiliary = torch.cat(scored).view(len(inputs.auxiliary_hidden), inputs.num_rows)
         weights, spread = agreement_weights(
             auxiliary,
             inputs.cu_seqlens,
