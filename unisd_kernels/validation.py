@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from unisd_kernels.backends.registry import Implementation
 from unisd_kernels.config import LossConfig, LossInputs, check_number
 from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.heads import LMHead
@@ -108,15 +107,6 @@ def check_heads_match(student: LMHead, teacher: LMHead, name: str = "teacher_hea
         raise ValueError(
             f"student_head and {name} are sliced differently over the ranks: (first column, end) are "
             f"{student.shard.bounds} and {teacher.shard.bounds}, and the groups must have the same ranks too"
-        )
-
-
-def check_sliceable(implementation: Implementation, *heads: LMHead) -> None:
-    """Raise where the implementation takes no vocabulary-parallel head and one is."""
-    if implementation.backend is None and any(head.shard is not None for head in heads):
-        raise ValueError(
-            f"impl={implementation.name!r} is dense and of one process: it takes no vocabulary-parallel head (group=); "
-            "give the whole head on every rank, or impl='torch'"
         )
 
 

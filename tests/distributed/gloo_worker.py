@@ -1,6 +1,6 @@
 """Four processes over gloo: losses on slices of a vocabulary, and a model that transformers' `tp_plan` has cut.
 
-    python -m tests.distributed.gloo_worker FOLDER
+    python -m tests.distributed.gloo_worker FOLDER [fsdp]
 
 forks them once everything is imported, and each saves what it found in the folder."""
 
@@ -150,13 +150,22 @@ def process(rank: int, folder: str) -> None:
         if kind == "untied":
             found["scaled"] = scaled_behind_the_head(model)
         found[kind] = two_steps(model)
-    found["fully sharded"] = fully_sharded(f"{folder}/untied")
     torch.save(found, f"{folder}/rank{rank}.pt")
     distributed.destroy_process_group()
 
 
-def main(folder: str) -> None:
+def fsdp_process(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    torch.save(fully_sharded(f"{folder}/untied"), f"{folder}/rank{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def main(folder: str, what: str = "") -> None:
     torch.set_num_threads(1)
+    if what == "fsdp":
+        save_tiny_model(f"{folder}/untied", tied=False)
+        start_processes(fsdp_process, (folder,), nprocs=PROCESSES, start_method="fork")
+        return
     alone = {}
     for kind in ("untied", "tied"):
         save_tiny_model(f"{folder}/{kind}", kind == "tied")
@@ -166,4 +175,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -20,19 +20,28 @@ from tests.support import assert_accurate
 ROOT = Path(__file__).parents[2]
 
 
+def work(folder: Path, *arguments: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tests.distributed.gloo_worker", str(folder), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """What one run of the four processes saved, for all tests."""
     folder = tmp_path_factory.mktemp("gloo")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "tests.distributed.gloo_worker", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    work(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def found(folder) -> list[dict]:
+    return saved(folder)
+
+
+def saved(folder: Path) -> list[dict]:
+    """What each process saved."""
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
 
@@ -74,7 +83,8 @@ def test_a_cut_head_is_checked_against_the_models_own_logits(found):
     assert "A logit_scale of 1.7 explains it" in messages.pop()
 
 
-def test_a_head_under_fsdp_is_gathered(found):
+@pytest.mark.exhaustive
+def test_a_head_under_fsdp_is_gathered(tmp_path):
     """Its ranks have other tokens: their slices are not of one softmax."""
-    for each in found:
-        assert each["fully sharded"] == {"shape": (1009, 16), "group": None, "is": "DTensor"}
+    work(tmp_path, "fsdp")
+    assert saved(tmp_path) == [{"shape": (1009, 16), "group": None, "is": "DTensor"}] * PROCESSES

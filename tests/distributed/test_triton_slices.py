@@ -17,7 +17,9 @@ pytestmark = pytest.mark.skipif(not available("cpu")["triton"], reason="the inte
 
 def assert_like_one_process(impl: str, dtype: torch.dtype, ranks: int, bounds=None, **settings) -> None:
     beta = settings.pop("beta")
-    problem = make_problem(vocab_size=70, lengths=(3, 2), hidden_size=8, bias=True, dtype=dtype, **settings)
+    problem = make_problem(
+        vocab_size=70, lengths=(3,), hidden_size=8, num_auxiliary=1, bias=True, dtype=dtype, **settings
+    )
     options = {**EVERYTHING, "beta": beta, "clip_cap": 1.0}
     exact = loss_of(problem, **options, impl="torch")
     given = problem.to(dtype)
@@ -35,7 +37,7 @@ def assert_like_one_process(impl: str, dtype: torch.dtype, ranks: int, bounds=No
     [
         (0.0, {"shared_head": True, "frozen_head": True}),
         (1.0, {"shared_head": True}),
-        (0.5, {"softcap": 8.0}),
+        (0.5, {"softcap": 8.0, "frozen_head": True}),
     ],
 )
 def test_slices_are_like_one_process(beta, settings):

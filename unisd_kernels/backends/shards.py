@@ -122,8 +122,6 @@ def with_mixture(shard: VocabShard, whole: WholeRows, sums: torch.Tensor) -> Who
     """With the divergence of a mixture and KL(p_s || m), from this rank's [2, rows] sums of their terms: a message."""
     message, dtype = sums.double(), whole.rows.divergence.dtype
     shard.all_reduce(message)
-    # The log-sum-exps of a row that is not all numbers are NaN, whatever another rank's terms are.
-    message = message + 0.0 * (whole.student_logsumexp + whole.teacher_logsumexp)
     divergence, student_kl = message.to(dtype)
     return whole._replace(rows=whole.rows._replace(divergence=divergence.clamp(min=0.0)), student_kl=student_kl)
 

@@ -59,6 +59,7 @@ class Int8Head:
             hidden: [N, H] hidden states that are like those to be scored. Bounds hold for any; for unlike ones they are
                 wide.
         """
+        head.require_whole("a score by int8 products")
         weight = head.active_weight.detach()
         width, dtype = weight.shape[1], torch.float64 if weight.dtype == torch.float64 else torch.float32
         rows = hidden.detach().double()

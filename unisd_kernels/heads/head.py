@@ -173,6 +173,18 @@ class LMHead:
             return self.bias
         return self.bias[: self._num_active]
 
+    def require_whole(self, what: str) -> None:
+        """Raise if only a slice of the vocabulary is here.
+
+        Raises:
+            ValueError: naming `what` needs the whole head.
+        """
+        if self.shard is not None:
+            raise ValueError(
+                f"{what} is of one process and takes no vocabulary-parallel head (group=): give the whole head on "
+                "every rank, or take an operation and impl that exchange statistics"
+            )
+
     def is_same(self, other: LMHead) -> bool:
         """Whether both are one head: the same weight and bias in memory, the same scale, cap and columns."""
         return (

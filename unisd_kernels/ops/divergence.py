@@ -22,7 +22,6 @@ from unisd_kernels.validation import (
     check_hidden,
     check_same_precision,
     check_same_rows,
-    check_sliceable,
     check_workspace,
 )
 
@@ -88,7 +87,6 @@ def linear_divergence(
     check_number("temperature", temperature, low=0.0, open_low=True)
     check_workspace(workspace_bytes)
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
-    check_sliceable(implementation, student_head)
     wide_head = student_head
     student_hidden, student_head = autocast_operands(student_hidden, student_head)
     teacher_hidden, teacher_head = autocast_operands(teacher_hidden, teacher_head, (wide_head, student_head))

@@ -18,7 +18,7 @@ from unisd_kernels.heads import LMHead
 from unisd_kernels.heads.shard import VocabShard
 from unisd_kernels.ops.autograd import first_order_only, recordable, recordable_head, save, saved
 from unisd_kernels.results import LinearLogProbs
-from unisd_kernels.validation import check_hidden, check_sliceable, check_target_ids, check_workspace
+from unisd_kernels.validation import check_hidden, check_target_ids, check_workspace
 
 # What a projection has besides tensors.
 _Form = tuple[LogitTransform, VocabShard | None]
@@ -72,7 +72,6 @@ def linear_logprobs(
     check_flag("return_entropy", return_entropy)
     check_workspace(workspace_bytes)
     implementation = resolve(impl, hidden.device, hidden.dtype)
-    check_sliceable(implementation, head)
     hidden, head = autocast_operands(hidden, head)
     if implementation.backend is None:
         with torch.autocast(hidden.device.type, enabled=False):

@@ -26,7 +26,7 @@ from unisd_kernels.ops.autograd import recordable_inputs
 from unisd_kernels.ops.loss_autograd import LossFunction
 from unisd_kernels.ops.loss_compiled import loss_compiled
 from unisd_kernels.results import UniSDLoss
-from unisd_kernels.validation import check_loss_inputs, check_sliceable, check_workspace
+from unisd_kernels.validation import check_loss_inputs, check_workspace
 
 
 def unisd_loss(
@@ -167,7 +167,6 @@ def unisd_loss(
         return loss_compiled(autocast_inputs(inputs), config, impl, workspace_bytes)
     check_loss_inputs(inputs, config)
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
-    check_sliceable(implementation, student_head)
     if inputs.num_rows == 0:
         warnings.warn(
             "unisd_loss got no rows (every completion token is masked): the loss is 0 with zero gradients",
