@@ -95,6 +95,19 @@ def check_heads_match(student: LMHead, teacher: LMHead, name: str = "teacher_hea
             f"student_head has {student.num_columns} columns but {name} has {teacher.num_columns}; if one of them is "
             "padded, pass LMHead(..., vocab_size=<number of real tokens>) for both"
         )
+    if student.shard is None and teacher.shard is None:
+        return
+    if student.shard is None or teacher.shard is None:
+        whole, sliced = ("student_head", name) if student.shard is None else (name, "student_head")
+        raise ValueError(
+            f"{sliced} is a slice of its vocabulary (vocabulary-parallel) but {whole} is a whole head; give both with "
+            "group= and vocab_start=, or neither"
+        )
+    if not student.shard.is_like(teacher.shard):
+        raise ValueError(
+            f"student_head and {name} are sliced differently over the ranks: (first column, end) are "
+            f"{student.shard.bounds} and {teacher.shard.bounds}, and the groups must have the same ranks too"
+        )
 
 
 def check_target_ids(target_ids: torch.Tensor, num_rows: int, num_columns: int, device: torch.device) -> None:

@@ -78,17 +78,18 @@ inline const float* bias_data(const std::optional<Tensor>& bias, int64_t columns
   return static_cast<const float*>(bias->const_data_ptr());
 }
 
-// Target ids [size]. They are read here once more, because a bad one would be a read outside of the tile.
-inline const int64_t* ids(const Tensor& t, int64_t size, int64_t columns) {
+// Target ids [size]. They are read here once more, because a bad one would be a read outside of the tile. `lowest`: -1
+// where a target may be in no column.
+inline const int64_t* ids(const Tensor& t, int64_t size, int64_t columns, int64_t lowest = 0) {
   const int64_t* data = vector_data<int64_t>(t, "target_ids", size, ScalarType::Long);
   for (int64_t n = 0; n < size; ++n)
-    STD_TORCH_CHECK(data[n] >= 0 && data[n] < columns, "target_ids must be in [0, ", columns, "), got ", data[n],
-                    " at position ", n);
+    STD_TORCH_CHECK(data[n] >= lowest && data[n] < columns, "target_ids must be in [", lowest, ", ", columns,
+                    "), got ", data[n], " at position ", n);
   return data;
 }
 
-inline const int64_t* ids(const std::optional<Tensor>& t, int64_t size, int64_t columns) {
-  return t.has_value() ? ids(*t, size, columns) : nullptr;
+inline const int64_t* ids(const std::optional<Tensor>& t, int64_t size, int64_t columns, int64_t lowest = 0) {
+  return t.has_value() ? ids(*t, size, columns, lowest) : nullptr;
 }
 
 // A double option as a pointer to a float that lives as long as this.

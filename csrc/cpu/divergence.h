@@ -169,6 +169,25 @@ inline DivergenceSums sum_row(const DivergenceTile& tile, float* student, const 
   }
 }
 
+// The first half of a row's statistics: maxima and log-sums, and with a soft cap the logits.
+inline void take_log_sums(const DivergenceTile& tile, int64_t n) {
+  float* student = tile.student + n * tile.student_stride;
+  float* teacher = tile.teacher + n * tile.teacher_stride;
+  const auto statistic = [&](DivergenceStatistic which) -> float& { return tile.statistics[which * tile.rows + n]; };
+  if (tile.student_tanh_scale != nullptr) apply_softcap(student, tile.columns, *tile.student_tanh_scale);
+  if (tile.teacher_tanh_scale != nullptr) apply_softcap(teacher, tile.columns, *tile.teacher_tanh_scale);
+
+  const OnlineSum student_sum = online_sum(student, tile.columns);
+  statistic(kStudentMax) = student_sum.max;
+  statistic(kStudentLogSum) = log_of_sum(student_sum.sum);
+  const TeacherScale teacher_scale =
+      is_delta(tile, n) ? scale_of_delta(student, teacher, tile.columns, student_sum.max, statistic(kStudentLogSum))
+                        : scale_of_logits(teacher, tile.columns);
+  statistic(kTeacherMax) = teacher_scale.max;
+  statistic(kTeacherLogSum) = teacher_scale.log_sum;
+  statistic(kLogRatio) = teacher_scale.log_ratio;
+}
+
 // Returns whether the row's logits are numbers.
 template <bool keep>
 inline bool take_statistics(const DivergenceTile& tile, int64_t n, Kept kept) {
@@ -177,19 +196,8 @@ inline bool take_statistics(const DivergenceTile& tile, int64_t n, Kept kept) {
   const int64_t rows = tile.rows;
   const bool row_is_delta = is_delta(tile, n);
   const auto statistic = [&](DivergenceStatistic which) -> float& { return tile.statistics[which * rows + n]; };
-  if (tile.student_tanh_scale != nullptr) apply_softcap(student, tile.columns, *tile.student_tanh_scale);
-  if (tile.teacher_tanh_scale != nullptr) apply_softcap(teacher, tile.columns, *tile.teacher_tanh_scale);
-
-  const OnlineSum student_sum = online_sum(student, tile.columns);
-  statistic(kStudentMax) = student_sum.max;
-  statistic(kStudentLogSum) = log_of_sum(student_sum.sum);
-  const TeacherScale teacher_scale =
-      row_is_delta ? scale_of_delta(student, teacher, tile.columns, student_sum.max, statistic(kStudentLogSum))
-                   : scale_of_logits(teacher, tile.columns);
-  statistic(kTeacherMax) = teacher_scale.max;
-  statistic(kTeacherLogSum) = teacher_scale.log_sum;
-  statistic(kLogRatio) = teacher_scale.log_ratio;
-  const float log_sums = statistic(kStudentLogSum) + teacher_scale.log_sum;
+  if (!tile.has_log_sums) take_log_sums(tile, n);
+  const float log_sums = statistic(kStudentLogSum) + statistic(kTeacherLogSum);
   if (log_sums != log_sums) {
     // A logit is not finite: nothing this row gives is a number, nor will be its gradient.
     for (int which = 0; which < kDivergenceStatistics; ++which) tile.statistics[which * rows + n] = kNaN;
@@ -250,8 +258,8 @@ inline void write_gradient(const DivergenceTile& tile, int64_t n) {
   const ReverseGradient<kind> reverse(tile, n);
   const Vec weight = Vec::set(tile.weight == nullptr ? 1.0f : tile.weight[n]);
   const Vec logprob_weight = Vec::set(tile.logprob_weight == nullptr ? 0.0f : tile.logprob_weight[n]);
-  const int64_t target = tile.logprob_weight == nullptr ? 0 : tile.target_ids[n];
-  const float target_z = tile.columns == 0 ? 0.0f : student[target];
+  const int64_t target = tile.logprob_weight == nullptr ? -1 : tile.target_ids[n];
+  const float target_z = target < 0 ? 0.0f : student[target];
 
   const auto gradient = [&](auto z_s, auto z_t) UNISD_INLINE {
     const auto p = make_pair(z_s, z_t, scale);
@@ -277,7 +285,7 @@ inline void write_gradient(const DivergenceTile& tile, int64_t n) {
         gradient(Vec::load_part(student + i, k, -kInfinity), Vec::load_part(teacher + i, k, fill))
             .store_part(student + i, k);
       });
-  if (tile.logprob_weight != nullptr) student[target] += tile.logprob_weight[n] * slope.of(target_z);
+  if (target >= 0) student[target] += tile.logprob_weight[n] * slope.of(target_z);
 }
 
 template <Kind kind>

@@ -37,9 +37,10 @@ struct DivergenceTile {
   const float* student_tanh_scale;  // null: no cap
   const float* teacher_tanh_scale;
   const bool* teacher_is_delta;  // [rows]: does the teacher's row hold z_t - z_s? Null: none does
-  const int64_t* target_ids;  // [rows] or null
+  const int64_t* target_ids;  // [rows] or null; for the gradient -1 where the target is not in the tile
   double beta;
   bool want_entropy;
+  bool has_log_sums;  // are the maxima and log-sums in `statistics` already, and the tiles logits?
   float* statistics;  // [kDivergenceStatistics, rows]
   int64_t rows;
   const float* weight;          // [rows] or null, for the gradient

@@ -71,6 +71,7 @@ class Int8Head:
         Raises:
             ValueError: the weight is not finite.
         """
+        head.require_whole("a score by int8 products")
         weight = head.active_weight.detach()
         if not bool(weight.isfinite().all()):
             raise ValueError("the head's weight holds numbers that are not finite: it has no int8 codes")

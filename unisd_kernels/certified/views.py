@@ -33,6 +33,8 @@ def check_views(inputs: LossInputs, config: LossConfig, implementation: str, has
         raise ValueError(f"{asked} needs a processor with AVX512_VNNI, got {extension.cpu_isa()!r}: {_INSTEAD}")
     if has_group:
         raise ValueError(f"{asked} knows the rows of one rank, got row_group or sequence_group: {_INSTEAD}")
+    if inputs.heads[2].group is not None:
+        raise ValueError(f"{asked} needs the views' whole head, got a slice of its vocabulary: {_INSTEAD}")
     check_frozen(inputs, config)
 
 

@@ -153,7 +153,8 @@ def unisd_loss(
     finite before the cap, minus infinity included: the statistics of its row are NaN.
 
     Under `torch.compile` the call is one operator of the graph; arguments are then checked when it runs, and there are
-    no warnings. With a group it runs between two graphs.
+    no warnings. With a group, of ranks with other rows or of those that share a head (`LMHead(group=...)`), it breaks
+    the graph and runs eagerly, which `fullgraph=True` refuses.
 
     Source: docs/design.md; UniSD, arXiv 2605.06597.
     """
@@ -194,7 +195,8 @@ def unisd_loss(
     check_workspace(workspace_bytes)
     groups = (row_group, sequence_group)
     if torch.compiler.is_compiling() and (impl or os.environ.get("UNISD_IMPL")) != "reference":
-        if groups == (None, None):
+        # A process group has no place in an operator's schema: the graph breaks there.
+        if groups == (None, None) and all(head.group is None for head in inputs.heads):
             return loss_compiled(autocast_inputs(inputs), config, impl, workspace_bytes)
         return torch.compiler.disable(_loss)(inputs, config, groups, impl, workspace_bytes)
     return _loss(inputs, config, groups, impl, workspace_bytes)

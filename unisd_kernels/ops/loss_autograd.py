@@ -14,7 +14,6 @@ from unisd_kernels.batch import Batch
 from unisd_kernels.certified.views import views_agreement
 from unisd_kernels.config import LossConfig, LossInputs
 from unisd_kernels.dtypes import statistics_dtype
-from unisd_kernels.heads import LMHead
 from unisd_kernels.ops.agreement import weights_in_batch
 from unisd_kernels.ops.autograd import first_order_only
 from unisd_kernels.ops.quantile import clip_cap
@@ -88,37 +87,36 @@ def loss_and_gradients(
     target_ids = inputs.target_ids.long()
     student_head, teacher_head, auxiliary_head, negative_head = inputs.heads
 
-    def score(hidden: torch.Tensor, head: LMHead, temperature: float, ids: torch.Tensor = target_ids) -> torch.Tensor:
-        return engine.score(Projection.of(hidden, head, temperature), ids).logprobs
-
-    def exact_views() -> torch.Tensor:
-        views = inputs.auxiliary_hidden
-        if engine.backend.stacks_views and len(views) * inputs.num_rows <= _STACKED_ROWS:
-            stacked = score(torch.cat(views), auxiliary_head, 1.0, target_ids.repeat(len(views)))
-            return stacked.view(len(views), inputs.num_rows)
-        return torch.stack([score(hidden, auxiliary_head, 1.0) for hidden in views])
-
     has_divergence, has_contrast = config.runs_divergence, config.runs_contrast(inputs.negative_hidden is not None)
-    negative = None
+    # All views that only are scored, at once: ranks with slices of the heads then exchange their statistics at once.
+    views: list[tuple[Projection, torch.Tensor]] = []
     if has_contrast:
         assert inputs.negative_hidden is not None
-        negative = score(inputs.negative_hidden, negative_head, config.temperature)
+        views.append((Projection.of(inputs.negative_hidden, negative_head, config.temperature), target_ids))
+    scores_views = bool(inputs.auxiliary_hidden) and has_divergence
+    if scores_views and config.views_dtype is None:
+        hidden = inputs.auxiliary_hidden
+        stacked = engine.backend.stacks_views and len(hidden) * inputs.num_rows <= _STACKED_ROWS
+        hidden = (torch.cat(hidden),) if stacked else hidden
+        ids = target_ids.repeat(len(inputs.auxiliary_hidden)) if stacked else target_ids
+        views += [(Projection.of(each, auxiliary_head, 1.0), ids) for each in hidden]
+    scored = [scores.logprobs for scores in engine.score_views(views)]
+    negative = scored.pop(0) if has_contrast else None
     dtype = statistics_dtype(inputs.student_hidden.dtype)
     weights = torch.ones(inputs.num_rows, dtype=dtype, device=inputs.student_hidden.device)
     auxiliary = spread = None
-    if inputs.auxiliary_hidden and has_divergence:
-        if config.views_dtype is not None:
-            auxiliary, weights, spread, _ = views_agreement(inputs, config, engine)
-        else:
-            auxiliary = exact_views()
-            weights, spread = weights_in_batch(
-                auxiliary,
-                inputs.cu_seqlens,
-                batch,
-                config.agreement,
-                config.agreement_statistic,
-                config.agreement_gamma,
-            )
+    if scores_views and config.views_dtype is not None:
+        auxiliary, weights, spread, _ = views_agreement(inputs, config, engine)
+    elif scored:
+        auxiliary = torch.cat(scored).view(len(inputs.auxiliary_hidden), inputs.num_rows)
+        weights, spread = weights_in_batch(
+            auxiliary,
+            inputs.cu_seqlens,
+            batch,
+            config.agreement,
+            config.agreement_statistic,
+            config.agreement_gamma,
+        )
     if inputs.token_weights is not None:
         weights = weights * inputs.token_weights.to(dtype)
 
