@@ -1,4 +1,4 @@
-"""Output head of a run: checked at construction, in one piece under ZeRO-3, in the dtype of the hidden states."""
+"""Output head of a run: checked at construction, gathered where it is sharded, in the dtype of the hidden states."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from unisd.modules import model_head, remember_head
+from unisd.sharding import gather_head
 from unisd_kernels import LMHead
 
 
@@ -55,9 +56,11 @@ def check_head(student: nn.Module, accelerator: Accelerator, *, is_fsdp: bool, i
 
 
 def gathered_head(model: nn.Module) -> AbstractContextManager[None]:
-    """Context with the head in one piece, under ZeRO-3; nothing elsewhere. Not for a pass of the backbone, which itself
-    gathers and releases a tied weight."""
+    """Context with the head in one piece, under ZeRO-3 and FSDP2; nothing elsewhere. Not for a pass of the backbone,
+    which itself gathers and releases a tied weight. FSDP2's stays gathered until the backward pass, and with it a
+    gradient flows to the shards; without a graph, until the weights are next let go of (`unisd.sharding.reshard`)."""
     head = model.get_output_embeddings()  # type: ignore[operator]
+    gather_head(head)
     return maybe_gather_lm_head_ctx(head.weight, getattr(head, "bias", None))  # type: ignore[arg-type]
 
 

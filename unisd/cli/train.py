@@ -32,7 +32,7 @@ from unisd.run.final_evaluation import FinalEvaluation
 from unisd.run.hub import keep_token_out, push_run
 from unisd.run.processes import ending_process_group
 from unisd.run.settings import resolved_settings
-from unisd.teachers import STATE_FILE
+from unisd.teachers import STATE_FILE, STATE_FOLDER
 from unisd.trainer import UniSDTrainer
 
 
@@ -178,4 +178,5 @@ def _prepare_output_dir(settings: Settings) -> None:
             print(f"deleting {checkpoint}, of the run that is overwritten", file=sys.stderr)
             shutil.rmtree(checkpoint)
         (folder / STATE_FILE).unlink(missing_ok=True)  # it belongs to weights that will be gone
+        shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from unisd.drift.budget import DriftBudget
 from unisd.drift.probe import DriftProbe, default_probe
 from unisd.drift.shrink import can_shrink, shrink
 from unisd.metrics import PREFIX
-from unisd.modules import is_peft
 from unisd.turns import reply_end_ids
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ SHRUNK = f"{PREFIX}drift_shrunk"
 def make_drift_probe(
     trainer: UniSDTrainer, student: nn.Module, items: Sequence[Mapping[str, Any]] | None
 ) -> DriftProbe | None:
-    """The probe of a run; None where it is turned off or, with a warning, where the base is out of reach.
+    """The probe of a run; None where it is turned off.
 
     Args:
         student: unwrapped, before training.
@@ -43,14 +41,6 @@ def make_drift_probe(
     """
     args = trainer.args
     if not args.drift_probe_every:
-        return None
-    needs_capture = not is_peft(student)
-    if needs_capture and trainer._is_sharded:
-        warnings.warn(
-            "the drift from the base model is not measured: FSDP or ZeRO-3 shards the weights and full fine-tuning "
-            "overwrites the base. Set drift_probe_every=0, or train with LoRA",
-            stacklevel=3,
-        )
         return None
     tokenizer: Any = trainer._tokenizer
     if items is None:
@@ -67,7 +57,7 @@ def make_drift_probe(
         impl=args.impl,
         workspace_bytes=args.workspace_bytes,
     )
-    if needs_capture:
+    if probe.loses_base(student) and not trainer._is_sharded:  # of shards when they are there, see `DistributedTrainer`
         with trainer.accelerator.autocast():
             probe.capture(student)
     return probe

@@ -56,8 +56,7 @@ class CheckpointedTrainer(_Base):
         if self.args.should_save:
             wait_for_room(folder, weight_bytes(self) + beside_bytes(self), "the model")
         super().save_model(folder, _internal_call=True)
-        if self.args.should_save:
-            self.write_beside(folder)
+        self.write_beside(folder)
         self.save_state()
         self.create_model_card()
 
@@ -69,7 +68,7 @@ class CheckpointedTrainer(_Base):
             write_model_card(str(self.args.output_dir), model_card(cast(Any, self), model_name, dataset_name, tags))
 
     def write_beside(self, folder: str) -> None:
-        """Write what else a checkpoint of this trainer holds; called on one process, before all other files."""
+        """Write what else a checkpoint of this trainer holds; called on every process, before all other files."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = self._get_output_dir(trial)
@@ -78,7 +77,8 @@ class CheckpointedTrainer(_Base):
             # Before anything is written over: a disk that is full costs a wait, not a checkpoint.
             wait_for_room(run_folder, checkpoint_bytes(self), f"the checkpoint of step {self.state.global_step}")
             unmark(folder)
-            self.write_beside(folder)
+        self.accelerator.wait_for_everyone()
+        self.write_beside(folder)
         # Older checkpoints go only when this one is whole, which is after every process has written its part.
         with keeping_all(self.args) as limit:
             super()._save_checkpoint(model, trial)

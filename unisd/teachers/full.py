@@ -11,7 +11,7 @@ from torch import nn
 
 from unisd.modules import head_is_trained, is_peft, model_head
 from unisd.teachers.base import EMATeacher, Teacher, marks, named_parameters, trained_parameters
-from unisd_kernels import LMHead, ema_update_
+from unisd_kernels import LMHead
 
 
 class BaseTeacher(Teacher):
@@ -58,11 +58,7 @@ class FullEMATeacher(EMATeacher):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(decay)
-        if is_peft(model):
-            raise ValueError(
-                "ema='full' averages the trained weights of a whole model, but this is a PEFT model, whose base never "
-                "moves; use ema='adapter' or ema='merged'"
-            )
+        refuse_peft(model)
         names = list(trained_parameters(model))
         self._copy = _frozen_copy(model)
         parameters = named_parameters(self._copy)
@@ -99,8 +95,7 @@ class FullEMATeacher(EMATeacher):
 
     @torch.no_grad()
     def _update(self, model: nn.Module) -> None:
-        student = named_parameters(model)
-        ema_update_(self._averages.values(), [student[name] for name in self._averages], self.decay)
+        self._average(self._averages, named_parameters(model))
         self._after_load()
 
     @torch.no_grad()
@@ -108,6 +103,15 @@ class FullEMATeacher(EMATeacher):
         for name, average in self._averages.items():
             if self._parameters[name].dtype != average.dtype:
                 self._parameters[name].copy_(average)
+
+
+def refuse_peft(model: nn.Module) -> None:
+    """Raise ValueError for a PEFT model, which ema="full" is not for."""
+    if is_peft(model):
+        raise ValueError(
+            "ema='full' averages the trained weights of a whole model, but this is a PEFT model, whose base never "
+            "moves; use ema='adapter' or ema='merged'"
+        )
 
 
 @torch.no_grad()
