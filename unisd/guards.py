@@ -50,11 +50,15 @@ def check_sharding(args: UniSDConfig, model: nn.Module, engine: Any, *, is_deeps
         raise ValueError("on_nonfinite='skip' cannot leave out a step of DeepSpeed; use on_nonfinite='stop'")
     if is_deepspeed and args.drift_budget is not None:
         raise ValueError("drift_budget cannot scale the learning rate of DeepSpeed, which makes its steps by itself")
-    if engine.fsdp_version != 1:
+    if engine.fsdp_version != 1 and not engine.is_zero3:
         return
     setting = f"ema={args.ema!r}" if args.ema != "none" else "teacher='base'"
     if args.ema != "none" or (args.teacher == "base" and not is_peft(model)):
-        raise ValueError(f"{setting} has weights of its own, which FSDP1 cannot shard: use FSDP2 (fsdp_version: 2)")
+        name = "ZeRO-3" if engine.is_zero3 else "FSDP1"
+        raise ValueError(
+            f"{setting} has weights of its own, which are not sharded under {name}: use FSDP2 (unisd launch fsdp2), or "
+            "ema='none'"
+        )
 
 
 def check_trainable(model: nn.Module) -> None:

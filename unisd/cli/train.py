@@ -133,6 +133,8 @@ def fit_step(settings: Settings, rows: Any) -> None:
         config.per_device_train_batch_size = max(1, min(batch, room))
     if "gradient_accumulation_steps" in free:
         config.gradient_accumulation_steps = max(1, min(accumulation, share // config.per_device_train_batch_size))
+    if config.process_index > 0:
+        return
     print(
         f"unisd train: {count} rows are fewer than a step of {batch} x {accumulation} takes: it is "
         f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} here",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -55,7 +56,8 @@ class CheckpointedTrainer(_Base):
         folder = str(self.args.output_dir)
         if self.args.should_save:
             wait_for_room(folder, weight_bytes(self) + beside_bytes(self), "the model")
-        super().save_model(folder, _internal_call=True)
+        with self.whole_weights():
+            super().save_model(folder, _internal_call=True)
         self.write_beside(folder)
         self.save_state()
         self.create_model_card()
@@ -66,6 +68,10 @@ class CheckpointedTrainer(_Base):
         """Write README.md into the output folder: base model, recipe, metrics, drift (see `unisd.run.model_card`)."""
         if self.is_world_process_zero():
             write_model_card(str(self.args.output_dir), model_card(cast(Any, self), model_name, dataset_name, tags))
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Context in which the model is saved whole, where its checkpoints are in shards."""
+        return nullcontext()
 
     def write_beside(self, folder: str) -> None:
         """Write what else a checkpoint of this trainer holds; called on every process, before all other files."""

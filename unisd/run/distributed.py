@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -69,6 +70,21 @@ class DistributedTrainer(_Base):
             if self.drift is not None and self.drift.loses_base(student):
                 self.run_on_student(self.drift.capture)
         return scheduler
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        # Of the finished run there is to be a model that `from_pretrained` reads: gathered weight by weight into the
+        # first process' memory (not its accelerator's), as transformers does.
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or plugin.fsdp_version != 2:
+            yield
+            return
+        before = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            yield
+        finally:
+            plugin.set_state_dict_type(before)
 
     def write_beside(self, folder: str) -> None:
         if not isinstance(self.teacher, EMATeacher):
