@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from unisd.modules import model_head, remember_head
-from unisd.sharding import gather_head
+from unisd.sharding import gather_head, is_partitioned
 from unisd_kernels import LMHead
 
 
@@ -61,6 +61,8 @@ def gathered_head(model: nn.Module) -> AbstractContextManager[None]:
     gradient flows to the shards; without a graph, until the weights are next let go of (`unisd.sharding.reshard`)."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     gather_head(head)
+    if not is_partitioned(head.weight):
+        return nullcontext()
     return maybe_gather_lm_head_ctx(head.weight, getattr(head, "bias", None))  # type: ignore[arg-type]
 
 

@@ -7,6 +7,8 @@ nothing is gathered, changes the weight of every process' next pass. Nothing her
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +68,20 @@ def gather_root(model: nn.Module) -> None:
     root = _bare(model)
     if isinstance(root, FSDPModule):
         root.unshard()
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """PEFT's `disable_adapter`, also within the forward pass of a sharded model. It sets `requires_grad` of what the
+    modules hold, so they have to hold the shards when it is turned on and off."""
+    reshard(model)
+    with model.disable_adapter():
+        gather_root(model)
+        try:
+            yield
+        finally:
+            reshard(model)
+    gather_root(model)
 
 
 def gather_head(head: Any) -> None:

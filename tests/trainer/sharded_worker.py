@@ -24,12 +24,13 @@ import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from tests.trainer import tiny_run
+from unisd.run.checkpoints import newest_complete
 from unisd.run.processes import ending_process_group
 from unisd.teachers.base import EMATeacher
 
 STEPS, SAVED = 5, 3
 AVERAGE = {"sync_steps": 1, "ema_decay": 0.5}
-LORA = {"peft_config": tiny_run.lora(), "learning_rate": 0.02}
+LORA = {"peft_config": tiny_run.lora(), "learning_rate": 0.005}
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"ema": "full", **AVERAGE},
     "full-tied": {"ema": "full", "tied": True, **AVERAGE},
@@ -60,7 +61,7 @@ def trainer(folder: Path, kind: str, processes: int, cls: type = tiny_run.FixedR
     settings = {
         "preset": "contrastive",
         "max_steps": STEPS,
-        "per_device_train_batch_size": 6 // processes // accumulation,
+        "per_device_train_batch_size": 6 // processes,
         "optim": "adamw_torch",
         "learning_rate": 0.005,
         "save_strategy": "steps",
@@ -70,15 +71,16 @@ def trainer(folder: Path, kind: str, processes: int, cls: type = tiny_run.FixedR
         **settings,
         **overrides,
     }
-    return tiny_run.trainer(folder, model=model, items=tiny_run.rows(count=6), cls=cls, **settings)
+    return tiny_run.trainer(folder, model=model, items=tiny_run.rows(count=6 * accumulation), cls=cls, **settings)
 
 
-def record(run: Any, path: Path) -> None:
+def record(run: Any, path: Path, **more: str) -> None:
     names = {"losses": "loss", "evaluated": "eval_loss", "drift": "unisd/drift_kl"}
     content: dict[str, Any] = {name: tiny_run.logged(run, logged) for name, logged in names.items()}
     if isinstance(run.teacher, EMATeacher):
         content["held"] = sum(getattr(t, "_local_tensor", t).numel() for t in run.teacher.tensors().values())
     if run.accelerator.is_main_process:
+        content |= more
         content["type"] = str(run.accelerator.distributed_type)
         path.write_text(json.dumps(content))
 
@@ -141,9 +143,11 @@ def process(rank: int, processes: int, base: Path, kinds: list[str], part: str) 
                 run.evaluate(tiny_run.dataset(tiny_run.rows(count=3)))
                 record(run, folder / f"{part}.json")
             elif part.startswith("after"):
-                run = trainer(base / kind / part.removeprefix("after-"), kind, processes, max_steps=7)
+                folder = base / kind / part.removeprefix("after-")
+                run = trainer(folder, kind, processes, max_steps=7)
+                resumed_from = newest_complete(folder)
                 run.train(resume_from_checkpoint=True)
-                record(run, base / kind / f"{part}.json")
+                record(run, base / kind / f"{part}.json", resumed_from=str(resumed_from))
             else:
                 out = folder / ("run" if part == "train" else part)
                 run = trainer(out, kind, processes, max_steps=7 if part == "long" else STEPS)

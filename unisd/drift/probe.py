@@ -20,6 +20,7 @@ from torch import nn
 from unisd.batch import padded
 from unisd.head import gathered_head
 from unisd.modules import HiddenStates, evaluating, head_is_trained, is_peft, model_head
+from unisd.sharding import adapter_off
 from unisd.turns import Prompt
 from unisd_kernels import LMHead, linear_divergence, pack_rows
 
@@ -110,7 +111,7 @@ class DriftProbe:
             model: a PEFT model, whose adapter is switched off meanwhile, or a model that is still the base.
         """
         device = _device(model)
-        base: AbstractContextManager[Any] = model.disable_adapter() if is_peft(model) else nullcontext()  # type: ignore[operator]
+        base: AbstractContextManager[Any] = adapter_off(model) if is_peft(model) else nullcontext()
         trained = head_is_trained(model)
         with base, evaluating(model):
             self._base_hidden = [hidden.cpu() for hidden in self._rows(model, device)]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from unisd.modules import head_is_trained, is_peft, model_head
+from unisd.sharding import adapter_off
 from unisd.teachers.base import EMATeacher, Teacher, marks, named_parameters, trained_parameters
 from unisd_kernels import LMHead
 
@@ -40,7 +41,7 @@ class BaseTeacher(Teacher):
         if self._copy is not None:
             yield self._copy
         else:
-            with model.disable_adapter():  # type: ignore[operator]
+            with adapter_off(model):
                 yield model
 
     def head(self, model: nn.Module) -> LMHead | None:
