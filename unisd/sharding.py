@@ -1,8 +1,8 @@
-"""Weights that lie in pieces on several processes (FSDP2, ZeRO-3): what is here of them, and when it may be written.
+"""Weights that lie in shards on several processes (FSDP2): what is here of them, and when it may be written.
 
-FSDP2 keeps a weight as a DTensor and puts the gathered one in its place while modules run; ZeRO-3 keeps a flat part of
-it (`ds_tensor`) beside an empty parameter. Both gather from those parts, so whoever writes into them in place, while
-nothing is gathered, changes the weight of every process' next pass. Nothing here gathers a model.
+FSDP2 keeps a weight as a DTensor and puts the gathered one in its place while modules run. It gathers from the shards,
+so whoever writes into them in place, while nothing is gathered, changes the weight of every process' next pass. Nothing
+here gathers a model. Of ZeRO-3, whose parts are no DTensors, only what it has is told.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 
 def is_partitioned(parameter: Any) -> bool:
@@ -24,33 +23,19 @@ def is_partitioned(parameter: Any) -> bool:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a weight or an average, live: the shard of a DTensor, the flat part of ZeRO-3's
-    without its padding, all of any other."""
-    if isinstance(tensor, DTensor):
-        return tensor.to_local()
-    if is_partitioned(tensor):
-        part: Any = tensor
-        held = part.ds_tensor.detach().view(-1)
-        begin = distributed.get_rank(part.ds_process_group) * held.numel()
-        return held[: max(0, min(held.numel(), part.ds_numel - begin))]
-    return tensor
+    """What this process holds of a weight or an average, live: the shard of a DTensor, all of any other."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_of(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy in `dtype`, in pieces like the weight: a DTensor like FSDP2's, one of the flat weight under ZeRO-3.
-    Both are what `torch.distributed.checkpoint` saves, and loads onto another number of processes."""
-    if not is_partitioned(parameter):
-        return parameter.detach().to(dtype, copy=True)
-    part: Any = parameter
-    mesh = init_device_mesh(part.ds_tensor.device.type, (distributed.get_world_size(part.ds_process_group),))
-    held = local(parameter).to(dtype, copy=True)
-    size = torch.Size((part.ds_numel,))
-    return DTensor.from_local(held, mesh, [Shard(0)], run_check=False, shape=size, stride=(1,))
+    """A copy in `dtype`; of a shard a DTensor of the same placement, which `torch.distributed.checkpoint` saves, and
+    loads onto another number of processes."""
+    return parameter.detach().to(dtype, copy=True)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the weights of a model lie in pieces by now (FSDP2 shards when training begins)."""
-    return isinstance(_bare(model), FSDPModule) or any(is_partitioned(parameter) for parameter in model.parameters())
+    """Whether FSDP2 has sharded the weights of a model, which it does when training begins."""
+    return isinstance(_bare(model), FSDPModule)
 
 
 def reshard(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from unisd.drift.budget import DriftBudget
 from unisd.drift.probe import DriftProbe, default_probe
 from unisd.drift.shrink import can_shrink, shrink
 from unisd.metrics import PREFIX
+from unisd.modules import is_peft
 from unisd.turns import reply_end_ids
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ SHRUNK = f"{PREFIX}drift_shrunk"
 def make_drift_probe(
     trainer: UniSDTrainer, student: nn.Module, items: Sequence[Mapping[str, Any]] | None
 ) -> DriftProbe | None:
-    """The probe of a run; None where it is turned off.
+    """The probe of a run; None where it is turned off or, with a warning, where the base is out of reach.
 
     Args:
         student: unwrapped, before training.
@@ -41,6 +43,13 @@ def make_drift_probe(
     """
     args = trainer.args
     if not args.drift_probe_every:
+        return None
+    if (trainer._dist.is_zero3 or trainer._dist.fsdp_version == 1) and not is_peft(student):
+        warnings.warn(
+            "the drift from the base model is not measured: ZeRO-3 or FSDP1 shards the weights and full fine-tuning "
+            "overwrites the base. Set drift_probe_every=0, or train with LoRA or FSDP2",
+            stacklevel=3,
+        )
         return None
     tokenizer: Any = trainer._tokenizer
     if items is None:

@@ -57,14 +57,22 @@ class DistributedTrainer(_Base):
         with self.accelerator.autocast():
             if not self._is_sharded:
                 return function(student, *args, **kwargs)
-            # Through the wrapper's forward, which materializes the shards.
-            return self._forward_redirection(self.model_wrapped, student, function, student, *args, **kwargs)
+            # Through the wrapper's forward, which materializes the shards. Hooks of an engine look into what that
+            # returns, and DeepSpeed's take no number, so it returns a tensor and the result goes beside it.
+            results: list[_T] = []
+
+            def call(*given: Any, **named: Any) -> torch.Tensor:
+                results.append(function(*given, **named))
+                return torch.zeros(())
+
+            self._forward_redirection(self.model_wrapped, student, call, student, *args, **kwargs)
+            return results[0]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         # What is called between the sharding of the weights and the loading of a checkpoint.
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         student: nn.Module = self.accelerator.unwrap_model(self.model)
-        if not self._has_started and self._is_sharded and is_sharded(student):
+        if not self._has_started and is_sharded(student):
             self._has_started = True
             self.teacher.start(student)
             if self.drift is not None and self.drift.loses_base(student):

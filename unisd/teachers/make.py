@@ -28,7 +28,7 @@ def make_teacher(model: nn.Module, *, teacher: str, ema: str, decay: float, shar
     Args:
         model: the student, unwrapped, on its device, with the weights it starts from.
         teacher, ema, decay: as in `UniSDConfig`; `ema="auto"` is "adapter" for a PEFT model, else "full".
-        sharded: whether an engine shards the weights (FSDP2, ZeRO-3), now or when training begins. The teacher then
+        sharded: whether an engine shards the weights (FSDP2), now or when training begins. The teacher then
             has no weights before its `start` was called.
 
     Raises:

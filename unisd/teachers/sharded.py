@@ -1,4 +1,4 @@
-"""Teachers of a model whose weights are all trained and lie in shards (FSDP2, ZeRO-3).
+"""Teachers of a model whose weights are all trained and lie in shards (FSDP2).
 
 A second model, as `unisd.teachers.full` keeps one, would have to be sharded and gathered beside the first. Here the
 shards of the teacher's weights take the place of the student's while it scores (`unisd.teachers.swap`): nothing is
