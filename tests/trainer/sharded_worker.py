@@ -96,32 +96,31 @@ class SecondHalfCutOff(tiny_run.FixedRollouts):
 
 
 def kill_in(when: str) -> type:
-    """A trainer whose second rank is killed in the step after the checkpoint of step 3, or within that save."""
+    """A trainer whose second rank is killed in the step after the checkpoint of step 3, or in the next save before it
+    writes its part of the average, the optimizer's state, or the state of the random numbers, which comes last."""
 
     class Killed(tiny_run.FixedRollouts):
-        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if when == "step" and self.state.global_step == SAVED + 1 and self.accelerator.process_index == 1:
+        def _end(self, now: str, step: int) -> None:
+            if (now, step, self.accelerator.process_index) == (when, self.state.global_step, 1):
                 os.kill(os.getpid(), signal.SIGKILL)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            self._end("step", SAVED + 1)
             return super().training_step(*args, **kwargs)
 
-        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            if when != "step" and self.state.global_step == 2 * SAVED and self.accelerator.process_index == 1:
-                sys.addaudithook(killing_at(f"checkpoint-{2 * SAVED}", when))
-            super()._save_checkpoint(*args, **kwargs)
+        def write_beside(self, folder: str) -> None:
+            self._end("average", 2 * SAVED)
+            super().write_beside(folder)
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            self._end("optimizer", 2 * SAVED)
+            super()._save_optimizer_and_scheduler(output_dir)
+
+        def _save_rng_state(self, output_dir: str) -> None:
+            self._end("rng", 2 * SAVED)
+            super()._save_rng_state(output_dir)
 
     return Killed
-
-
-def killing_at(folder: str, name: str) -> Any:
-    """An audit hook that ends the process when it opens a file of that name in the folder to write."""
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(args[0], (str, os.PathLike)) and isinstance(args[2], int):
-            path = os.fspath(args[0])
-            if args[2] & (os.O_WRONLY | os.O_RDWR) and folder in path and name in path:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    return hook
 
 
 def process(rank: int, processes: int, base: Path, kinds: list[str], part: str) -> None:
