@@ -1,9 +1,9 @@
-"""Output head of a run: checked at construction, in one piece under ZeRO-3, in the dtype of the hidden states."""
+"""Output head of a run: checked at construction, gathered where it is sharded, in the dtype of the hidden states."""
 
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from unisd.mixture import check_common_head, check_softcap
 from unisd.modules import model_head, remember_head
+from unisd.sharding import gather_head, is_partitioned
 from unisd_kernels import LMHead
 
 if TYPE_CHECKING:
@@ -83,9 +84,13 @@ def check_mixture(args: UniSDConfig, student: nn.Module, teacher: Teacher) -> No
 
 
 def gathered_head(model: nn.Module) -> AbstractContextManager[None]:
-    """Context with the head in one piece, under ZeRO-3; nothing elsewhere. Not for a pass of the backbone, which itself
-    gathers and releases a tied weight."""
+    """Context with the head in one piece, under ZeRO-3 and FSDP2; nothing elsewhere. Not for a pass of the backbone,
+    which itself gathers and releases a tied weight. FSDP2's stays gathered until the backward pass, and with it a
+    gradient flows to the shards; without a graph, until the weights are next let go of (`unisd.sharding.reshard`)."""
     head = model.get_output_embeddings()  # type: ignore[operator]
+    gather_head(head)
+    if not is_partitioned(head.weight):
+        return nullcontext()
     return maybe_gather_lm_head_ctx(head.weight, getattr(head, "bias", None))  # type: ignore[arg-type]
 
 

@@ -115,7 +115,7 @@ def test_every_rank_has_the_same_bits(ranks: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("3 ranks", "a rank", "mesh", "all"))])
 def test_messages_and_bytes(name: str, ranks: list[dict[str, Any]]) -> None:
-    """As docs/distributed.md has them, whatever a rank holds."""
+    """As docs/row-groups.md has them, whatever a rank holds."""
     case, options = CASES[name], dict(CASES[name].options)
     longest = max(case.rows(rank).numel() for rank in range(case.size))
     shared, by_token = bool(case.shared), options.get("agreement", "token") == "token"

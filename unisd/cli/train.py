@@ -34,7 +34,7 @@ from unisd.run.hub import keep_token_out, push_run
 from unisd.run.processes import ending_process_group
 from unisd.run.settings import resolved_settings
 from unisd.sweep.cells import FINISHED
-from unisd.teachers import STATE_FILE
+from unisd.teachers import STATE_FILE, STATE_FOLDER
 from unisd.trainer import UniSDTrainer
 
 
@@ -136,6 +136,8 @@ def fit_step(settings: Settings, rows: Any) -> None:
         config.per_device_train_batch_size = max(1, min(batch, room))
     if "gradient_accumulation_steps" in free:
         config.gradient_accumulation_steps = max(1, min(accumulation, share // config.per_device_train_batch_size))
+    if config.process_index > 0:
+        return
     print(
         f"unisd train: {count} rows are fewer than a step of {batch} x {accumulation} takes: it is "
         f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} here",
@@ -179,7 +181,8 @@ def _prepare_output_dir(settings: Settings) -> None:
     if settings.run.overwrite_output_dir:
         # All of it belongs to weights that will be gone.
         evaluations = [folder / EVALUATIONS] if (folder / EVALUATIONS).is_dir() else []
-        for entry in [*checkpoints, *evaluations]:
+        states = [folder / STATE_FOLDER] if (folder / STATE_FOLDER).is_dir() else []
+        for entry in [*checkpoints, *states, *evaluations]:
             print(f"deleting {entry}, of the run that is overwritten", file=sys.stderr)
             shutil.rmtree(entry)
         for name in (STATE_FILE, "trainer_state.json", FINISHED):
