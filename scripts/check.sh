@@ -57,7 +57,8 @@ trainer_with_oldest_trl() {
 }
 
 stage "lint and types" lint
-stage "tests" "$bin/python" -m pytest -n 2 "$@"
+# A file's tests in one process: what they share, groups of processes among it, is then made once.
+stage "tests" "$bin/python" -m pytest -n 2 --dist loadfile "$@"
 stage "the trainer's tests with $(basename "$oldest_trl")" trainer_with_oldest_trl "$@"
 echo "== in all"
 printf '%s\n' "${report[@]}"
