@@ -43,7 +43,7 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # `FSDPModule.reshard` leaves what is to stay gathered until the backward pass (root, last norm and head).
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            for group in _groups(module):
                 group._to_sharded()
 
 
@@ -74,6 +74,14 @@ def gather_head(head: Any) -> None:
     weight afterwards, whose gradient FSDP2 reduces; one sharded by tensor parallelism stays as it is."""
     if isinstance(head, FSDPModule):
         head.unshard()
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    """Groups of weights that are gathered together; older versions of torch have at most one for a module."""
+    state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def _bare(model: Any) -> nn.Module:
