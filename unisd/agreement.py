@@ -9,7 +9,7 @@ that every process does the same work.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ def most_uncertain(entropies: torch.Tensor, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class SelectiveWeights:
-    """Agreement weights of a micro-batch of which some sequences were scored.
+    """Agreement weights of a micro-batch that were computed before its loss, of all or some of its sequences.
 
     Attributes:
         weights: [N], 1 for the tokens of the sequences that were not scored.
@@ -67,8 +67,7 @@ def selective_weights(
     inputs: dict[str, Any],
     rows: CompletionRows,
     mask: torch.Tensor,
-    views: Callable[[dict[str, Any], CompletionRows], Sequence[torch.Tensor]],
-    logprobs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    scores: Callable[[dict[str, Any], CompletionRows], torch.Tensor],
     *,
     always_run: bool,
     **settings: Any,
@@ -77,10 +76,9 @@ def selective_weights(
 
     Args:
         rows, mask: the N counted tokens and their [B, T] mask.
-        views: from a batch and its n counted tokens to their hidden states [n, H] under each auxiliary context.
-        logprobs: from packed hidden states [n, H] and ids [n] to log-probabilities [n] at temperature 1, which is
-            that of the agreement whatever the training temperature.
-        always_run: make the passes for one sequence if none is to be scored: with sharded weights a pass is a
+        scores: from a batch and its n counted tokens to their log-probabilities [K, n] under the auxiliary contexts at
+            temperature 1, which is that of the agreement whatever the training temperature.
+        always_run: score one sequence if none is to be scored: with sharded weights a pass is a
             collective, and another process may have sequences to score.
         settings: `level`, `statistic` and `gamma` of `agreement_weights`.
     """
@@ -91,14 +89,13 @@ def selective_weights(
         if always_run:
             first = torch.zeros(1, dtype=torch.long)
             batch = _selected(inputs, first)
-            views(batch, CompletionRows.of(mask[first.to(mask.device)], batch["completion_ids"].to(mask.device)))
+            scores(batch, CompletionRows.of(mask[first.to(mask.device)], batch["completion_ids"].to(mask.device)))
         ones = torch.ones(rows.ids.numel(), device=rows.ids.device)
         return SelectiveWeights(ones, ones[:0], 0)
     batch = _selected(inputs, chosen)
     chosen = chosen.to(mask.device)
     chosen_rows = CompletionRows.of(mask[chosen], batch["completion_ids"].to(mask.device))
-    scores = torch.stack([logprobs(view, chosen_rows.ids) for view in views(batch, chosen_rows)])
-    agreement = agreement_weights(scores, chosen_rows.cu_seqlens, **settings)
+    agreement = agreement_weights(scores(batch, chosen_rows), chosen_rows.cu_seqlens, **settings)
     weights = agreement.weights.new_ones(mask.shape)
     of_chosen = weights[chosen].flatten().index_copy(0, chosen_rows.positions, agreement.weights)
     weights[chosen] = of_chosen.view(num_scored, -1)

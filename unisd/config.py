@@ -17,7 +17,7 @@ from unisd.liger import liger_settings
 from unisd.mixture import MIXTURES, SHARPENED
 from unisd.presets import get_preset, preset_fields
 from unisd.rows import OVERLONG
-from unisd.views import VIEW_PASSES
+from unisd.views import VIEW_PASSES, VIEW_SCORERS, check_view_scorer
 from unisd_kernels import available
 from unisd_kernels.config import LossConfig, check_choice, check_number
 
@@ -107,6 +107,12 @@ class UniSDConfig(DistillationConfig):
             "prefix" (and what rows share from their beginning once), "auto" ("prefix" where the model can; says once
             where it cannot). The same states but for rounding (docs/training.md, "Views").
         view_cache_bytes: bound on the keys and values of shared prefixes that are kept between updates of the weights.
+        view_scorer: who scores the auxiliary views: "local", or "server": one with the base model and vLLM's
+            `prompt_logprobs`, for `teacher="base"` (docs/vllm.md).
+        view_scorer_url, view_scorer_model: where, and the model's name there; None for the only one.
+        view_scorer_concurrency: requests under way at a time.
+        view_scorer_timeout, view_scorer_patience: seconds until an answer counts as failed, and for which a failed
+            request is tried again (a restart of the server) before the run stops.
         merged_rollouts: sample with the adapter added to a copy of its base's weights, which are put back exactly;
             LoRA, with transformers. None does so on a CPU (docs/training.md, "Rollouts").
         profile: measure where a step's time and memory go (docs/training.md, "What a step costs").
@@ -211,6 +217,22 @@ class UniSDConfig(DistillationConfig):
     )
     view_cache_bytes: int = field(
         default=2**30, metadata={"help": "Bound in bytes on the keys and values of shared prefixes that are kept."}
+    )
+    view_scorer: str = field(
+        default="local", metadata={"help": "Who scores the auxiliary views: local, or server (needs teacher=base)."}
+    )
+    view_scorer_url: str | None = field(
+        default=None, metadata={"help": "The server, such as http://localhost:8000 (`vllm serve` of the base model)."}
+    )
+    view_scorer_model: str | None = field(
+        default=None, metadata={"help": "The model's name there; None for the only one."}
+    )
+    view_scorer_concurrency: int = field(default=16, metadata={"help": "Requests to it that are under way at a time."})
+    view_scorer_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds until an answer of it counts as failed."}
+    )
+    view_scorer_patience: float = field(
+        default=600.0, metadata={"help": "Seconds for which a failed request is tried again before the run stops."}
     )
     merged_rollouts: bool | None = field(
         default=None,
@@ -340,6 +362,7 @@ class UniSDConfig(DistillationConfig):
             check_choice("impl", self.impl, tuple(available("cpu")))
         check_choice("normalization", self.normalization, ("sequence", "token"))
         check_choice("view_passes", self.view_passes, VIEW_PASSES)
+        check_choice("view_scorer", self.view_scorer, VIEW_SCORERS)
         check_choice("overlong", self.overlong, OVERLONG)
         check_choice("prompt_frame", self.prompt_frame, FRAMES)
         for name in ("divergence_weight", "agreement_gamma", "contrastive_weight", "feature_weight", "clip_cap"):
@@ -352,6 +375,8 @@ class UniSDConfig(DistillationConfig):
         if self.drift_budget is not None:
             check_number("drift_budget", self.drift_budget, low=0.0, open_low=True)
         check_number("temperature", self.temperature, low=0.0, open_low=True)
+        check_number("view_scorer_timeout", self.view_scorer_timeout, low=0.0, open_low=True)
+        check_number("view_scorer_patience", self.view_scorer_patience, low=0.0)
         check_ranges(self)
         check_number("top_entropy_quantile", self.top_entropy_quantile, low=0.0, high=1.0, open_low=True)
         TeacherTemplate.of(self)  # refuses what is no template
@@ -361,6 +386,7 @@ class UniSDConfig(DistillationConfig):
             ("drift_probe_every", 0),
             ("skip_first_tokens", 0),
             ("view_cache_bytes", 0),
+            ("view_scorer_concurrency", 1),
             ("max_completion_length", 1),
         ):
             _check_integer(name, getattr(self, name), low)
@@ -389,6 +415,7 @@ class UniSDConfig(DistillationConfig):
             raise ValueError(
                 f"teacher='base' is a fixed teacher and cannot be a moving average (ema={self.ema!r}); set ema='none'"
             )
+        check_view_scorer(self)
         if not (self.divergence_weight or self.contrastive_weight or self.feature_weight):
             raise ValueError(
                 "divergence_weight, contrastive_weight and feature_weight are all 0: there is nothing to train on"

@@ -24,9 +24,9 @@ from unisd.modules import HiddenStates, model_head
 from unisd.profile.phases import NoProfile, StepProfile
 from unisd.sft import supervised_loss
 from unisd.teachers import Teacher
-from unisd.views import ViewScorer
+from unisd.views import LocalScorer, ServerScorer, ViewScorer
 from unisd.views.scorer import View, padded_view
-from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, linear_logprobs, unisd_loss
+from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, agreement_weights, linear_logprobs, unisd_loss
 from unisd_kernels.config import LossInputs
 
 
@@ -46,7 +46,7 @@ class StepResult:
         batch: ids and masks of all views, cropped.
         inputs: hidden states of the N completion tokens, and the heads.
         loss: as `unisd_loss` returns it.
-        selective: with selective agreement, the weights that are `inputs.token_weights`.
+        selective: with selective agreement, or a server that scores, the weights that are `inputs.token_weights`.
         parts: the views that are the teacher together (`unisd.mixture`), if it is a mixture.
     """
 
@@ -67,6 +67,7 @@ class LossStep:
         teacher: scores the views.
         hidden_states: runs a backbone.
         views: scores the views.
+        served: scores the auxiliary views of agreement in place of `views`, if they are scored elsewhere.
         num_processes: data-parallel processes.
         is_sharded: whether a forward pass is a collective.
         fixed_shapes: whether batches keep their padding.
@@ -79,6 +80,7 @@ class LossStep:
     teacher: Teacher
     hidden_states: HiddenStates
     views: ViewScorer
+    served: ServerScorer | None = None
     num_processes: int = 1
     is_sharded: bool = False
     fixed_shapes: bool = False
@@ -103,31 +105,43 @@ class LossStep:
         rows = CompletionRows.of(mask, batch["completion_ids"]).to(head_device(student))
         if self.args.is_supervised:
             return self._supervised(student, batch, rows, num_items_in_batch)
-        selective = None
+        selective, scores = None, None
+        if self.served is not None and not self.is_selective:
+            # The server works while the passes here are made.
+            scores = self.served.begin(batch, rows, self._auxiliary)
         version = self.teacher.version(student)
         with self.profile.phase("other views"), self.teacher.scoring(student) as scorer:
             own_head = self.teacher.head(student)
             views: list[View] = [("negative_prompt", None)] if self.contexts.negative else []
             if not self.is_selective:
-                views = [("teacher_prompt", None), *views, *self._auxiliary]
+                views = [("teacher_prompt", None), *views, *(self._auxiliary if self.served is None else ())]
             hidden_of = dict(zip(views, self.views(scorer, batch, rows, views, version), strict=True))
+            self._compare(student, scorer, own_head, batch, rows, version)
             if self.is_selective:
                 hidden_of["teacher_prompt", None] = rows.take(batch[TEACHER_HIDDEN])
                 selective = self._selective_weights(student, scorer, own_head, batch, rows, mask, version)
         teacher, negative = hidden_of["teacher_prompt", None], hidden_of.get(("negative_prompt", None))
-        auxiliary = () if self.is_selective else tuple(hidden_of[view] for view in self._auxiliary)
+        auxiliary = tuple(hidden_of[view] for view in self._auxiliary if view in hidden_of)
         with self.profile.phase("student"):
             hidden = rows.take(padded_view(self.hidden_states, student, batch, ("prompt", None)))
+        found = None
+        if scores is not None:
+            with self.profile.phase("other views"):  # what is still waited for
+                found = scores()
         num_items = self._num_items(batch, num_items_in_batch)
         if self.args.top_entropy_quantile < 1.0:
             kept = self._most_entropic(student, hidden, rows)
             rows, hidden, teacher = rows.subset(kept), hidden[kept], teacher[kept]
             auxiliary = tuple(view[kept] for view in auxiliary)
             negative = None if negative is None else negative[kept]
+            found = None if found is None else found[:, kept]
             if selective is not None:
                 selective = replace(selective, weights=selective.weights[kept])
             if num_items is not None and self.args.normalization == "token":
                 num_items = num_items * self.args.top_entropy_quantile
+        if found is not None:
+            agreement = agreement_weights(found, rows.cu_seqlens, **self._agreement_settings)
+            selective = SelectiveWeights(agreement.weights, agreement.disagreement, rows.num_sequences)
         with self.profile.phase("head and loss"), gathered_head(student):
             head = fitted_head(model_head(student), hidden)
             if not torch.is_grad_enabled():
@@ -244,17 +258,48 @@ class LossStep:
         version: Hashable,
     ) -> SelectiveWeights:
         """Agreement weights of a micro-batch, whose counted tokens are `rows` [N] and `mask` [B, T]."""
+        local = self._local(student, scorer, own_head, version)
+        source = local if self.served is None else self.served
         return selective_weights(
             batch,
             rows,
             mask,
-            lambda chosen, of_chosen: self.views(scorer, chosen, of_chosen, self._auxiliary, version),
-            lambda hidden, ids: self._score(student, own_head, hidden, ids).logprobs,
-            always_run=self.is_sharded,
-            level=str(self.args.agreement),
-            statistic=self.args.agreement_statistic,
-            gamma=float(self.args.agreement_gamma or 0.0),
+            lambda chosen, of_chosen: source.begin(chosen, of_chosen, self._auxiliary)(),
+            always_run=self.is_sharded and self.served is None,
+            **self._agreement_settings,
         )
+
+    @property
+    def _agreement_settings(self) -> dict[str, Any]:
+        return {
+            "level": str(self.args.agreement),
+            "statistic": self.args.agreement_statistic,
+            "gamma": float(self.args.agreement_gamma or 0.0),
+        }
+
+    def _local(self, student: Any, scorer: Any, own_head: LMHead | None, version: Hashable) -> LocalScorer:
+        """What scores views here; inside `Teacher.scoring`."""
+        return LocalScorer(
+            lambda batch, rows, views: self.views(scorer, batch, rows, views, version),
+            lambda hidden, ids: self._score(student, own_head, hidden, ids).logprobs,
+        )
+
+    def _compare(
+        self,
+        student: Any,
+        scorer: Any,
+        own_head: LMHead | None,
+        batch: dict[str, Any],
+        rows: CompletionRows,
+        version: Hashable,
+    ) -> None:
+        """Verify once, before anything is learned from it, that the server scores as the teacher here does."""
+        if self.served is None or self.served.is_compared:
+            return
+        # By every process, whatever its rows: with sharded weights a pass is a collective.
+        one = self._auxiliary[:1]
+        local = self._local(student, scorer, own_head, version).begin(batch, rows, one)
+        self.served.compare(local(), self.served.begin(batch, rows, one)())
 
     def _score(
         self, student: Any, own_head: LMHead | None, hidden: torch.Tensor, ids: torch.Tensor, **options: Any

@@ -45,7 +45,7 @@ from unisd.step import LossStep
 from unisd.teachers import EMATeacher, Teacher, TeacherUpdates, load_teacher, save_teacher, teacher_of_run
 from unisd.text_tokenizer import tokenizer_for
 from unisd.turns import Prompt
-from unisd.views import view_scorer
+from unisd.views import served_scorer, view_scorer
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -164,6 +164,7 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
                 pads=self.pad_to_multiple_of is not None,
                 takes_positions=self._takes_position_ids,
             ),
+            served_scorer(args),
             num_processes=self.accelerator.num_processes,
             is_sharded=self._is_sharded,
             fixed_shapes=self.pad_to_multiple_of is not None,

@@ -133,6 +133,16 @@ NEEDS = {
         ("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
         ("use_vllm and vllm_mode=server", lambda s: s["use_vllm"] and s["vllm_mode"] == "server"),
     ),
+    **dict.fromkeys(
+        (
+            "view_scorer_url",
+            "view_scorer_model",
+            "view_scorer_concurrency",
+            "view_scorer_timeout",
+            "view_scorer_patience",
+        ),
+        _needs("view_scorer", "server"),
+    ),
     "liger_kernel_config": _needs("use_liger_kernel"),
     "fsdp_config": ("fsdp", lambda settings: bool(settings["fsdp"])),
     "ds3_gather_for_generation": ("deepspeed", lambda settings: bool(settings["deepspeed"])),
