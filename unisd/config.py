@@ -107,6 +107,9 @@ class UniSDConfig(DistillationConfig):
             "prefix" (and what rows share from their beginning once), "auto" ("prefix" where the model can; says once
             where it cannot). The same states but for rounding (docs/training.md, "Views").
         view_cache_bytes: bound on the keys and values of shared prefixes that are kept between updates of the weights.
+        vllm_importance_sampling_correction: weight the divergence at each place by how much more probable the tokens
+            before it are under the student than under vLLM, which sampled them in another precision (docs/vllm.md).
+        vllm_importance_sampling_clip_max: bound on such a weight.
         view_scorer: who scores the auxiliary views: "local", or "server": one with the base model and vLLM's
             `prompt_logprobs`, for `teacher="base"` (docs/vllm.md).
         view_scorer_url, view_scorer_model: where, and the model's name there; None for the only one.
@@ -217,6 +220,12 @@ class UniSDConfig(DistillationConfig):
     )
     view_cache_bytes: int = field(
         default=2**30, metadata={"help": "Bound in bytes on the keys and values of shared prefixes that are kept."}
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False, metadata={"help": "Weight each place by student over vLLM, of the tokens before it."}
+    )
+    vllm_importance_sampling_clip_max: float = field(
+        default=3.0, metadata={"help": "Bound on the weight of the importance correction."}
     )
     view_scorer: str = field(
         default="local", metadata={"help": "Who scores the auxiliary views: local, or server (needs teacher=base)."}
@@ -416,6 +425,13 @@ class UniSDConfig(DistillationConfig):
                 f"teacher='base' is a fixed teacher and cannot be a moving average (ema={self.ema!r}); set ema='none'"
             )
         check_view_scorer(self)
+        check_number(
+            "vllm_importance_sampling_clip_max", self.vllm_importance_sampling_clip_max, low=0.0, open_low=True
+        )
+        if self.vllm_importance_sampling_correction and not self.use_vllm:
+            raise ValueError(
+                "vllm_importance_sampling_correction=True has no effect without use_vllm: it corrects rollouts by vLLM"
+            )
         if not (self.divergence_weight or self.contrastive_weight or self.feature_weight):
             raise ValueError(
                 "divergence_weight, contrastive_weight and feature_weight are all 0: there is nothing to train on"

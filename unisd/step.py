@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from unisd.agreement import SelectiveWeights, most_uncertain, selective_weights, sequence_means
-from unisd.batch import SCORED, TEACHER_HIDDEN, CompletionRows, counted_mask, crop, per_sequence
+from unisd.batch import SAMPLER_LOGPROBS, SCORED, TEACHER_HIDDEN, CompletionRows, counted_mask, crop, per_sequence
 from unisd.config import UniSDConfig
 from unisd.contexts import ContextSpec
 from unisd.head import fitted_head, gathered_head, head_device
+from unisd.importance import prefix_weights
 from unisd.masks import most_entropic
 from unisd.mixture import Part, Views, mixed, parts_of_teacher
-from unisd.modules import HiddenStates, model_head
+from unisd.modules import HiddenStates, evaluating, has_dropout, model_head
 from unisd.profile.phases import NoProfile, StepProfile
 from unisd.sft import supervised_loss
 from unisd.teachers import Teacher
@@ -48,6 +49,7 @@ class StepResult:
         loss: as `unisd_loss` returns it.
         selective: with selective agreement, or a server that scores, the weights that are `inputs.token_weights`.
         parts: the views that are the teacher together (`unisd.mixture`), if it is a mixture.
+        importance: [N] weights for a sampler that is not quite the student (`unisd.importance`), if they are asked for.
     """
 
     batch: dict[str, Any]
@@ -55,6 +57,7 @@ class StepResult:
     loss: UniSDLoss
     selective: SelectiveWeights | None = None
     parts: tuple[Part, ...] = ()
+    importance: torch.Tensor | None = None
 
 
 @dataclass
@@ -123,7 +126,9 @@ class LossStep:
         teacher, negative = hidden_of["teacher_prompt", None], hidden_of.get(("negative_prompt", None))
         auxiliary = tuple(hidden_of[view] for view in self._auxiliary if view in hidden_of)
         with self.profile.phase("student"):
-            hidden = rows.take(padded_view(self.hidden_states, student, batch, ("prompt", None)))
+            states = padded_view(self.hidden_states, student, batch, ("prompt", None))
+            hidden = rows.take(states)
+        importance = self._importance(student, batch, states, rows) if SAMPLER_LOGPROBS in batch else None
         found = None
         if scores is not None:
             with self.profile.phase("other views"):  # what is still waited for
@@ -135,6 +140,7 @@ class LossStep:
             auxiliary = tuple(view[kept] for view in auxiliary)
             negative = None if negative is None else negative[kept]
             found = None if found is None else found[:, kept]
+            importance = None if importance is None else importance[kept]
             if selective is not None:
                 selective = replace(selective, weights=selective.weights[kept])
             if num_items is not None and self.args.normalization == "token":
@@ -159,11 +165,37 @@ class LossStep:
                 # Views that are read for the mixture alone are not scored.
                 auxiliary_hidden=auxiliary if self.args.uses_agreement else (),
                 negative_hidden=negative if self.args.uses_contrastive else None,
-                token_weights=None if selective is None else selective.weights,
+                token_weights=_product(None if selective is None else selective.weights, importance),
                 num_items=None if num_items is None else num_items.to(hidden.device),
             )
             loss = self.functions.unisd_loss(**inputs.arguments(), **self.args.loss_settings())
-        return StepResult(batch, inputs, loss, selective, tuple(parts))
+        return StepResult(batch, inputs, loss, selective, tuple(parts), importance)
+
+    @torch.no_grad()
+    def _importance(
+        self, student: Any, batch: dict[str, Any], states: torch.Tensor, rows: CompletionRows
+    ) -> torch.Tensor:
+        """Importance weights [N] of the counted tokens, from the student's states [B, T, H] of its training pass."""
+        mask = batch["completion_mask"]
+        if has_dropout(student):  # what was sampled knows of none
+            with evaluating(student):
+                states = padded_view(self.hidden_states, student, batch, ("prompt", None))
+        sampled = CompletionRows.of(mask, batch["completion_ids"]).to(rows.ids.device)
+        hidden = sampled.take(states)
+        with gathered_head(student):
+            found = self.functions.linear_logprobs(
+                hidden,
+                fitted_head(model_head(student).detach(), hidden),
+                sampled.ids,
+                temperature=self.args.temperature,
+                impl=self.args.impl,
+                workspace_bytes=self.args.workspace_bytes,
+            ).logprobs
+        placed = sampled.put(found.unsqueeze(1), mask.shape).squeeze(-1)
+        cap = self.args.vllm_importance_sampling_clip_max
+        sampler, mask = batch[SAMPLER_LOGPROBS].to(placed.device), mask.to(placed.device)
+        weights = prefix_weights(placed, sampler, mask, cap)
+        return weights.flatten().index_select(0, rows.positions)
 
     def _most_entropic(self, student: Any, hidden: torch.Tensor, rows: CompletionRows) -> torch.Tensor:
         """Places [n] of the tokens at which the student is least sure, by its own head."""
@@ -311,3 +343,7 @@ class LossStep:
             return self.functions.linear_logprobs(
                 hidden, head, ids, impl=self.args.impl, workspace_bytes=self.args.workspace_bytes, **options
             )
+
+
+def _product(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    return one * other if one is not None and other is not None else one if other is None else other

@@ -86,6 +86,7 @@ WITH = {
     "teacher": ["--ema", "none"],
     "view_scorer": ["--view_scorer_url", "http://somewhere:1", "--teacher", "base", "--ema", "none"],
 }
+WITH["vllm_importance_sampling_clip_max"] = ["--use_vllm", "--vllm_importance_sampling_correction"]
 WITH["view_scorer_url"] = ["--view_scorer", "server", *WITH["view_scorer"][2:]]
 _BY_PREFIX = {
     ("bnb_", "use_bnb"): ["--load_in_4bit"],

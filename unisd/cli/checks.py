@@ -126,6 +126,7 @@ NEEDS = {
             "vllm_gpu_memory_utilization",
             "vllm_max_model_length",
             "vllm_tensor_parallel_size",
+            "vllm_importance_sampling_correction",
         ),
         _needs("use_vllm"),
     ),
@@ -133,6 +134,7 @@ NEEDS = {
         ("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
         ("use_vllm and vllm_mode=server", lambda s: s["use_vllm"] and s["vllm_mode"] == "server"),
     ),
+    "vllm_importance_sampling_clip_max": _needs("vllm_importance_sampling_correction"),
     **dict.fromkeys(
         (
             "view_scorer_url",
