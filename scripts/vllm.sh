@@ -10,6 +10,7 @@
 #     scripts/vllm.sh all                everything, one after another
 #
 #     VLLM_ENV   the environment (default .vllm-venv); PYTHON the interpreter that makes it (python3); PORT (8123)
+#     SERVER     process id of a server that runs already, for prepare
 #     LOGS       where the output of each run goes (default runs/vllm); the last line of a .out is its JSON
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
@@ -41,7 +42,7 @@ serve() {
         --port "$port" "$@"
 }
 
-server=""
+server="${SERVER:-}" # process id of one that runs already
 start() {
     (serve "$@") >> "$logs/server.log" 2>&1 &
     server=$!
@@ -66,22 +67,28 @@ run() { # name of the log, interpreter, arguments
     "$@" > "$logs/$name.out" 2> "$logs/$name.err" || { tail "$logs/$name.err"; return 1; }
     tail -1 "$logs/$name.out"
 }
-scores() { run scores .venv/bin/python scripts/vllm_runs.py scores "$url" "$@"; }
+# Packed passes, because the rounds repeat a micro-batch, whose prefixes would be kept; a gamma whose weights are far
+# from 1.
+scores() {
+    run scores .venv/bin/python scripts/vllm_runs.py scores "$url" --setting view_passes '"packed"' \
+        --setting agreement_gamma 1.0 "$@"
+}
 steps() { run "${NAME:-steps}" "$env/bin/python" scripts/vllm_runs.py steps "$@"; }
 server-rollouts() { run server-rollouts "$env/bin/python" scripts/vllm_runs.py server-rollouts "$url"; }
 
-# Six rows of a file whose negatives and instructions a server writes, which is killed on the way and started again.
+# Rows of a file whose four instructions a server writes, which is killed on the way and started again.
 prepare() {
-    local rows="${ROWS:-runs/slices/cos_e_train_2000.jsonl}" limit="${LIMIT:-6}" folder before
+    local rows="${ROWS:-runs/slices/cos_e_train_2000.jsonl}" folder before
     folder="$(model)"
-    start
+    [ -n "$server" ] || start
     # A cache of its own, so that nothing has been answered before.
-    UNISD_CACHE="$(mktemp -d)" .venv/bin/python -m unisd prepare "$rows" -o "$logs/prepared" --overwrite --limit "$limit" --contexts induction \
-        --generator "$url" --model "$folder" --batch_size 4 > "$logs/prepare.out" 2>&1 &
+    UNISD_CACHE="$(mktemp -d)" .venv/bin/python -m unisd prepare "$rows" -o "$logs/prepared" --overwrite --limit 12 \
+        --contexts induction --num_auxiliary 2 --negatives other --generator "$url" --model "$folder" --batch_size 2 \
+        > "$logs/prepare.out" 2>&1 &
     local client=$!
     # After the first replies that were answered.
     before="$(grep -c 'POST /v1/chat/completions' "$logs/server.log" || true)"
-    until [ "$(grep -c 'POST /v1/chat/completions' "$logs/server.log" || true)" -ge $((before + 4)) ]; do
+    until [ "$(grep -c 'POST /v1/chat/completions' "$logs/server.log" || true)" -ge $((before + 1)) ]; do
         kill -0 "$client" || break
         sleep 0.5
     done
@@ -96,10 +103,11 @@ prepare() {
 
 all() {
     install
-    steps
-    NAME=steps-corrected steps --setting vllm_importance_sampling_correction true
-    start
-    scores
+    NAME=steps-bfloat16 steps --steps 2 --tokens 8 --setting vllm_importance_sampling_correction true
+    NAME=steps-float32 steps --steps 2 --tokens 8 --sampler-dtype float32 --setting learning_rate 0.002 \
+        --setting vllm_importance_sampling_correction true
+    start --weight-transfer-config '{"backend": "nccl"}'
+    scores --batches 1 --rounds 3 --tokens 16
     server-rollouts
     crash
     prepare

@@ -10,6 +10,7 @@ Each prints one JSON object as its last line.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--sampler-dtype", default="auto", help="of vLLM, for steps")
     parser.add_argument("--setting", nargs=2, action="append", default=[], metavar=("NAME", "JSON"))
     options = parser.parse_args()
     command = {"scores": scores, "steps": steps, "server-rollouts": server_rollouts}[options.command]
@@ -197,6 +199,11 @@ def _spread(values: torch.Tensor) -> dict[str, float]:
 def steps(options: Any) -> dict[str, Any]:
     """Optimizer steps whose rollouts vLLM makes in this process; its log-probabilities against the student's."""
     settings = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 1280, "max_steps": options.steps}
+    from trl.generation import vllm_generation
+
+    # TRL has settings for neither: compiling takes a CPU many minutes, and of a float32 checkpoint vLLM's "auto" makes
+    # bfloat16.
+    vllm_generation.LLM = functools.partial(vllm_generation.LLM, enforce_eager=True, dtype=options.sampler_dtype)
     with tempfile.TemporaryDirectory() as folder:
         run = trainer(options, folder, **settings, vllm_gpu_memory_utilization=0.3)
         syncs: list[float] = []
@@ -211,7 +218,7 @@ def steps(options: Any) -> dict[str, Any]:
         sampler.sync_weights = timed
         run.train()
         # After the last step: the weights have moved, and the sampler gets them.
-        sync()
+        timed()
         ids = torch.randint(100, 40000, (1, 64), generator=torch.Generator().manual_seed(0))
         from vllm import SamplingParams
 
