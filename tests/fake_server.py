@@ -40,7 +40,9 @@ class Handler(BaseHTTPRequestHandler):
                 content = f"{body['messages'][-1]['content']} with {body['seed']}"
                 self.answer(200, {"choices": [{"message": {"content": content}}]})
             else:
-                self.answer(200, {"choices": [server.score(body)]})
+                choice = server.score(body)
+                if choice is not None:  # else it hangs up
+                    self.answer(200, {"choices": [choice]})
         finally:
             with server.lock:
                 server.under_way -= 1

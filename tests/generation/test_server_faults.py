@@ -87,7 +87,7 @@ def test_a_restart_in_the_middle_loses_nothing(server, caplog):
         found[place] = reply
         if number == 9:
             server.stop()
-            threading.Timer(0.3, server.start).start()
+            threading.Timer(1.0, server.start).start()
     assert found == {number: f"p{number} with {number}" for number in range(30)}
     assert sum("trying again" in message for message in caplog.messages) >= 1
     assert "answers again" in caplog.messages[-1]
