@@ -66,7 +66,7 @@ bench: $(STAMP)
 figures: $(STAMP)
 	$(BIN)/python -m bench figures $(FIGURES_ARGS)
 
-# The same of whole training steps; some eleven minutes. Threads wait without spinning, as in the demo.
+# The same of whole training steps with every preset; some 40 minutes. Threads wait without spinning, as in the demo.
 figures-steps: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench figures --steps $(FIGURES_ARGS)
 

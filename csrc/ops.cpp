@@ -20,12 +20,15 @@ STABLE_TORCH_LIBRARY(unisd, m) {
   // Statistics of complete rows into `statistics` [kDivergenceStatistics, rows] (cpu/statistics.h). With a soft cap the
   // tiles are overwritten by their logits. `teacher_is_delta` (bool [rows]): these rows of the teacher's tile hold
   // z_t - z_s. `with_gradient`: the student's tile is overwritten by the gradient of sum_n D_n with respect to a x / tau.
+  // `has_log_sums`: the tiles are logits, and maxima, log-sums and the log-ratio are there: of more columns than these,
+  // over which the other statistics then are sums.
   m.def(
       "tile_divergence_(Tensor(a!) student, Tensor(b!) teacher, float? student_tanh_scale, float? teacher_tanh_scale, "
       "Tensor? teacher_is_delta, Tensor? target_ids, float beta, bool want_entropy, Tensor(c!) statistics, "
-      "bool with_gradient=False) -> ()");
+      "bool with_gradient=False, bool has_log_sums=False) -> ()");
   // After tile_divergence_ without a gradient: overwrite the student's tile with the gradient of
-  // sum_n weight_n D_n + logprob_weight_n logp_n(y_n) with respect to a x / tau. No weight is a weight of one.
+  // sum_n weight_n D_n + logprob_weight_n logp_n(y_n) with respect to a x / tau. No weight is a weight of one; a target
+  // of -1 is in no column.
   m.def(
       "tile_divergence_gradient_(Tensor(a!) student, Tensor teacher, float? student_tanh_scale, "
       "Tensor? teacher_is_delta, Tensor? target_ids, float beta, Tensor statistics, Tensor? weight, "
@@ -38,6 +41,12 @@ STABLE_TORCH_LIBRARY(unisd, m) {
   m.def(
       "linear_score(Tensor hidden, Tensor weight, Tensor? bias, float scale, float? tanh_scale, Tensor target_ids, "
       "Tensor(a!) logsumexp, Tensor(b!) target_logits, Tensor(c!)? entropy) -> ()");
+  // The same rows from int8 codes of `hidden` and `weight` (cpu/kernels.h: CodedRows, CodedHead), into `sums` [6, rows],
+  // the fields of CodeSums in their order.
+  m.def(
+      "int8_score(Tensor codes, Tensor scales, Tensor along, Tensor floor, Tensor hidden, Tensor head_codes, "
+      "Tensor head_scales, Tensor head_offsets, Tensor head_lead, Tensor weight, Tensor? bias, float scale, "
+      "float? tanh_scale, float log_threshold, Tensor(a!) sums) -> ()");
   // out [rows, V] = scale * (hidden weight^T + bias)
   m.def("linear_logits(Tensor hidden, Tensor weight, Tensor? bias, float scale, Tensor(a!) out) -> ()");
   // out [rows, H] = scale * gradient weight

@@ -128,11 +128,11 @@ def scores(options: Any) -> dict[str, Any]:
             version = step.teacher.version(student)
             with step.teacher.scoring(student) as scorer:
                 local = step._local(student, scorer, step.teacher.head(student), version)
-                here = local.begin(inputs, rows, step._auxiliary)()
+                here = local.begin(inputs, rows, step.auxiliary)()
             began = time.perf_counter()
-            there = served.begin(inputs, rows, step._auxiliary)()
+            there = served.begin(inputs, rows, step.auxiliary)()
             waits.append(time.perf_counter() - began)
-            found = [agreement_weights(each, rows.cu_seqlens, **step._agreement_settings) for each in (here, there)]
+            found = [agreement_weights(each, rows.cu_seqlens, **step.agreement_settings) for each in (here, there)]
             apart.append((here - there).abs().flatten())
             weights_apart.append((found[0].weights - found[1].weights).abs())
             weights.append(found[0].weights)
@@ -158,7 +158,7 @@ def scores(options: Any) -> dict[str, Any]:
         }
         return {
             "completion_tokens": sum(each.numel() for each in weights),
-            "num_auxiliary": len(step._auxiliary),
+            "num_auxiliary": len(step.auxiliary),
             "gamma": run.args.agreement_gamma,
             "logprob_difference": _spread(torch.cat(apart)),
             "weight_difference": _spread(torch.cat(weights_apart)),

@@ -1,4 +1,5 @@
-"""Selective agreement: only the sequences the teacher is least sure of are read under the auxiliary contexts.
+"""Agreement weights that the loss is given, and selective agreement: only the sequences the teacher is least sure of
+are read under the auxiliary contexts.
 
 They are ranked over a whole generation window: the sequences of one optimizer step on one process, all of whose
 micro-batches see the same weights. So the teacher's pass over the window can be made when its completions have been
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from unisd.batch import SCORED, TEACHER_HIDDEN, CompletionRows, per_sequence
+from unisd.batch import AGREEMENT_WEIGHTS, DISAGREEMENT, SCORED, TEACHER_HIDDEN, CompletionRows, per_sequence
 from unisd_kernels import agreement_weights
 
 
@@ -49,8 +50,8 @@ def most_uncertain(entropies: torch.Tensor, count: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class SelectiveWeights:
-    """Agreement weights of a micro-batch that were computed before its loss, of all or some of its sequences.
+class GivenWeights:
+    """Agreement weights of a micro-batch that the loss is given.
 
     Attributes:
         weights: [N], 1 for the tokens of the sequences that were not scored.
@@ -63,43 +64,79 @@ class SelectiveWeights:
     num_scored: int
 
 
+def selected_scores(
+    inputs: dict[str, Any],
+    mask: torch.Tensor,
+    scores: Callable[[dict[str, Any], CompletionRows], torch.Tensor],
+    *,
+    num_views: int,
+    dtype: torch.dtype,
+    always_run: bool,
+) -> tuple[torch.Tensor, CompletionRows]:
+    """Scores [K, n] of the n counted tokens of the sequences that `inputs[SCORED]` chooses, and those tokens.
+
+    Args:
+        mask: [B, T] of the counted tokens, where the loss is computed.
+        scores: from a batch and its n counted tokens to their log-probabilities [K, n] under the auxiliary contexts at
+            temperature 1, which is that of the agreement whatever the training temperature.
+        num_views: K.
+        dtype: of the log-probabilities.
+        always_run: score one sequence if none is to be scored: with sharded weights a pass is a collective, and
+            another process may have sequences to score.
+    """
+    chosen = inputs[SCORED].nonzero().flatten()
+    is_idle = chosen.numel() == 0
+    if is_idle and always_run:
+        chosen = torch.zeros(1, dtype=torch.long)
+    batch = _selected(inputs, chosen)
+    rows = CompletionRows.of(mask[chosen.to(mask.device)], batch["completion_ids"].to(mask.device))
+    found = scores(batch, rows) if chosen.numel() else None
+    if found is None or is_idle:
+        none = CompletionRows.of(mask[:0], inputs["completion_ids"][:0].to(mask.device))
+        return torch.zeros(num_views, 0, dtype=dtype, device=mask.device), none
+    return found, rows
+
+
 def selective_weights(
     inputs: dict[str, Any],
     rows: CompletionRows,
     mask: torch.Tensor,
-    scores: Callable[[dict[str, Any], CompletionRows], torch.Tensor],
-    *,
-    always_run: bool,
+    scores: torch.Tensor,
+    scored_rows: CompletionRows,
     **settings: Any,
-) -> SelectiveWeights:
+) -> GivenWeights:
     """Agreement weights of a micro-batch in which `inputs[SCORED]` says which sequences are scored.
 
     Args:
         rows, mask: the N counted tokens and their [B, T] mask.
-        scores: from a batch and its n counted tokens to their log-probabilities [K, n] under the auxiliary contexts at
-            temperature 1, which is that of the agreement whatever the training temperature.
-        always_run: score one sequence if none is to be scored: with sharded weights a pass is a
-            collective, and another process may have sequences to score.
+        scores, scored_rows: of `selected_scores`.
         settings: `level`, `statistic` and `gamma` of `agreement_weights`.
     """
-    mask = mask.to(rows.ids.device)
-    chosen = inputs[SCORED].nonzero().flatten()
-    num_scored = chosen.numel()
-    if num_scored == 0:
-        if always_run:
-            first = torch.zeros(1, dtype=torch.long)
-            batch = _selected(inputs, first)
-            scores(batch, CompletionRows.of(mask[first.to(mask.device)], batch["completion_ids"].to(mask.device)))
-        ones = torch.ones(rows.ids.numel(), device=rows.ids.device)
-        return SelectiveWeights(ones, ones[:0], 0)
-    batch = _selected(inputs, chosen)
-    chosen = chosen.to(mask.device)
-    chosen_rows = CompletionRows.of(mask[chosen], batch["completion_ids"].to(mask.device))
-    agreement = agreement_weights(scores(batch, chosen_rows), chosen_rows.cu_seqlens, **settings)
-    weights = agreement.weights.new_ones(mask.shape)
-    of_chosen = weights[chosen].flatten().index_copy(0, chosen_rows.positions, agreement.weights)
-    weights[chosen] = of_chosen.view(num_scored, -1)
-    return SelectiveWeights(weights.flatten().index_select(0, rows.positions), agreement.disagreement, num_scored)
+    scored = scored_sequences(inputs, mask)
+    found = agreement_weights(scores, scored_rows.cu_seqlens, **settings)
+    weights = found.weights.new_ones(rows.ids.numel())
+    weights[scored[rows.positions // mask.shape[1]]] = found.weights
+    return GivenWeights(weights, found.disagreement, int(inputs[SCORED].sum()))
+
+
+def weights_of_window(inputs: dict[str, Any], rows: CompletionRows, mask: torch.Tensor, level: str) -> GivenWeights:
+    """Agreement weights of a micro-batch that were made over its window (`unisd.window`), as `selective_weights`."""
+    scored = scored_sequences(inputs, mask)
+    weights, spread = (inputs[name].to(mask.device) for name in (AGREEMENT_WEIGHTS, DISAGREEMENT))
+    if level == "sequence":
+        disagreement = spread[scored, 0]
+    else:
+        of_tokens = spread.flatten().index_select(0, rows.positions)
+        disagreement = of_tokens[scored[rows.positions // mask.shape[1]]]
+    num_scored = int(inputs[SCORED].sum()) if SCORED in inputs else len(scored)
+    return GivenWeights(weights.flatten().index_select(0, rows.positions), disagreement, num_scored)
+
+
+def scored_sequences(inputs: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
+    """[B] bool, where `mask` [B, T] is: which sequences are read under the auxiliary contexts."""
+    if SCORED in inputs:
+        return inputs[SCORED].to(mask.device)
+    return torch.ones(mask.shape[0], dtype=torch.bool, device=mask.device)
 
 
 def _selected(inputs: dict[str, Any], chosen: torch.Tensor) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,15 @@ SAMPLER_LOGPROBS = "sampler_logprobs"
 SCORED = "agreement_scored"
 """Key of a batch: [B] bool, on the CPU, which sequences are read under the auxiliary contexts."""
 TEACHER_HIDDEN = "teacher_hidden"
-"""Key of a batch: [B, T, H], the teacher's hidden states of the completions, made when the window was ranked."""
+"""Key of a batch: [B, T, H], the teacher's hidden states of the completions, made when the window was read."""
+AGREEMENT_WEIGHTS = "agreement_weights"
+"""Key of a batch: [B, T], made over the window (`unisd.window`)."""
+DISAGREEMENT = "agreement_disagreement"
+"""Key of a batch: what the weights come from, [B, T] for tokens, [B, 1] for sequences; 0 where none was measured."""
+WEIGHT_TOTAL = "weight_total"
+"""Key of a batch: [], the sum of the weights of the optimizer step."""
+CLIP_CAP = "clip_cap"
+"""Key of a batch: [] on the CPU, the cap of the optimizer step; NaN or infinite where its divergences are."""
 
 
 # Beside the attention mask: tokens that tools wrote, tokens that settings leave out (`unisd.masks`).
@@ -105,6 +113,12 @@ def per_sequence(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
 
 
+def micro_batches(window: dict[str, Any], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The sequences of a window, so many at a time."""
+    for start in range(0, window["completion_ids"].shape[0], batch_size):
+        yield {name: value[start : start + batch_size] for name, value in per_sequence(window).items()}
+
+
 def crop(batch: dict[str, Any]) -> dict[str, Any]:
     """Cut off columns that are padding in every row: a micro-batch is padded to the longest row of the whole
     generation batch."""
@@ -116,7 +130,8 @@ def crop(batch: dict[str, Any]) -> dict[str, Any]:
     for name, length in zip(left, kept, strict=True):
         ids = name.removesuffix("mask") + "ids"
         out[name], out[ids] = batch[name][..., -max(length, 1) :], batch[ids][..., -max(length, 1) :]
-    for name in ("completion_ids", "completion_mask", *_OWN_MASKS, TEACHER_HIDDEN, SAMPLER_LOGPROBS):
+    by_place = (*_OWN_MASKS, TEACHER_HIDDEN, AGREEMENT_WEIGHTS, DISAGREEMENT, SAMPLER_LOGPROBS)
+    for name in ("completion_ids", "completion_mask", *by_place):
         if name in batch:
             out[name] = batch[name][:, : max(completion, 1)]
     return out

@@ -13,6 +13,7 @@ from trl.trainer.utils import get_config_model_id
 from unisd.config_ranges import check_ranges
 from unisd.contexts import FRAMES
 from unisd.contexts.template import TeacherTemplate
+from unisd.importance import check_importance
 from unisd.liger import liger_settings
 from unisd.mixture import MIXTURES, SHARPENED
 from unisd.presets import get_preset, preset_fields
@@ -28,6 +29,7 @@ _EMA_MODES = ("none", "auto", "full", "adapter", "merged")
 _OF_SFT = {"normalization", "num_train_epochs", "max_prompt_length", "max_completion_length"}
 _WITHOUT_TEACHER = {
     "agreement_fraction": 1.0,
+    "batch_statistics": "micro",
     "clip_quantile": 0.0,
     "mask_truncated_completions": False,
     "teacher_template": None,
@@ -69,7 +71,11 @@ class UniSDConfig(DistillationConfig):
         contrastive_margin: nats.
         feature_weight: >= 0.
         clip_cap: cap on a token's divergence in nats; 0 for none.
-        clip_quantile: instead, cap at this quantile of the micro-batch's divergences; 0 for none.
+        clip_quantile: instead, cap at this quantile of the divergences; 0 for none.
+        batch_statistics: over which tokens quantities of a batch are taken (the 0.95 quantile of token-level agreement,
+            `clip_quantile`, with `normalization="token"` the sum of weights): "micro", those of the micro-batch, or
+            "global", those of the optimizer step on all processes, so that the gradient does not depend on how it is
+            cut (docs/training.md, "Gradient accumulation and several devices", with what it costs).
         teacher_mixture: what the teacher is, under one head (docs/mixtures.md): "self": the teacher's context alone;
             "consensus": the geometric mean of it and the K auxiliary contexts; "contrastive": sharpened away from the
             negative context, h_t + alpha (h_t - h_n); "pmi": away from the student without the context, h_t + alpha
@@ -167,7 +173,11 @@ class UniSDConfig(DistillationConfig):
     feature_weight: float | None = _from_preset("Weight of feature matching; 0 turns it off.")
     clip_cap: float | None = _from_preset("Cap on a token's divergence in nats; 0 turns it off.")
     clip_quantile: float = field(
-        default=0.0, metadata={"help": "Cap a token's divergence at this quantile of the micro-batch; 0 turns it off."}
+        default=0.0, metadata={"help": "Cap a token's divergence at this quantile of them; 0 turns it off."}
+    )
+    batch_statistics: str = field(
+        default="micro",
+        metadata={"help": "Quantiles and sums of weights over: micro (a micro-batch) or global (an optimizer step)."},
     )
     teacher_mixture: str | None = _from_preset("What the teacher is made of: self, consensus, contrastive or pmi.")
     mixture_alpha: float | None = _from_preset("How far contrastive and pmi sharpen the teacher, above 0.")
@@ -279,6 +289,21 @@ class UniSDConfig(DistillationConfig):
         return bool(self.contrastive_weight)
 
     @property
+    def divides_by_weight_total(self) -> bool:
+        """Whether the divergence is divided by the sum of the weights of all tokens."""
+        return self.normalization == "token" and self.resolved_weight_normalization == "weighted"
+
+    @property
+    def _has_batch_quantities(self) -> bool:
+        weighs = self.uses_agreement and self.divides_by_weight_total
+        return self.agreement == "token" or bool(self.clip_quantile) or weighs
+
+    @property
+    def uses_global_statistics(self) -> bool:
+        """Whether there are quantities over the optimizer step, for which its views are read beforehand."""
+        return self.batch_statistics == "global" and self._has_batch_quantities
+
+    @property
     def reads_auxiliary(self) -> bool:
         """Whether rows need `auxiliary_prompts`."""
         return self.uses_agreement or self.teacher_mixture == "consensus"
@@ -358,6 +383,9 @@ class UniSDConfig(DistillationConfig):
             warnings.warn(f"{name}={getattr(self, name)} has no effect with {idle[name]}", stacklevel=5)
         if self.agreement == "none" and self.agreement_fraction != 1.0:
             warnings.warn("agreement_fraction has no effect with agreement='none'", stacklevel=5)
+        if self.batch_statistics == "global" and not self._has_batch_quantities:
+            what = f"agreement={self.agreement!r}, normalization={self.normalization!r} and clip_quantile=0"
+            warnings.warn(f"batch_statistics='global' has no effect with {what}", stacklevel=5)
 
     def _validate(self) -> None:
         check_choice("agreement", self.agreement, ("none", "token", "sequence"))
@@ -369,6 +397,7 @@ class UniSDConfig(DistillationConfig):
         check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         if self.impl is not None:
             check_choice("impl", self.impl, tuple(available("cpu")))
+        check_choice("batch_statistics", self.batch_statistics, ("micro", "global"))
         check_choice("normalization", self.normalization, ("sequence", "token"))
         check_choice("view_passes", self.view_passes, VIEW_PASSES)
         check_choice("view_scorer", self.view_scorer, VIEW_SCORERS)
@@ -409,6 +438,11 @@ class UniSDConfig(DistillationConfig):
                 f"teacher_mixture='consensus' reads every sequence under the auxiliary contexts, of which "
                 f"agreement_fraction={self.agreement_fraction} would leave some out; set agreement_fraction to 1"
             )
+        if self.uses_global_statistics and self.top_entropy_quantile < 1.0:
+            raise ValueError(
+                f"top_entropy_quantile={self.top_entropy_quantile} chooses tokens in each micro-batch, so that with "
+                "batch_statistics='global' the gradient would still depend on its size; set one of them to its default"
+            )
         for name in ("max_prompt_length", "workspace_bytes"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1)
@@ -425,13 +459,7 @@ class UniSDConfig(DistillationConfig):
                 f"teacher='base' is a fixed teacher and cannot be a moving average (ema={self.ema!r}); set ema='none'"
             )
         check_view_scorer(self)
-        check_number(
-            "vllm_importance_sampling_clip_max", self.vllm_importance_sampling_clip_max, low=0.0, open_low=True
-        )
-        if self.vllm_importance_sampling_correction and not self.use_vllm:
-            raise ValueError(
-                "vllm_importance_sampling_correction=True has no effect without use_vllm: it corrects rollouts by vLLM"
-            )
+        check_importance(self)
         if not (self.divergence_weight or self.contrastive_weight or self.feature_weight):
             raise ValueError(
                 "divergence_weight, contrastive_weight and feature_weight are all 0: there is nothing to train on"

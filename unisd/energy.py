@@ -127,7 +127,10 @@ class _Counter:
         self._begun = joules()
 
     def read(self) -> Part:
-        return Part(self._device, self._joules() - self._begun, True, self._how)
+        try:
+            return Part(self._device, self._joules() - self._begun, True, self._how)
+        except _NvmlError as error:
+            return Part(self._device, None, False, f"not known: NVML's counter of the card failed ({error})")
 
 
 class _Bound:
@@ -171,7 +174,7 @@ def _gpu(device: torch.device, nvml: Any) -> _Source:
         total = ctypes.c_ulonglong()
         code = library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(total))
         if code:
-            raise _NvmlError(code)
+            raise _NvmlError(f"error {code}")
         return total.value / 1e3
 
     try:
@@ -184,7 +187,7 @@ def _gpu(device: torch.device, nvml: Any) -> _Source:
 
 
 class _NvmlError(RuntimeError):
-    """A call of NVML that failed, with its code."""
+    """A reading of NVML's counter that failed."""
 
 
 def _readable_zones(powercap: Path) -> list[Path]:

@@ -40,27 +40,25 @@ def check_columns(contexts: ContextSpec, train_dataset: Any, eval_dataset: Any) 
             contexts.check_columns(columns, where)
 
 
-def check_sharding(args: UniSDConfig, model: nn.Module, *, is_sharded: bool, is_deepspeed: bool) -> None:
+def check_sharding(args: UniSDConfig, model: nn.Module, engine: Any, *, is_deepspeed: bool) -> None:
     """Raise ValueError for settings that FSDP or DeepSpeed cannot serve.
 
     Args:
-        is_sharded: whether a process holds only a part of the weights (FSDP, ZeRO-3).
+        engine: has `fsdp_version` (None without FSDP) and `is_zero3`.
     """
     if is_deepspeed and args.on_nonfinite == "skip":
         raise ValueError("on_nonfinite='skip' cannot leave out a step of DeepSpeed; use on_nonfinite='stop'")
     if is_deepspeed and args.drift_budget is not None:
         raise ValueError("drift_budget cannot scale the learning rate of DeepSpeed, which makes its steps by itself")
-    if not is_sharded:
+    if engine.fsdp_version != 1 and not engine.is_zero3:
         return
-    if args.drift_budget is not None and not is_peft(model):
-        raise ValueError("drift_budget needs the base, which FSDP or ZeRO-3 overwrites in shards; use LoRA or DDP")
-    if args.ema != "none":
+    setting = f"ema={args.ema!r}" if args.ema != "none" else "teacher='base'"
+    if args.ema != "none" or (args.teacher == "base" and not is_peft(model)):
+        name = "ZeRO-3" if engine.is_zero3 else "FSDP1"
         raise ValueError(
-            f"ema={args.ema!r} needs whole weights, but FSDP or ZeRO-3 shards them; set ema='none', or train with DDP "
-            "or ZeRO-2"
+            f"{setting} has weights of its own, which are not sharded under {name}: use FSDP2 (unisd launch fsdp2), or "
+            "ema='none'"
         )
-    if args.teacher == "base" and not is_peft(model):
-        raise ValueError("teacher='base' copies the model, which FSDP or ZeRO-3 shards; use LoRA, DDP or ZeRO-2")
 
 
 def check_trainable(model: nn.Module) -> None:

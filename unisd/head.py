@@ -1,11 +1,11 @@
-"""Output head of a run: checked at construction, in one piece under ZeRO-3, in the dtype of the hidden states."""
+"""Output head of a run: checked at construction, gathered where it is sharded, in the dtype of the hidden states."""
 
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -13,8 +13,14 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from unisd.mixture import check_common_head, check_softcap
 from unisd.modules import model_head, remember_head
+from unisd.sharding import gather_head, is_partitioned
 from unisd_kernels import LMHead
+
+if TYPE_CHECKING:
+    from unisd.config import UniSDConfig
+    from unisd.teachers import Teacher
 
 
 def check_head(student: nn.Module, accelerator: Accelerator, *, is_fsdp: bool, is_zero3: bool) -> None:
@@ -54,10 +60,37 @@ def check_head(student: nn.Module, accelerator: Accelerator, *, is_fsdp: bool, i
         remember_head(student, *result)
 
 
+def check_mixture(args: UniSDConfig, student: nn.Module, teacher: Teacher) -> None:
+    """Raise ValueError for a mixture that is no hidden state of this model: under a soft cap, or under two heads.
+
+    Args:
+        student: the model, unwrapped, whose head has been verified.
+        teacher: of the run.
+    """
+    mixture = str(args.teacher_mixture)
+    check_softcap(mixture, student)
+    if mixture != "pmi":
+        return
+    with teacher.scoring(student), gathered_head(student):
+        head = teacher.head(student)
+    with gathered_head(student):
+        if head is not None:
+            check_common_head(
+                head,
+                model_head(student),
+                f"the teacher ({teacher.mode}) has another than the student, whose head is trained; use LoRA without "
+                "the head, freeze the head, or set teacher='self' and ema='none'",
+            )
+
+
 def gathered_head(model: nn.Module) -> AbstractContextManager[None]:
-    """Context with the head in one piece, under ZeRO-3; nothing elsewhere. Not for a pass of the backbone, which itself
-    gathers and releases a tied weight."""
+    """Context with the head in one piece, under ZeRO-3 and FSDP2; nothing elsewhere. Not for a pass of the backbone,
+    which itself gathers and releases a tied weight. FSDP2's stays gathered until the backward pass, and with it a
+    gradient flows to the shards; without a graph, until the weights are next let go of (`unisd.sharding.reshard`)."""
     head = model.get_output_embeddings()  # type: ignore[operator]
+    gather_head(head)
+    if not is_partitioned(head.weight):
+        return nullcontext()
     return maybe_gather_lm_head_ctx(head.weight, getattr(head, "bias", None))  # type: ignore[arg-type]
 
 

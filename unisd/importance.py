@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from unisd.batch import SAMPLER_LOGPROBS
+from unisd_kernels.config import check_number
+
+if TYPE_CHECKING:
+    from unisd.config import UniSDConfig
+
+
+def check_importance(args: UniSDConfig) -> None:
+    """Raise ValueError or TypeError for settings of the correction that are out of range or do not go with others."""
+    check_number("vllm_importance_sampling_clip_max", args.vllm_importance_sampling_clip_max, low=0.0, open_low=True)
+    if not args.vllm_importance_sampling_correction:
+        return
+    if not args.use_vllm:
+        raise ValueError(
+            "vllm_importance_sampling_correction=True has no effect without use_vllm: it corrects rollouts by vLLM"
+        )
+    if args.batch_statistics == "global" and args.divides_by_weight_total:
+        raise ValueError(
+            "vllm_importance_sampling_correction=True gives weights that the sum of weights of "
+            "batch_statistics='global' does not know; set weight_normalization='count', or batch_statistics='micro'"
+        )
 
 
 def prefix_weights(student: torch.Tensor, sampler: torch.Tensor, mask: torch.Tensor, cap: float) -> torch.Tensor:

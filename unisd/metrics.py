@@ -106,17 +106,17 @@ class LossMetrics:
 
     def add(self, mode: str, result: StepResult) -> None:
         """Add a micro-batch to the window of "train" or "eval"."""
-        window, loss, selective = self._windows[mode], result.loss, result.selective
+        window, loss, given = self._windows[mode], result.loss, result.given
         add_loss_statistics(
             window,
             loss,
             clips=bool(self._args.clip_cap or self._args.clip_quantile),
             agreement_weights=_agreement_weights(result) if self._agrees else None,
-            disagreement=loss.disagreement if selective is None else selective.disagreement,
+            disagreement=loss.disagreement if given is None else given.disagreement,
         )
         if self._agrees:
             num_sequences = result.inputs.num_sequences
-            spent = num_sequences if selective is None else selective.num_scored
+            spent = num_sequences if given is None else given.num_scored
             window.add("auxiliary_share", torch.tensor(float(spent), device=loss.loss.device), num_sequences)
         if result.importance is not None:
             window.add_values("importance_weight", result.importance)

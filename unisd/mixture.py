@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from unisd.head import gathered_head
-from unisd.modules import model_head, verified_softcap
+from unisd.modules import verified_softcap
 from unisd_kernels import LMHead, mix_hidden
-
-if TYPE_CHECKING:
-    from unisd.config import UniSDConfig
-    from unisd.teachers import Teacher
 
 MIXTURES = ("self", "consensus", "contrastive", "pmi")
 """Values of `UniSDConfig.teacher_mixture`."""
@@ -46,14 +41,15 @@ class Views(NamedTuple):
     student: torch.Tensor
 
 
-def parts_of_teacher(args: UniSDConfig, views: Views, teacher_head: LMHead, student_head: LMHead) -> list[Part]:
-    """The views that are the teacher together, the teacher's own context first; none for `teacher_mixture="self"`.
+def parts_of_teacher(
+    mixture: str, alpha: float, views: Views, teacher_head: LMHead, student_head: LMHead
+) -> list[Part]:
+    """The views that are the teacher together, the teacher's own context first; none for the mixture "self".
 
     consensus     (h_t + sum_k h_k) / (K + 1)      the geometric mean of teacher and auxiliary contexts
     contrastive   h_t + alpha (h_t - h_n)          away from the negative context
     pmi           h_t + alpha (h_t - h_s)          away from what the student says without the context
     """
-    mixture, alpha = args.teacher_mixture, float(args.mixture_alpha or 0.0)
     if mixture == "self":
         return []
     if mixture == "consensus":
@@ -73,31 +69,24 @@ def mixed(parts: list[Part]) -> torch.Tensor:
     return mix_hidden([p.hidden for p in parts], [p.weight for p in parts], [p.head for p in parts])
 
 
-def check_mixture(args: UniSDConfig, student: nn.Module, teacher: Teacher) -> None:
-    """Raise ValueError for a mixture that is no hidden state of this model: under a soft cap, or under two heads.
-
-    Args:
-        student: the model, unwrapped, whose head has been verified.
-        teacher: of the run.
-    """
-    if args.teacher_mixture == "self":
-        return
-    softcap = verified_softcap(student)
+def check_softcap(mixture: str, scorer: nn.Module) -> None:
+    """Raise ValueError for a mixture of views that a model with a soft cap reads."""
+    softcap = None if mixture == "self" else verified_softcap(scorer)
     if softcap is not None:
         raise ValueError(
-            f"teacher_mixture={args.teacher_mixture!r} mixes hidden states, but the logits of "
-            f"{type(student).__name__} have a soft cap ({softcap:g}), behind which no hidden state is the mixture; "
-            "set teacher_mixture='self'"
+            f"teacher_mixture={mixture!r} mixes hidden states, but the logits of {type(scorer).__name__} have a soft "
+            f"cap ({softcap:g}), behind which no hidden state is the mixture; set teacher_mixture='self'"
         )
-    if args.teacher_mixture != "pmi":
-        return
-    with teacher.scoring(student), gathered_head(student):
-        head = teacher.head(student)
-    with gathered_head(student):
-        if head is None or head.is_same(model_head(student)):
-            return
-    raise ValueError(
-        "teacher_mixture='pmi' mixes the teacher with the student's own states, which needs one head, but the "
-        f"teacher ({teacher.mode}) has another than the student, whose head is trained; use LoRA without the head, "
-        "freeze the head, or set teacher='self' and ema='none'"
-    )
+
+
+def check_common_head(teacher: LMHead, student: LMHead, otherwise: str) -> None:
+    """Raise ValueError unless the mixture with the student's own states has one head.
+
+    Args:
+        otherwise: whose head is another, and what to do.
+    """
+    if not teacher.is_same(student):
+        raise ValueError(
+            "teacher_mixture='pmi' mixes the teacher with the student's own states, which needs one head, but "
+            f"{otherwise}"
+        )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from unisd_kernels import LMHead
-from unisd_kernels.heads.causal_model import backbone, causal_model, evaluating, head_module, head_tensors, is_peft
+from unisd_kernels.heads.causal_model import backbone, causal_model, evaluating, head_module, head_parts, is_peft
 
 __all__ = [
     "HiddenStates",
@@ -59,8 +59,8 @@ def model_head(model: Any) -> LMHead:
         head = LMHead.from_model(model)
         remember_head(model, head.logit_scale, head.softcap, head.vocab_size)
         return head
-    weight, bias = head_tensors(model)
-    return LMHead(weight, bias, found.logit_scale, found.softcap, found.vocab_size)
+    form = {"logit_scale": found.logit_scale, "softcap": found.softcap, "vocab_size": found.vocab_size}
+    return LMHead(**head_parts(model)._asdict(), **form)
 
 
 def remember_head(model: Any, logit_scale: float, softcap: float | None, vocab_size: int | None) -> None:

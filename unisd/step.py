@@ -6,15 +6,24 @@ The teacher's passes over the views come first (`unisd.views`), since a teacher 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from unisd.agreement import SelectiveWeights, most_uncertain, selective_weights, sequence_means
-from unisd.batch import SAMPLER_LOGPROBS, SCORED, TEACHER_HIDDEN, CompletionRows, counted_mask, crop, per_sequence
+from unisd.agreement import GivenWeights, selected_scores, selective_weights, weights_of_window
+from unisd.batch import (
+    AGREEMENT_WEIGHTS,
+    CLIP_CAP,
+    SAMPLER_LOGPROBS,
+    TEACHER_HIDDEN,
+    WEIGHT_TOTAL,
+    CompletionRows,
+    counted_mask,
+    crop,
+)
 from unisd.config import UniSDConfig
 from unisd.contexts import ContextSpec
 from unisd.head import fitted_head, gathered_head, head_device
@@ -29,6 +38,7 @@ from unisd.views import LocalScorer, ServerScorer, ViewScorer
 from unisd.views.scorer import View, padded_view
 from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, agreement_weights, linear_logprobs, unisd_loss
 from unisd_kernels.config import LossInputs
+from unisd_kernels.dtypes import statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,14 @@ class LossFunctions:
     linear_logprobs: Callable[..., LinearLogProbs] = linear_logprobs
 
 
+class ReadViews(NamedTuple):
+    """Hidden states [N, H] of a micro-batch's tokens under the views that are read."""
+
+    teacher: torch.Tensor
+    auxiliary: tuple[torch.Tensor, ...]
+    negative: torch.Tensor | None
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Loss of a micro-batch, and all it was made of.
@@ -47,7 +65,7 @@ class StepResult:
         batch: ids and masks of all views, cropped.
         inputs: hidden states of the N completion tokens, and the heads.
         loss: as `unisd_loss` returns it.
-        selective: with selective agreement, or a server that scores, the weights that are `inputs.token_weights`.
+        given: the agreement weights in `inputs.token_weights`, where the loss does not make them itself.
         parts: the views that are the teacher together (`unisd.mixture`), if it is a mixture.
         importance: [N] weights for a sampler that is not quite the student (`unisd.importance`), if they are asked for.
     """
@@ -55,7 +73,7 @@ class StepResult:
     batch: dict[str, Any]
     inputs: LossInputs
     loss: UniSDLoss
-    selective: SelectiveWeights | None = None
+    given: GivenWeights | None = None
     parts: tuple[Part, ...] = ()
     importance: torch.Tensor | None = None
 
@@ -108,53 +126,51 @@ class LossStep:
         rows = CompletionRows.of(mask, batch["completion_ids"]).to(head_device(student))
         if self.args.is_supervised:
             return self._supervised(student, batch, rows, num_items_in_batch)
-        selective, scores = None, None
-        if self.served is not None and not self.is_selective:
-            # The server works while the passes here are made.
-            scores = self.served.begin(batch, rows, self._auxiliary)
+        given = None
+        if AGREEMENT_WEIGHTS in batch:
+            given = weights_of_window(batch, rows, mask.to(rows.ids.device), str(self.args.agreement))
+        scores_all = self.args.uses_agreement and not self.is_selective and given is None
+        served = self.begin_served(batch, rows) if scores_all else None
         version = self.teacher.version(student)
         with self.profile.phase("other views"), self.teacher.scoring(student) as scorer:
             own_head = self.teacher.head(student)
-            views: list[View] = [("negative_prompt", None)] if self.contexts.negative else []
-            if not self.is_selective:
-                views = [("teacher_prompt", None), *views, *(self._auxiliary if self.served is None else ())]
+            views = self.views_of(
+                batch,
+                negative=self.contexts.negative,
+                auxiliary=(scores_all and served is None) or self.args.teacher_mixture == "consensus",
+            )
             hidden_of = dict(zip(views, self.views(scorer, batch, rows, views, version), strict=True))
             self._compare(student, scorer, own_head, batch, rows, version)
-            if self.is_selective:
-                hidden_of["teacher_prompt", None] = rows.take(batch[TEACHER_HIDDEN])
-                selective = self._selective_weights(student, scorer, own_head, batch, rows, mask, version)
-        teacher, negative = hidden_of["teacher_prompt", None], hidden_of.get(("negative_prompt", None))
-        auxiliary = tuple(hidden_of[view] for view in self._auxiliary if view in hidden_of)
+            if self.is_selective and given is None:
+                scores = self.selected_scores(student, scorer, own_head, batch, mask.to(rows.ids.device), version)
+                given = selective_weights(batch, rows, mask.to(rows.ids.device), *scores, **self.agreement_settings)
+        read = self.read_views(batch, rows, hidden_of)
+        teacher, auxiliary, negative = read.teacher, read.auxiliary, read.negative
         with self.profile.phase("student"):
             states = padded_view(self.hidden_states, student, batch, ("prompt", None))
             hidden = rows.take(states)
         importance = self._importance(student, batch, states, rows) if SAMPLER_LOGPROBS in batch else None
-        found = None
-        if scores is not None:
+        scores_served = None
+        if served is not None:
             with self.profile.phase("other views"):  # what is still waited for
-                found = scores()
+                scores_served = served()
         num_items = self._num_items(batch, num_items_in_batch)
         if self.args.top_entropy_quantile < 1.0:
             kept = self._most_entropic(student, hidden, rows)
             rows, hidden, teacher = rows.subset(kept), hidden[kept], teacher[kept]
             auxiliary = tuple(view[kept] for view in auxiliary)
             negative = None if negative is None else negative[kept]
-            found = None if found is None else found[:, kept]
+            scores_served = None if scores_served is None else scores_served[:, kept]
             importance = None if importance is None else importance[kept]
-            if selective is not None:
-                selective = replace(selective, weights=selective.weights[kept])
+            if given is not None:
+                given = replace(given, weights=given.weights[kept])
             if num_items is not None and self.args.normalization == "token":
                 num_items = num_items * self.args.top_entropy_quantile
-        if found is not None:
-            agreement = agreement_weights(found, rows.cu_seqlens, **self._agreement_settings)
-            selective = SelectiveWeights(agreement.weights, agreement.disagreement, rows.num_sequences)
+        if scores_served is not None:
+            found = agreement_weights(scores_served, rows.cu_seqlens, **self.agreement_settings)
+            given = GivenWeights(found.weights, found.disagreement, rows.num_sequences)
         with self.profile.phase("head and loss"), gathered_head(student):
-            head = fitted_head(model_head(student), hidden)
-            if not torch.is_grad_enabled():
-                head = head.detach()  # else evaluation would pay for the head's gradient
-            # The very same tensor where the weights are the same.
-            teacher_head = head.detach() if own_head is None else fitted_head(own_head, teacher)
-            parts = parts_of_teacher(self.args, Views(teacher, auxiliary, negative, hidden), teacher_head, head)
+            head, teacher_head, parts = self.pair(student, own_head, Views(teacher, auxiliary, negative, hidden))
             inputs = LossInputs(
                 student_hidden=hidden,
                 student_head=head,
@@ -163,13 +179,14 @@ class LossStep:
                 target_ids=rows.ids,
                 cu_seqlens=rows.cu_seqlens,
                 # Views that are read for the mixture alone are not scored.
-                auxiliary_hidden=auxiliary if self.args.uses_agreement else (),
+                auxiliary_hidden=auxiliary if scores_all else (),
                 negative_hidden=negative if self.args.uses_contrastive else None,
-                token_weights=_product(None if selective is None else selective.weights, importance),
+                token_weights=_product(None if given is None else given.weights, importance),
                 num_items=None if num_items is None else num_items.to(hidden.device),
+                weight_total=self._weight_total(batch, hidden.device),
             )
-            loss = self.functions.unisd_loss(**inputs.arguments(), **self.args.loss_settings())
-        return StepResult(batch, inputs, loss, selective, tuple(parts), importance)
+            loss = self.functions.unisd_loss(**inputs.arguments(), **self._loss_settings(batch))
+        return StepResult(batch, inputs, loss, given, tuple(parts), importance)
 
     @torch.no_grad()
     def _importance(
@@ -196,6 +213,45 @@ class LossStep:
         sampler, mask = batch[SAMPLER_LOGPROBS].to(placed.device), mask.to(placed.device)
         weights = prefix_weights(placed, sampler, mask, cap)
         return weights.flatten().index_select(0, rows.positions)
+
+    def views_of(self, batch: dict[str, Any], *, negative: bool, auxiliary: bool, teacher: bool = True) -> list[View]:
+        """The views to read of a batch; not the teacher's where it was read with the window."""
+        first: list[View] = [("teacher_prompt", None)] if teacher and TEACHER_HIDDEN not in batch else []
+        if negative:
+            first.append(("negative_prompt", None))
+        return [*first, *self.auxiliary] if auxiliary else first
+
+    def read_views(self, batch: dict[str, Any], rows: CompletionRows, hidden_of: dict[View, torch.Tensor]) -> ReadViews:
+        """The views that were read of a batch, the teacher's perhaps with its window."""
+        teacher = hidden_of.get(("teacher_prompt", None))
+        return ReadViews(
+            rows.take(batch[TEACHER_HIDDEN]) if teacher is None else teacher,
+            tuple(hidden_of[view] for view in self.auxiliary if view in hidden_of),
+            hidden_of.get(("negative_prompt", None)),
+        )
+
+    def pair(self, student: Any, own_head: LMHead | None, views: Views) -> tuple[LMHead, LMHead, list[Part]]:
+        """Heads of student and teacher, and the views that the teacher is mixed of; inside `gathered_head`."""
+        head = fitted_head(model_head(student), views.student)
+        if not torch.is_grad_enabled():
+            head = head.detach()  # else evaluation would pay for the head's gradient
+        # The very same tensor where the weights are the same.
+        teacher_head = head.detach() if own_head is None else fitted_head(own_head, views.teacher)
+        mixture, alpha = str(self.args.teacher_mixture), float(self.args.mixture_alpha or 0.0)
+        return head, teacher_head, parts_of_teacher(mixture, alpha, views, teacher_head, head)
+
+    def _weight_total(self, batch: dict[str, Any], device: torch.device) -> torch.Tensor | None:
+        """Sum of the weights of the whole optimizer step, treated as the number of tokens is (`_num_items`)."""
+        return batch[WEIGHT_TOTAL].to(device) / self.num_processes if WEIGHT_TOTAL in batch else None
+
+    def _loss_settings(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Settings of the loss, with the cap of the optimizer step if there is one."""
+        settings = self.args.loss_settings()
+        if CLIP_CAP in batch:
+            # No number where a divergence of the step is none; its micro-batch's loss then says so by itself.
+            cap = float(batch[CLIP_CAP])
+            settings |= {"clip_quantile": None, "clip_cap": cap if math.isfinite(cap) else None}
+        return settings
 
     def _most_entropic(self, student: Any, hidden: torch.Tensor, rows: CompletionRows) -> torch.Tensor:
         """Places [n] of the tokens at which the student is least sure, by its own head."""
@@ -235,36 +291,6 @@ class LossStep:
         )
         return StepResult(batch, inputs, loss)
 
-    def rank(self, student: Any, window: dict[str, Any], *, count: int, batch_size: int) -> dict[str, torch.Tensor]:
-        """Entries of a window for selective agreement (`unisd.agreement`): which `count` of its sequences are scored
-        under the auxiliary contexts, and the teacher's hidden states [B, T, H], by which that is decided.
-
-        Args:
-            student: the model, unwrapped.
-            window: the sequences of an optimizer step on this process.
-            count: how many are scored.
-            batch_size: sequences in one pass.
-        """
-        size, length = window["completion_ids"].shape
-        hidden, entropies = [], []
-        version = self.teacher.version(student)
-        with self.teacher.scoring(student) as scorer:
-            own_head = self.teacher.head(student)
-            for start in range(0, size, batch_size):
-                batch = {name: value[start : start + batch_size] for name, value in per_sequence(window).items()}
-                batch = batch if self.fixed_shapes else crop(batch)
-                mask = counted_mask(batch)
-                rows = CompletionRows.of(mask, batch["completion_ids"]).to(head_device(student))
-                (view,) = self.views(scorer, batch, rows, [("teacher_prompt", None)], version)
-                entropy = self._score(
-                    student, own_head, view, rows.ids, temperature=self.args.temperature, return_entropy=True
-                ).entropy
-                assert entropy is not None
-                entropies.append(sequence_means(entropy, rows, mask))
-                placed = rows.put(view, mask.shape)
-                hidden.append(nn.functional.pad(placed, (0, 0, 0, length - placed.shape[1])))
-        return {TEACHER_HIDDEN: torch.cat(hidden), SCORED: most_uncertain(torch.cat(entropies), count)}
-
     def _num_items(self, batch: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> torch.Tensor | None:
         """Sequences or tokens of the whole optimizer step, of which the losses of all micro-batches are shares.
 
@@ -276,45 +302,44 @@ class LossStep:
         return batch["num_sequences_in_batch"].clamp(min=1) / self.num_processes
 
     @property
-    def _auxiliary(self) -> list[View]:
+    def auxiliary(self) -> list[View]:
+        """The auxiliary contexts of a row."""
         return [("auxiliary_prompt", k) for k in range(self.contexts.num_auxiliary)]
 
-    def _selective_weights(
-        self,
-        student: Any,
-        scorer: Any,
-        own_head: LMHead | None,
-        batch: dict[str, Any],
-        rows: CompletionRows,
-        mask: torch.Tensor,
-        version: Hashable,
-    ) -> SelectiveWeights:
-        """Agreement weights of a micro-batch, whose counted tokens are `rows` [N] and `mask` [B, T]."""
-        local = self._local(student, scorer, own_head, version)
-        source = local if self.served is None else self.served
-        return selective_weights(
-            batch,
-            rows,
-            mask,
-            lambda chosen, of_chosen: source.begin(chosen, of_chosen, self._auxiliary)(),
-            always_run=self.is_sharded and self.served is None,
-            **self._agreement_settings,
-        )
-
     @property
-    def _agreement_settings(self) -> dict[str, Any]:
+    def agreement_settings(self) -> dict[str, Any]:
+        """Keyword arguments of `agreement_weights`."""
         return {
             "level": str(self.args.agreement),
             "statistic": self.args.agreement_statistic,
             "gamma": float(self.args.agreement_gamma or 0.0),
         }
 
-    def _local(self, student: Any, scorer: Any, own_head: LMHead | None, version: Hashable) -> LocalScorer:
-        """What scores views here; inside `Teacher.scoring`."""
-        return LocalScorer(
-            lambda batch, rows, views: self.views(scorer, batch, rows, views, version),
-            lambda hidden, ids: self._score(student, own_head, hidden, ids).logprobs,
+    def selected_scores(
+        self,
+        student: Any,
+        scorer: Any,
+        own_head: LMHead | None,
+        batch: dict[str, Any],
+        mask: torch.Tensor,
+        version: Hashable,
+    ) -> tuple[torch.Tensor, CompletionRows]:
+        """Scores of the chosen sequences of a batch, whose counted tokens are `mask` [B, T]."""
+        is_local = self.served is None
+        source = self._local(student, scorer, own_head, version) if self.served is None else self.served
+        return selected_scores(
+            batch,
+            mask,
+            lambda chosen, of_chosen: source.begin(chosen, of_chosen, self.auxiliary)(),
+            num_views=len(self.auxiliary),
+            dtype=statistics_dtype(model_head(student).weight.dtype) if is_local else torch.float32,
+            always_run=self.is_sharded and is_local,
         )
+
+    def begin_served(self, batch: dict[str, Any], rows: CompletionRows) -> Callable[[], torch.Tensor] | None:
+        """If a server scores the auxiliary contexts, what waits for its scores [K, N]; it works while the passes here
+        are made."""
+        return None if self.served is None else self.served.begin(batch, rows, self.auxiliary)
 
     def _compare(
         self,
@@ -329,11 +354,18 @@ class LossStep:
         if self.served is None or self.served.is_compared:
             return
         # By every process, whatever its rows: with sharded weights a pass is a collective.
-        one = self._auxiliary[:1]
+        one = self.auxiliary[:1]
         local = self._local(student, scorer, own_head, version).begin(batch, rows, one)
         self.served.compare(local(), self.served.begin(batch, rows, one)())
 
-    def _score(
+    def _local(self, student: Any, scorer: Any, own_head: LMHead | None, version: Hashable) -> LocalScorer:
+        """What scores views here; inside `Teacher.scoring`."""
+        return LocalScorer(
+            lambda batch, rows, views: self.views(scorer, batch, rows, views, version),
+            lambda hidden, ids: self.score(student, own_head, hidden, ids).logprobs,
+        )
+
+    def score(
         self, student: Any, own_head: LMHead | None, hidden: torch.Tensor, ids: torch.Tensor, **options: Any
     ) -> LinearLogProbs:
         """Log-probabilities and entropies of `ids` [N] after `hidden` [N, H] under the teacher's head; inside

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import DistillationTrainer
 from trl.trainer.utils import RepeatSampler
 
-from unisd.agreement import scored_count
 from unisd.config import UniSDConfig, config_for
 from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, collect_views, tokenize_views
 from unisd.drift import DriftProbe
@@ -27,36 +26,34 @@ from unisd.generation.empty import EmptyCompletions
 from unisd.generation.merged import merges_rollouts
 from unisd.generation.rollouts import rollout_sampling
 from unisd.guards import check_columns, check_end_token, check_no_teacher_model, check_sharding, check_trainable
-from unisd.head import check_head
+from unisd.head import check_head, check_mixture
 from unisd.importance import SamplerLogprobs
 from unisd.liger import use_liger
 from unisd.masks import mask_rollout
 from unisd.metrics import LossMetrics
-from unisd.mixture import check_mixture
 from unisd.modules import hidden_before, takes_position_ids
 from unisd.nonfinite import NonFiniteGuard, on_any_process
 from unisd.profile import NoProfile, ProfiledRun, StepProfile
 from unisd.rows import EpochSampler, RowGate
-from unisd.run.checkpointed import CheckpointedTrainer
+from unisd.run.distributed import DistributedTrainer
 from unisd.run.model_card import PAPER
 from unisd.run.record import RunRecord
 from unisd.run.settings import resolved_settings
 from unisd.sft import demonstration_ids
 from unisd.step import LossStep
-from unisd.teachers import EMATeacher, Teacher, TeacherUpdates, load_teacher, save_teacher, teacher_of_run
+from unisd.teachers import Teacher, TeacherUpdates, teacher_of_run
 from unisd.text_tokenizer import tokenizer_for
 from unisd.turns import Prompt
 from unisd.views import served_scorer, view_scorer
+from unisd.window import check_parallelism, read_window
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
-_T = TypeVar("_T")
 
-
-class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
+class UniSDTrainer(DistributedTrainer, DistillationTrainer):
     """Trainer of a model by UniSD self-distillation (arXiv 2605.06597).
 
     Datasets need the column `prompt`, `teacher_prompt` or `privileged_context`, and, where the preset uses them,
@@ -146,10 +143,11 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
             use_liger(student, args.liger_kernel_config or {}, use_cpu=args.use_cpu)
         self._takes_position_ids = takes_position_ids(student)
         check_trainable(student)
+        check_parallelism(args, self.accelerator)
         self._merges = merges_rollouts(args, student, is_sharded=self._is_sharded)
-        check_sharding(args, student, is_sharded=self._is_sharded, is_deepspeed=self.is_deepspeed_enabled)
+        check_sharding(args, student, self._dist, is_deepspeed=self.is_deepspeed_enabled)
         self._check_head(student)
-        self.teacher: Teacher = teacher_of_run(args, student)
+        self.teacher: Teacher = teacher_of_run(args, student, sharded=self._is_sharded)
         check_mixture(args, student, self.teacher)
         self.rows = RowGate.for_run(self, self._contexts, student)
         self.train_dataset = self.rows.admit(self.train_dataset, "train_dataset")
@@ -194,22 +192,9 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
         check_head(student, self.accelerator, is_fsdp=self._dist.is_fsdp, is_zero3=self._dist.is_zero3)
 
     @property
-    def _is_sharded(self) -> bool:
-        return self._dist.is_fsdp or self._dist.is_zero3
-
-    @property
     def _mode(self) -> str:
         assert self.model is not None
         return "train" if self.model.training else "eval"
-
-    def run_on_student(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        """Call `function(student, ...)` outside of a training step: under autocast, with whole weights."""
-        student = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast():
-            if not self._is_sharded:
-                return function(student, *args, **kwargs)
-            # Through the wrapper's forward, which materializes the shards.
-            return self._forward_redirection(self.model_wrapped, student, function, student, *args, **kwargs)
 
     # Rows and rollouts
 
@@ -255,12 +240,9 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
         self._sampler.put(output)
         self._empty.take_out(output, self.accelerator)
         mask_rollout(self, output)
-        if self.step.is_selective:
-            # A window is an optimizer step. Of an evaluation batch the share is rounded up.
-            size, is_training = len(inputs), self._mode == "train"
-            count = scored_count(self.args.agreement_fraction, size, self.state.global_step if is_training else 0)
-            batch_size = self.args.per_device_train_batch_size if is_training else size
-            output.update(self.run_on_student(self.step.rank, output, count=count, batch_size=batch_size))
+        if self.step.is_selective or self.args.uses_global_statistics:
+            # TRL generates for a whole optimizer step.
+            output.update(self.run_on_student(read_window, self.step, output, self._mode, self.state.global_step))
         return output
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
@@ -332,14 +314,3 @@ class UniSDTrainer(CheckpointedTrainer, DistillationTrainer):
         self._loss_metrics.flush(self._mode, self._metrics[self._mode], self.state.global_step)
         self._guard.correct(logs)
         super().log(logs, start_time)
-
-    def write_beside(self, folder: str) -> None:
-        if isinstance(self.teacher, EMATeacher):
-            save_teacher(self.teacher, folder, self.state.global_step)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # The one hook that every kind of resume passes (DeepSpeed and FSDP load their weights elsewhere), after the
-        # trainer state is known and before the first step.
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and isinstance(self.teacher, EMATeacher):
-            load_teacher(self.teacher, checkpoint, self.state.global_step)

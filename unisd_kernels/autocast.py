@@ -36,7 +36,7 @@ def autocast_operands(
 
     weight, bias = narrow("weight"), narrow("bias")
     assert weight is not None
-    return hidden.to(dtype), LMHead(weight, bias, head.logit_scale, head.softcap, head.vocab_size)
+    return hidden.to(dtype), replace(head, weight=weight, bias=bias)
 
 
 def autocast_inputs(inputs: LossInputs) -> LossInputs:

@@ -10,12 +10,14 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from unisd_kernels.batch import Batch
 from unisd_kernels.heads import LMHead
 
 AgreementLevel = Literal["token", "sequence"]
 AgreementStatistic = Literal["variance", "range"]
 Normalization = Literal["sequence", "token"]
 WeightNormalization = Literal["weighted", "count"]
+ViewsDtype = Literal["int8"]
 
 
 # An int may be larger than any float.
@@ -53,7 +55,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "agreement_statistic": get_args(AgreementStatistic),
     "normalization": get_args(Normalization),
     "weight_normalization": get_args(WeightNormalization),
+    "views_dtype": get_args(ViewsDtype),
 }
+# Of them, those that may be None.
+_OPTIONAL = ("weight_normalization", "views_dtype")
 _FLAGS = ("return_entropy", "return_statistics")
 # In `LossConfig.encode`; no setting that may be None is ever negative.
 _NONE = -1.0
@@ -78,6 +83,8 @@ class LossConfig:
     normalization: Normalization = "sequence"
     return_entropy: bool = True
     return_statistics: bool = True
+    views_dtype: ViewsDtype | None = None
+    views_tolerance: float | None = None
 
     def __post_init__(self) -> None:
         check_number("beta", self.beta, low=0.0, high=1.0)
@@ -89,13 +96,20 @@ class LossConfig:
         if self.clip_quantile is not None:
             check_number("clip_quantile", self.clip_quantile, low=0.0, high=1.0)
         for name, choices in _CHOICES.items():
-            if name != "weight_normalization" or self.weight_normalization is not None:
+            if name not in _OPTIONAL or getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), choices)
         for name in ("agreement_gamma", "contrastive_weight", "feature_weight", "divergence_weight"):
             check_number(name, getattr(self, name), low=0.0)
         check_number("contrastive_margin", self.contrastive_margin)
         for name in _FLAGS:
             check_flag(name, getattr(self, name))
+        if (self.views_dtype is None) != (self.views_tolerance is None):
+            raise ValueError(
+                "views_dtype and views_tolerance (the largest error of an agreement weight, say 0.05) go together, got "
+                f"{self.views_dtype!r} and {self.views_tolerance!r}"
+            )
+        if self.views_tolerance is not None:
+            check_number("views_tolerance", self.views_tolerance, low=0.0)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `unisd_loss`."""
@@ -120,7 +134,7 @@ class LossConfig:
             settings[name] = None if settings[name] == _NONE else choices[int(settings[name])]
         for name in _FLAGS:
             settings[name] = bool(settings[name])
-        for name in ("clip_cap", "clip_quantile"):
+        for name in ("clip_cap", "clip_quantile", "views_tolerance"):
             settings[name] = None if settings[name] == _NONE else settings[name]
         return cls(**settings)
 
@@ -156,6 +170,7 @@ class LossInputs:
     negative_head: LMHead | None = None
     token_weights: torch.Tensor | None = None  # [N]
     num_items: float | torch.Tensor | None = None
+    weight_total: float | torch.Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `unisd_loss`; without those that are None."""
@@ -177,10 +192,14 @@ class LossInputs:
     def num_sequences(self) -> int:
         return self.cu_seqlens.numel() - 1
 
-    def share(self, normalization: Normalization, dtype: torch.dtype) -> float | torch.Tensor:
-        """This call's share of all `num_items`; without a row there is nothing to share."""
-        if self.num_items is None or self.num_rows == 0:
+    def share(
+        self, normalization: Normalization, dtype: torch.dtype, batch: Batch | None = None
+    ) -> float | torch.Tensor:
+        """The share of all `num_items` that these rows are, or the batch they are in; without a row there is nothing
+        to share."""
+        counted = self if batch is None else batch
+        if self.num_items is None or counted.num_rows == 0:
             return 1.0
-        local = self.num_sequences if normalization == "sequence" else self.num_rows
+        local = counted.num_sequences if normalization == "sequence" else counted.num_rows
         # A quotient of integers would be float32.
         return local / (self.num_items.to(dtype) if isinstance(self.num_items, torch.Tensor) else self.num_items)

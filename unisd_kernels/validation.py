@@ -95,6 +95,19 @@ def check_heads_match(student: LMHead, teacher: LMHead, name: str = "teacher_hea
             f"student_head has {student.num_columns} columns but {name} has {teacher.num_columns}; if one of them is "
             "padded, pass LMHead(..., vocab_size=<number of real tokens>) for both"
         )
+    if student.shard is None and teacher.shard is None:
+        return
+    if student.shard is None or teacher.shard is None:
+        whole, sliced = ("student_head", name) if student.shard is None else (name, "student_head")
+        raise ValueError(
+            f"{sliced} is a slice of its vocabulary (vocabulary-parallel) but {whole} is a whole head; give both with "
+            "group= and vocab_start=, or neither"
+        )
+    if not student.shard.is_like(teacher.shard):
+        raise ValueError(
+            f"student_head and {name} are sliced differently over the ranks: (first column, end) are "
+            f"{student.shard.bounds} and {teacher.shard.bounds}, and the groups must have the same ranks too"
+        )
 
 
 def check_target_ids(target_ids: torch.Tensor, num_rows: int, num_columns: int, device: torch.device) -> None:
@@ -152,27 +165,27 @@ def check_token_weights(weights: torch.Tensor, num_rows: int, device: torch.devi
         raise ValueError(f"token_weights must be >= 0, got values down to {float(weights.min()):g}")
 
 
-def check_num_items(num_items: float | torch.Tensor | None, num_rows: int, device: torch.device) -> None:
+def check_total(name: str, total: float | torch.Tensor | None, num_rows: int, device: torch.device) -> None:
     """A finite number > 0, as a Python number or a 0-dim tensor. (0 too where there are no rows to count.)"""
-    if num_items is None:
+    if total is None:
         return
     low, strict = 0.0, num_rows > 0
-    if not isinstance(num_items, torch.Tensor):
-        check_number("num_items", num_items, low=low, open_low=strict)
+    if not isinstance(total, torch.Tensor):
+        check_number(name, total, low=low, open_low=strict)
         return
-    _check_tensor("num_items", num_items, "[]")
-    if num_items.dim() != 0:
-        raise ValueError(f"num_items must be a number or a 0-dim tensor, got shape {tuple(num_items.shape)}")
-    if num_items.dtype == torch.bool or num_items.is_complex():
-        raise TypeError(f"num_items must be an integer or floating-point tensor, got {num_items.dtype}")
-    if num_items.requires_grad:
-        raise ValueError("num_items must not require a gradient; detach it")
-    if num_items.device.type == "cpu":
-        check_number("num_items", num_items.item(), low=low, open_low=strict)
+    _check_tensor(name, total, "[]")
+    if total.dim() != 0:
+        raise ValueError(f"{name} must be a number or a 0-dim tensor, got shape {tuple(total.shape)}")
+    if total.dtype == torch.bool or total.is_complex():
+        raise TypeError(f"{name} must be an integer or floating-point tensor, got {total.dtype}")
+    if total.requires_grad:
+        raise ValueError(f"{name} must not require a gradient; detach it")
+    if total.device.type == "cpu":
+        check_number(name, total.item(), low=low, open_low=strict)
         return
-    _check_device("num_items", num_items, device)
-    proper = torch.isfinite(num_items) & (num_items > low if strict else num_items >= low)
-    torch._assert_async(proper, "num_items must be finite and > 0")
+    _check_device(name, total, device)
+    proper = torch.isfinite(total) & (total > low if strict else total >= low)
+    torch._assert_async(proper, f"{name} must be finite and > 0")
 
 
 def check_workspace(workspace_bytes: int | None) -> None:
@@ -221,4 +234,11 @@ def check_loss_inputs(inputs: LossInputs, config: LossConfig) -> None:
         )
     if inputs.token_weights is not None:
         check_token_weights(inputs.token_weights, num_rows, device)
-    check_num_items(inputs.num_items, num_rows, device)
+    check_total("num_items", inputs.num_items, num_rows, device)
+    check_total("weight_total", inputs.weight_total, num_rows, device)
+    weighs = config.resolved_weight_normalization(bool(inputs.auxiliary_hidden)) == "weighted"
+    if inputs.weight_total is not None and not (weighs and config.normalization == "token"):
+        raise ValueError(
+            "weight_total is the sum of weights that normalization='token' divides by with "
+            "weight_normalization='weighted'; leave it out otherwise"
+        )

@@ -1,11 +1,14 @@
-"""Joules of one step, from the device's own counter (NVML's total energy), where it has one."""
+"""Joules of one step, from the device's own counter (`unisd.energy`), where it has one."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from unisd.energy import EnergyMeter
 
 # The counter moves every tenth of a second or so; over this time its steps are a few percent.
 SHORTEST_WINDOW = 1.0
@@ -15,30 +18,25 @@ class NoEnergy(RuntimeError):
     """The counter failed while it was read: nothing is claimed, and the timing stands."""
 
 
-def energy_counter(device: torch.device) -> Callable[[], float] | None:
-    """Reads joules since the driver was loaded; None where the device or the machine does not report them.
+def energy_counter(device: torch.device, nvml: Any = None) -> Callable[[], float] | None:
+    """Reads joules of a card from now on, by its counter; None where it has none that can be read.
 
     What it returns raises `NoEnergy` where a later reading fails.
+
+    Args:
+        nvml: NVML's library; None to load the driver's.
     """
     if device.type != "cuda":
         return None
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        identifier = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        handle = pynvml.nvmlDeviceGetHandleByUUID(identifier)
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except pynvml.NVMLError:
+    meter = EnergyMeter(device, nvml=nvml)
+    if not meter.read().parts[0].measured:
         return None
 
     def joules() -> float:
-        try:
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-        except pynvml.NVMLError as error:
-            raise NoEnergy(f"NVML: {error}") from error
+        card = meter.read().parts[0]
+        if card.joules is None:
+            raise NoEnergy(card.how)
+        return card.joules
 
     return joules
 

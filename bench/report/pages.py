@@ -88,8 +88,8 @@ def page() -> str:
         *(machine_page.page(folder, RESULTS) for folder in machine_page.folders(RESULTS)),
         "## GPUs",
         _accelerators(),
-        "## Tensor parallelism, on paper",
-        "Bytes on the wire and FLOPs for 2 to 64 ranks: [tensor-parallel.md](tensor-parallel.md).",
+        "## Vocabulary-parallel heads, by count",
+        "Bytes on the wire, messages and FLOPs for 2 to 64 ranks: [tensor-parallel.md](tensor-parallel.md).",
     ]
     return "\n\n".join(sections) + "\n"
 

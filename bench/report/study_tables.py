@@ -114,7 +114,8 @@ def diagnostic_table(result: Mapping[str, Any]) -> str:
         f"first-answer accuracy is above {100 * floor:.0f}%: arithmetic with decimals is out of the reach of 135M "
         "parameters in so few steps of training, so that the diagnostic tells kinds of replies apart here, and not "
         f"whether step-tracking is repaired. Of the {len(right)} right first answers {right.count('0')} come without "
-        "all steps right: there the answer is an input (S1 + S2 - S2), which the reply repeats."
+        "all steps right: there the answer is an input (S1 + S2 - S2), which the reply repeats; since these runs no "
+        "such task is drawn."
     )
     return "\n\n".join([text, "\n".join(lines)])
 

@@ -6,8 +6,10 @@ The views are the trainer's: rows prepared from each file, completions sampled f
 with other rows' solved examples. The first third of each file's tokens prepares the head, the others are scored. For
 each bound, from the simplest to the one of `unisd_kernels.reference.certified`: half the width of the interval of a
 log-probability, and the share of tokens that have to be scored again, exactly, for every agreement weight to be within
-a tolerance (gamma = 1, token level, variance). Then times in one interleaved run: bare products in float32, bfloat16
-and int8, float32 scoring by the C++ backend, and certified scoring.
+a tolerance (gamma = 1, token level, variance). Then, where the processor has the instruction, the C++ kernel's own
+intervals and weights beside the exact ones. Then times in one interleaved run: bare products in float32, bfloat16 and
+int8, float32 scoring by the C++ backend, and certified scoring; and of the kernel against float32 scoring for some
+numbers of threads, everything included that a call of `unisd_loss` with `views_dtype="int8"` pays for its views.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ from bench.parser import command_parser
 from bench.records import results_file
 from bench.records.environment import environment
 from unisd.models import SMOLLM2, load_model
-from unisd_kernels import LMHead, linear_logprobs
+from unisd_kernels import LMHead, agreement_weights, linear_logprobs
+from unisd_kernels.backends import extension
 from unisd_kernels.certified.agreement import certified_agreement, settled
-from unisd_kernels.certified.int8_head import Int8Head
-from unisd_kernels.certified.scores import THRESHOLD, LogProbBounds
+from unisd_kernels.certified.int8_head import Int8Head, ready_head
+from unisd_kernels.certified.scores import THRESHOLD, LogProbBounds, logprob_bounds
 from unisd_kernels.reference.certified import int8_rows
 
 NUM_VIEWS = 3
@@ -158,7 +161,7 @@ class _Coordinates(NamedTuple):
             ready.code_length,
             ready.residual_norm,
             ready.cross_norm,
-            ready.gram,
+            ready.gram.double(),
         )
 
 
@@ -246,8 +249,7 @@ def measure(head: LMHead, files: Sequence[FileViews]) -> list[dict[str, Any]]:
 
 def times(head: LMHead, files: Sequence[FileViews], rounds: int) -> dict[str, list[float]]:
     """CPU seconds of each way of scoring all views, in turns."""
-    views = tuple(torch.cat([each.views for each in files], 1))
-    ids = torch.cat([each.ids for each in files])
+    views, ids, bounds, score = _all_views(head, files)
     hidden, weight = torch.cat(views), head.active_weight
     ready = Int8Head.of(head, torch.cat([each.split()[0].views.flatten(0, 1) for each in files]))
     narrow = (hidden.bfloat16(), weight.bfloat16())
@@ -260,11 +262,7 @@ def times(head: LMHead, files: Sequence[FileViews], rounds: int) -> dict[str, li
 
         return run
 
-    def score(rows: torch.Tensor, of_ids: torch.Tensor) -> torch.Tensor:
-        return linear_logprobs(rows, head, of_ids).logprobs
-
     def certified() -> object:
-        bounds = torch.tensor([0, len(ids)])
         return certified_agreement(views, ready, ids, bounds, score=score, tolerance=0.05, gamma=1.0)
 
     steps: dict[str, Callable[[], object]] = {
@@ -272,7 +270,7 @@ def times(head: LMHead, files: Sequence[FileViews], rounds: int) -> dict[str, li
         "bfloat16 product": product(lambda tile: functional.linear(narrow[0], narrow[1][tile])),
         "int8 product": product(lambda tile: torch._int_mm(codes, ready.codes[tile].T)),
         "float32 scoring": lambda: score(hidden, ids.repeat(NUM_VIEWS)),
-        "certified scoring, tolerance 0.05": certified,
+        "certified scoring in PyTorch, tolerance 0.05": certified,
         "preparation of the head": lambda: Int8Head.of(head, hidden[: len(hidden) // 3]),
     }
     samples: dict[str, list[float]] = {name: [] for name in steps}
@@ -283,6 +281,73 @@ def times(head: LMHead, files: Sequence[FileViews], rounds: int) -> dict[str, li
             if number:
                 samples[name].append(time.process_time() - began)
     return samples
+
+
+def kernel_against_exact(head: LMHead, files: Sequence[FileViews]) -> dict[str, Any]:
+    """The kernel over the views that did not prepare the head: its intervals against exact scores, and its weights for
+    each tolerance."""
+    views, ids, bounds, score = _all_views(head, [each.split()[1] for each in files])
+    ready = ready_head(head, torch.cat([each.split()[0].views.flatten(0, 1) for each in files]))
+    scores = torch.stack([score(view, ids) for view in views])
+    intervals = [logprob_bounds(view, ready, ids, impl="native") for view in views]
+    lower, upper = (torch.stack([getattr(each, name) for each in intervals]) for name in ("lower", "upper"))
+    exact = agreement_weights(scores, bounds, gamma=1.0).weights
+    out: dict[str, Any] = {
+        "tokens": len(ids),
+        "largest_outside": float(torch.maximum(lower - scores, scores - upper).max()),
+        "half_width_median": float(((upper - lower) / 2).median()),
+        "half_width_max": float(((upper - lower) / 2).max()),
+        "weight_error": {},
+        "rescored": {},
+    }
+    for tolerance in TOLERANCES:
+        found = certified_agreement(
+            views, ready, ids, bounds, score=score, tolerance=tolerance, gamma=1.0, impl="native"
+        )
+        out["weight_error"][str(tolerance)] = float((found.weights - exact).abs().max())
+        out["rescored"][str(tolerance)] = float(found.rescored.double().mean())
+    return out
+
+
+def kernel_times(head: LMHead, files: Sequence[FileViews], rounds: int, threads: Sequence[int]) -> list[dict[str, Any]]:
+    """Seconds of both ways of scoring the same views, in turns, for each number of threads."""
+    views, ids, bounds, score = _all_views(head, [each.split()[1] for each in files])
+    prepared = torch.cat([each.split()[0].views.flatten(0, 1) for each in files])
+
+    def certified() -> object:
+        # With the look whether the weight is still the one that the codes are of.
+        ready = ready_head(head, prepared)
+        return certified_agreement(views, ready, ids, bounds, score=score, tolerance=0.05, gamma=1.0, impl="native")
+
+    steps = {"float32": lambda: [score(view, ids) for view in views], "int8": certified}
+    before, out = torch.get_num_threads(), []
+    try:
+        for count in threads:
+            torch.set_num_threads(count)
+            samples: dict[str, list[float]] = {name: [] for name in steps}
+            for number in range(rounds + 1):
+                for name, step in steps.items():
+                    began = time.perf_counter()
+                    step()
+                    if number:
+                        samples[name].append(time.perf_counter() - began)
+            out.append({"threads": count, "rows": len(views) * len(ids), **samples})
+    finally:
+        torch.set_num_threads(before)
+    return out
+
+
+def _all_views(
+    head: LMHead, files: Sequence[FileViews]
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+    """Views, ids and offsets of all files' tokens as one sequence, and exact scoring."""
+    views = tuple(torch.cat([each.views for each in files], 1))
+    ids = torch.cat([each.ids for each in files])
+
+    def score(rows: torch.Tensor, of_ids: torch.Tensor) -> torch.Tensor:
+        return linear_logprobs(rows, head, of_ids).logprobs
+
+    return views, ids, torch.tensor([0, len(ids)]), score
 
 
 def table(result: dict[str, Any]) -> str:
@@ -310,7 +375,36 @@ def table(result: dict[str, Any]) -> str:
         for name, samples in result["seconds"].items():
             ratios = sorted(sample / base for sample, base in zip(samples, floor, strict=True))
             lines.append(f"| {name} | {ratios[len(ratios) // 2]:.2f} |")
+    lines += _kernel_lines(result)
     return "\n".join(lines)
+
+
+def _kernel_lines(result: dict[str, Any]) -> list[str]:
+    """What the C++ kernel makes of the views, where it was measured."""
+    kernel, lines = result.get("kernel"), []
+    if kernel is not None:
+        lines += [
+            "",
+            f"The C++ kernel, {kernel['tokens']} tokens: half width {kernel['half_width_median']:.2g} in the median, "
+            f"{kernel['half_width_max']:.2g} at most; exact scores are outside by {kernel['largest_outside']:.1e} nats "
+            "at most (below 0: inside).",
+            "",
+            "| tolerance | largest error of a weight | tokens scored again |",
+            "|---|---|---|",
+        ]
+        for tolerance, error in kernel["weight_error"].items():
+            lines.append(f"| {tolerance} | {error:.1e} | {kernel['rescored'][tolerance]:.1%} |")
+    if result.get("kernel_seconds"):
+        lines += [
+            "",
+            "| the kernel at tolerance 0.05, wall time | float32 scoring, ms | int8, ms | times as fast |",
+            "|---|---|---|---|",
+        ]
+        for row in result["kernel_seconds"]:
+            exact, int8 = (sorted(row[name])[len(row[name]) // 2] for name in ("float32", "int8"))
+            cells = f"{1e3 * exact:.0f} | {1e3 * int8:.0f} | {exact / int8:.2f}"
+            lines.append(f"| {row['rows']} rows, threads: {row['threads']} | {cells} |")
+    return lines
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -320,6 +414,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rows", type=int, default=16, help="of each file")
     parser.add_argument("--new_tokens", type=int, default=32, help="longest completion")
     parser.add_argument("--rounds", type=int, default=5, help="of the times; 0 for none")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of the kernel's times")
     parser.add_argument("--output", type=Path, help="JSON file for everything")
     options = parser.parse_args(list(arguments))
     head, files = sampled_views(options.model, options.files, options.rows, options.new_tokens)
@@ -330,6 +425,10 @@ def main(arguments: Sequence[str]) -> int:
         "rows": measure(head, files),
         "seconds": times(head, files, options.rounds) if options.rounds else {},
     }
+    if extension.cpu_unavailable() is None and extension.cpu_multiplies_int8():
+        result["kernel"] = kernel_against_exact(head, files)
+        if options.rounds:
+            result["kernel_seconds"] = kernel_times(head, files, options.rounds, options.threads)
     result["environment"]["command"] = result["environment"]["command"].replace(f"{options.files[0].parent}/", "")
     print(f"{table(result)}\n\n{json.dumps(result['environment'])}")
     if options.output:

@@ -1,18 +1,19 @@
 """`python -m bench figures`: every figure of a CPU in docs/benchmarks.md and README.md, measured anew on this machine.
 
 Each part is a command of its own, in a process of its own, whose result goes into a folder of `bench/results` named
-after the processor. Before it begins it says how long it will take: as long as it took here the last time, else as
-long as two cores of a server's processor take. Afterwards the plots and pages are written. `--list` prints the parts
-and runs nothing; `--only` runs some.
+after the processor. Before it begins it says how long it will take: as long as the same command took here the last
+time, else as long as two cores of a server's processor take. Afterwards the plots and pages are written. `--list`
+prints the parts and runs nothing; `--only` runs some.
 
     python -m bench figures              # the operations: what a kernel costs
-    python -m bench figures --steps      # whole training steps, which take as long again
+    python -m bench figures --steps      # whole training steps with every preset, which take twice as long
 
 A part that fails is said, and the others go on; exit status 1.
 """
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -36,7 +37,6 @@ TIMES = "minutes"
 ROUNDS = ("--rounds", "5", "--peer-rounds", "2")
 # What the result of a model's hidden states and a sweep compare with; the whole list is in the first two parts.
 FEW_PEERS = (OURS, PEAK, "dense float32", "dense float32 compiled")
-PRESETS = ("plain", "agreement_token", "contrastive", "unisd_star")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Part:
 
     Attributes:
         name: of the file.
-        minutes: on two quiet cores of an AMD EPYC with AVX512_BF16, estimated before the first run.
+        minutes: on two quiet cores of an AMD EPYC with AVX512_BF16, estimated before the first run: of the steps from a
+            run of four presets there (4.4 and 6.1 minutes, of which a preset's memory took half).
         words: of the command, after `python -m bench`.
     """
 
@@ -81,9 +82,9 @@ STEPS = tuple(
     Part(
         f"steps_{short}",
         minutes,
-        ("steps", "--device", "cpu", "--dtype", "auto", "--model", model, "--presets", *PRESETS, "--rounds", "3"),
+        ("steps", "--device", "cpu", "--dtype", "auto", "--model", model, "--rounds", "3"),
     )
-    for short, model, minutes in (("smollm2", SMOLLM2, 4), ("gemma3", GEMMA3, 7))
+    for short, model, minutes in (("smollm2", SMOLLM2, 16), ("gemma3", GEMMA3, 22))
 )
 
 
@@ -95,10 +96,19 @@ def folder_here() -> Path:
 
 
 def minutes_of(parts: Sequence[Part], folder: Path) -> dict[str, float]:
-    """What each part took here the last time, else what is expected."""
+    """What each part took here the last time, if its result there is of the same command; else what is expected."""
     path = folder / f"{TIMES}.json"
     taken = results_file.read(path)["minutes"] if path.exists() else {}
-    return {part.name: taken.get(part.name, part.minutes) for part in parts}
+    return {
+        part.name: taken[part.name] if part.name in taken and _is_of(part, folder) else part.minutes for part in parts
+    }
+
+
+def _is_of(part: Part, folder: Path) -> bool:
+    """Whether the part's result in a folder was made by its command as it is now."""
+    path = folder / f"{part.name}.json"
+    said = results_file.read(path)["environment"].get("command", "") if path.exists() else ""
+    return said.startswith(shlex.join(["python", "-m", "bench", *part.words, "--output"]))
 
 
 def plan(parts: Sequence[Part], minutes: dict[str, float], folder: Path) -> str:

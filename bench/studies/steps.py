@@ -1,5 +1,5 @@
 """`python -m bench steps`: the reliability tax: what each preset costs per training step, as tokens per second and peak
-memory, with this package's loss and with the dense one.
+memory, with this package's loss and with the dense one (whose teacher, where it is a mixture, is its one hidden state).
 
 A step is all that the trainer does for one optimizer step: contexts, forwards, loss, backward, optimizer, moving
 average (here every step; the presets' default is every tenth). Its completions are replayed, the same for all. The

@@ -113,7 +113,8 @@ def _prepare(file: Path, root: Path, sizes: Sizes, say: partial[None]) -> list[s
 def _typed(options: Any) -> str:
     """The command, without the folders of this machine."""
     files = (("--cos-e", options.cos_e), ("--cos-e-test", options.cos_e_test))
-    return " ".join(["python -m bench study -o runs/study", *(f"{flag} {file.name}" for flag, file in files if file)])
+    words = ["python -m bench study -o runs/study", *(f"{flag} {file.name}" for flag, file in files if file)]
+    return " ".join(words if options.dtype == Sizes.dtype else [*words, f"--dtype {options.dtype}"])
 
 
 def _check_files(options: Any) -> None:
@@ -138,4 +139,5 @@ def _parser() -> CommandParser:
     parser.add_argument("--report", action="store_true", help="run nothing: write the results of what is finished")
     for name in ("steps", "items", "asked", "seeds", "budget_steps"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=getattr(Sizes, name))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=Sizes.dtype, help="of the base's weights")
     return parser

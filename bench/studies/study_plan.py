@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.studies.study_methods import ALONE, BASE, DIAGNOSED, MIXED, SEEDED, STEADY
+from bench.studies.study_methods import ALONE, BASE, DIAGNOSED, MIXED, PLAIN, SEEDED, STEADY
 from unisd.models import SMOLLM2
 from unisd.sweep import Cell
 
-_DTYPE = ("--dtype", "bfloat16")
 _SELDOM = 1000
 """Steps between measurements of the drift: only before and after."""
 
@@ -30,6 +29,7 @@ class Sizes:
         asked_steps, asked: of the diagnostic's held-out tasks, and how many there are in all.
         budget, budget_rate, budget_steps: nats a token; a learning rate, held constant without warm-up, that
             collapses; optimizer steps.
+        dtype: of the base's weights; float32 where the processor has no products of 16 bits.
     """
 
     steps: int = 12
@@ -48,6 +48,7 @@ class Sizes:
     budget: float = 0.02
     budget_rate: float = 5e-3
     budget_steps: int = 16
+    dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,14 @@ def planned(part: str, sizes: Sizes, cos_e: Path, cos_e_test: Path) -> list[Plan
 
 def _asked_of_cos_e(sizes: Sizes, cos_e_test: Path) -> tuple[str, ...]:
     return (
-        *("cos_e", *_DTYPE, "--data", str(cos_e_test), "--limit", str(sizes.items)),
+        *("cos_e", *_dtype(sizes), "--data", str(cos_e_test), "--limit", str(sizes.items)),
         *("--batch_size", "16", "--max_new_tokens", str(sizes.reply)),
     )
 
 
 def _study(sizes: Sizes, cos_e: Path, cos_e_test: Path) -> list[Planned]:
     asked = {"procedural": _asked(sizes), "cos_e": _asked_of_cos_e(sizes, cos_e_test)}
-    also = (("behaviour", *_DTYPE), ("drift", *_DTYPE, "--max_new_tokens", str(sizes.chat)))
+    also = (("behaviour", *_dtype(sizes)), ("drift", *_dtype(sizes), "--max_new_tokens", str(sizes.chat)))
     sources = {"procedural": "procedural", "cos_e": str(cos_e)}
     words = {
         "procedural": _train(sizes, sizes.steps, sizes.completion, sizes.task_steps),
@@ -118,25 +119,28 @@ def _why(sizes: Sizes) -> list[Planned]:
 
 
 def _mixtures(sizes: Sizes, cos_e: Path, cos_e_test: Path) -> list[Planned]:
-    """Mixtures of teachers as the study runs each mechanism alone; the study's plain once more, for the same code and
-    day; and SDFT with each mixture, seed by seed."""
+    """SDFT with each mixture of teachers, seed by seed, then each alone as the study runs a mechanism; beside them the
+    same without a mixture, as in the study, since another processor rounds otherwise and trains another model."""
     asked, train = _asked(sizes), _train(sizes, sizes.steps, sizes.completion, sizes.task_steps)
-    alone = [Cell("procedural", preset, 0) for preset in (*MIXED, "plain")]
-    runs = [Planned("mixtures", cell.name, cell, (asked,), train) for cell in alone]
+    runs = []
     for seed in range(sizes.seeds):
+        cell = Cell("procedural", STEADY, seed)
+        runs.append(Planned("mixtures", cell.name, cell, (asked,), train))
         for mixture in MIXED.values():
-            cell, words = Cell("procedural", STEADY, seed), (*train, "--teacher_mixture", mixture)
+            words = (*train, "--teacher_mixture", mixture)
             runs.append(Planned("mixtures", cell.name, cell, (asked,), words, f"{STEADY}_{mixture}"))
-        if seed == 0:
-            cells = [Cell(str(cos_e), preset, 0) for preset in MIXED]
-            words = _train(sizes, sizes.steps, sizes.completion)
-            asked_of = (_asked_of_cos_e(sizes, cos_e_test),)
-            runs += [Planned("mixtures", cell.name, cell, asked_of, words) for cell in cells]
+    alone = (
+        ("procedural", train, asked),
+        (str(cos_e), _train(sizes, sizes.steps, sizes.completion), _asked_of_cos_e(sizes, cos_e_test)),
+    )
+    for source, words, evaluation in alone:
+        cells = [Cell(source, preset, 0) for preset in (PLAIN, *MIXED)]
+        runs += [Planned("mixtures", cell.name, cell, (evaluation,), words) for cell in cells]
     return runs
 
 
 def _diagnostic(sizes: Sizes) -> list[Planned]:
-    asked = ("diagnostic", *_DTYPE, "--count", str(sizes.asked), "--steps", *map(str, sizes.asked_steps))
+    asked = ("diagnostic", *_dtype(sizes), "--count", str(sizes.asked), "--steps", *map(str, sizes.asked_steps))
     asked = (*asked, "--operations", "+", "-")
     train = _train(sizes, sizes.steps, sizes.diagnostic_completion, sizes.diagnostic_steps)
     cells = [Cell("diagnostic", preset, 0) for preset in DIAGNOSED]
@@ -156,8 +160,12 @@ def _budget(sizes: Sizes) -> list[Planned]:
     return [free, *(Planned("budget", cell.name, cell, (asked,), kept, "kept") for cell in cells)]
 
 
+def _dtype(sizes: Sizes) -> tuple[str, ...]:
+    return ("--dtype", sizes.dtype)
+
+
 def _asked(sizes: Sizes) -> tuple[str, ...]:
-    return ("procedural", *_DTYPE, "--count", str(sizes.items), "--steps", *map(str, sizes.task_steps))
+    return ("procedural", *_dtype(sizes), "--count", str(sizes.items), "--steps", *map(str, sizes.task_steps))
 
 
 def _train(
@@ -170,7 +178,7 @@ def _train(
 ) -> tuple[str, ...]:
     generated = ("--procedural_rows", str(steps * sizes.batch_size), "--procedural_steps", *map(str, task_steps))
     return (
-        *("--model_name_or_path", SMOLLM2, *_DTYPE, "--bf16", "false"),
+        *("--model_name_or_path", SMOLLM2, *_dtype(sizes), "--bf16", "false"),
         *("--use_peft", "true", "--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", "all-linear"),
         *("--max_steps", str(steps), "--per_device_train_batch_size", str(sizes.batch_size)),
         *("--gradient_accumulation_steps", "1", "--num_auxiliary", "2", "--max_completion_length", str(completion)),

@@ -1,7 +1,7 @@
-"""`python -m bench tensor-parallel`: a head in R shards of the vocabulary, by formula. Nothing here is run.
+"""`python -m bench tensor-parallel`: bytes and messages of a vocabulary-parallel head, by formula.
 
-The package has no such mode: these are the bytes and messages of one step on the wire, and what a rank computes and
-holds. Layout, exchanged numbers and assumptions are in docs/tensor-parallel.md.
+With what a rank computes and holds; nothing here is timed. That the formulas are what `unisd_kernels` sends is tested
+with counting ranks (tests/bench/test_tensor_parallel.py). Exchanged numbers and assumptions: docs/tensor-parallel.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from bench.parser import command_parser
 from bench.roofline.expected import FLOAT32, OPERAND, Model
 
 RANKS = (2, 8, 64)
+STATISTIC = 8  # bytes of a float64
+# Of the two designs in gpu.md the one that exchanges statistics between products and gradient.
+DESIGN = "chunked"
 HEADS = ("llama3.1-8b", "gemma3-4b")
 # Title of an operation -> (operation of `bench/cases.py`, whether its divergence is the JSD).
 OPERATIONS = {
@@ -27,7 +30,7 @@ OPERATIONS = {
 
 
 class Exchange(NamedTuple):
-    """Float32 numbers a row, each field an all-reduce: of maxima, of sums, and of what needs the sums first."""
+    """Float64 numbers a row, each field an all-reduce: of maxima, of sums, and of what needs the sums first."""
 
     maxima: int
     sums: int
@@ -39,15 +42,14 @@ class Exchange(NamedTuple):
 
 
 def view_exchange(entropy: bool = False) -> Exchange:
-    """A scored view: m; S, z_y - m and E where asked."""
+    """A scored view: M; S, z_y and E where asked."""
     return Exchange(1, 2 + entropy)
 
 
 def pair_exchange(jsd: bool = False, targets: bool = False, entropy: bool = False) -> Exchange:
-    """Student and teacher: m_s, m_t; S_s, S_t, X, and two target logits and two E where asked.
+    """Student and teacher: M_s, M_t; S_s, S_t, X, and two target logits and two E where asked.
 
-    A JSD has no X; KL(p_t || m) and KL(p_s || m) come in a message of their own, both, as the gradient needs the
-    latter.
+    A JSD has no X; D and KL(p_s || m) come in a message of their own, both, as the gradient needs the latter.
     """
     return Exchange(2, 2 + (not jsd) + 2 * targets + 2 * entropy, 2 * jsd)
 
@@ -75,10 +77,6 @@ class Plan:
         return self.case.operation != "scoring"
 
     @property
-    def design(self) -> str:
-        return "chunked" if self.jsd else "fused"
-
-    @property
     def share(self) -> Model:
         """A rank's computation: all rows, its columns."""
         return Model(replace(self.case, vocab_size=self.columns))
@@ -90,7 +88,7 @@ class Plan:
     @property
     def blocks(self) -> int:
         """Blocks of rows whose logits exist at a time: a pair's statistics are exchanged for each."""
-        split = self.share.rows(self.design)
+        split = self.share.rows(DESIGN)
         whole, rest = divmod(self.case.num_rows, split.chunk)
         return whole * -(-split.chunk // split.block) + -(-rest // split.block)
 
@@ -101,8 +99,9 @@ class Plan:
         if self.case.num_scorings:
             found.append((view_exchange(), self.case.num_scorings, 1))
         if self.is_loss:
+            # A trainable head goes through `unisd_loss` too (`bench/peers/unisd.py`), without entropies.
             full = self.case.operation == "unisd_loss"
-            found.append((pair_exchange(self.jsd, full, full), 1, self.blocks))
+            found.append((pair_exchange(self.jsd, full or not self.case.frozen_head, full), 1, self.blocks))
         return found
 
     def sent_bytes(self, size: float) -> float:
@@ -112,7 +111,7 @@ class Plan:
     @property
     def statistics_bytes(self) -> float:
         numbers = sum(sum(exchange) * views for exchange, views, _ in self.exchanges)
-        return self.sent_bytes(FLOAT32 * numbers * self.case.num_rows)
+        return self.sent_bytes(STATISTIC * numbers * self.case.num_rows)
 
     @property
     def gradient_bytes(self) -> float:
@@ -131,7 +130,7 @@ class Plan:
     @property
     def extra_bytes(self) -> float:
         """Bytes that a step adds to W and hidden states at its peak."""
-        return self.share.memory(self.design)
+        return self.share.memory(DESIGN)
 
 
 def headline_plan(head: str, operation: str, ranks: int) -> Plan:
@@ -155,8 +154,10 @@ def exchange_table() -> str:
         "scored view": view_exchange(),
         "scored view with entropy": view_exchange(entropy=True),
         "pair, KL": pair_exchange(),
+        "pair, KL, with log-probabilities": pair_exchange(targets=True),
         "pair, KL, with log-probabilities and entropies": pair_exchange(targets=True, entropy=True),
         "pair, JSD": pair_exchange(jsd=True),
+        "pair, JSD, with log-probabilities and entropies": pair_exchange(jsd=True, targets=True, entropy=True),
     }
     titles = ["what is exchanged", "maxima", "sums", "sums of a further message", "messages"]
     return _table(titles, ([name, *map(str, numbers), str(numbers.messages)] for name, numbers in exchanges.items()))

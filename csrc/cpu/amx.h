@@ -131,21 +131,23 @@ inline int64_t multiply_tiles(const float* a, int64_t a_stride, Broadcast<Pairs>
       for (int64_t k = 0; k < steps; k += kTile) __builtin_prefetch(b.from(i, k).data + ahead, 0, 2);
     }
   };
+  const int64_t calls = (steps + kBetween - 1) / kBetween;
   int64_t i = 0;
   for (; i + 2 * kTile <= done; i += 2 * kTile) {
     fetch(i, 2 * kTile);
     multiply_tile<vectors, 2>(a, a_stride, b.from(i, 0), whole, c.from(i));
-    for (int n = 0; n < 2 * kTile / kBroadcast; ++n) between();
+    for (int64_t n = 0; n < 2 * kTile / kBroadcast * calls; ++n) between();
   }
   if (i < done) {
     fetch(i, kTile);
     multiply_tile<vectors, 1>(a, a_stride, b.from(i, 0), whole, c.from(i));
-    for (int n = 0; n < kTile / kBroadcast; ++n) between();
+    for (int64_t n = 0; n < kTile / kBroadcast * calls; ++n) between();
   }
   if (whole < steps) {
     for (i = 0; i < done; i += kBroadcast) {
       const Sums more{c.data + i * c.stride, c.stride, true};
-      multiply<Pairs, vectors, kBroadcast>(a + whole * a_stride, a_stride, b.from(i, whole), steps - whole, more, 0);
+      multiply<Pairs, vectors, kBroadcast>(a + whole * a_stride, a_stride, b.from(i, whole), steps - whole, more, 0,
+                                             [] {});
     }
   }
   return done;

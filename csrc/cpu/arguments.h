@@ -36,6 +36,11 @@ inline Matrix matrix(const Tensor& t, const char* name) {
   return {t.const_data_ptr(), t.stride(0), storage};
 }
 
+// The matrix without its first rows.
+inline Matrix rows_from(const Matrix& m, int64_t first) {
+  return {static_cast<const char*>(m.data) + first * m.stride * bytes_of(m.storage), m.stride, m.storage};
+}
+
 // One number a row: [size], contiguous.
 template <class T>
 inline T* vector_data(const Tensor& t, const char* name, int64_t size, ScalarType type) {
@@ -49,21 +54,42 @@ inline float* floats(const Tensor& t, const char* name, int64_t size) {
   return vector_data<float>(t, name, size, ScalarType::Float);
 }
 
+// A contiguous matrix [rows, columns].
+template <class T>
+inline const T* dense_data(const Tensor& t, const char* name, int64_t rows, int64_t columns, ScalarType type) {
+  check_matrix(t, name);
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " has the wrong dtype");
+  STD_TORCH_CHECK(t.size(0) == rows && t.size(1) == columns && (t.numel() == 0 || rows <= 1 || t.stride(0) == columns),
+                  name,
+                  " must be contiguous [", rows, ", ", columns, "]");
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
 inline float* floats(const std::optional<Tensor>& t, const char* name, int64_t size) {
   return t.has_value() ? floats(*t, name, size) : nullptr;
 }
 
-// Target ids [size]. They are read here once more, because a bad one would be a read outside of the tile.
-inline const int64_t* ids(const Tensor& t, int64_t size, int64_t columns) {
+// The head's bias [columns] or null.
+inline const float* bias_data(const std::optional<Tensor>& bias, int64_t columns) {
+  if (!bias.has_value()) return nullptr;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == columns && (columns <= 1 || bias->stride(0) == 1),
+                  "bias must be contiguous [", columns, "]");
+  STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float, "bias must be float32");
+  return static_cast<const float*>(bias->const_data_ptr());
+}
+
+// Target ids [size]. They are read here once more, because a bad one would be a read outside of the tile. `lowest`: -1
+// where a target may be in no column.
+inline const int64_t* ids(const Tensor& t, int64_t size, int64_t columns, int64_t lowest = 0) {
   const int64_t* data = vector_data<int64_t>(t, "target_ids", size, ScalarType::Long);
   for (int64_t n = 0; n < size; ++n)
-    STD_TORCH_CHECK(data[n] >= 0 && data[n] < columns, "target_ids must be in [0, ", columns, "), got ", data[n],
-                    " at position ", n);
+    STD_TORCH_CHECK(data[n] >= lowest && data[n] < columns, "target_ids must be in [", lowest, ", ", columns,
+                    "), got ", data[n], " at position ", n);
   return data;
 }
 
-inline const int64_t* ids(const std::optional<Tensor>& t, int64_t size, int64_t columns) {
-  return t.has_value() ? ids(*t, size, columns) : nullptr;
+inline const int64_t* ids(const std::optional<Tensor>& t, int64_t size, int64_t columns, int64_t lowest = 0) {
+  return t.has_value() ? ids(*t, size, columns, lowest) : nullptr;
 }
 
 // A double option as a pointer to a float that lives as long as this.

@@ -17,8 +17,8 @@ namespace unisd {
 struct CpuFeatures {
   bool avx2 = false;         // with FMA and F16C
   bool avx512 = false;       // F, BW, DQ and VL, with all of `avx2`
-  bool avx512_bf16 = false;  // these two with all of `avx512`
-  bool avx512_vnni = false;
+  bool avx512_vnni = false;  // with all of `avx512`
+  bool avx512_bf16 = false;  // with all of `avx512_vnni`, which no processor with it lacks
   // Is its vdpbf16ps slower than the float32 products it stands for? Intel's is.
   bool slow_bf16 = false;
   bool amx_bf16 = false;  // tiles and their bf16 product, with all of `avx512`; see request_amx()
@@ -47,7 +47,7 @@ static inline CpuFeatures detect_cpu_features() {
   found.amx_bf16 = found.avx512 && keeps_tiles && bit(d, 24) && bit(d, 22);
   uint32_t a1 = 0, b1 = 0, c1 = 0, d1 = 0;
   // `a` of subleaf 0 is the last subleaf.
-  if (a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) != 0) found.avx512_bf16 = found.avx512 && bit(a1, 5);
+  if (a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) != 0) found.avx512_bf16 = found.avx512_vnni && bit(a1, 5);
   return found;
 }
 

@@ -16,6 +16,7 @@ const Kernels* find(const std::string& name) {
   const bool widest = name.empty();
   if ((widest || name == "amx_bf16") && has.amx_bf16 && has.avx512_bf16 && request_amx()) return &amx_bf16::kernels();
   if (((widest && !has.slow_bf16) || name == "avx512_bf16") && has.avx512_bf16) return &avx512_bf16::kernels();
+  if ((widest || name == "avx512_vnni") && has.avx512_vnni) return &avx512_vnni::kernels();
   if ((widest || name == "avx512") && has.avx512) return &avx512::kernels();
   if ((widest || name == "avx2") && has.avx2) return &avx2::kernels();
 #elif defined(__aarch64__)
@@ -32,7 +33,7 @@ const Kernels& choose() {
   if (found == nullptr)
     throw std::runtime_error("UNISD_CPU_ISA=" + name +
                              ": not an instruction set this processor has; it takes scalar, avx2, avx512, "
-                             "avx512_bf16 or amx_bf16 on x86-64, scalar or neon on aarch64");
+                             "avx512_vnni, avx512_bf16 or amx_bf16 on x86-64, scalar or neon on aarch64");
   return *found;
 }
 

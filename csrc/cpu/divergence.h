@@ -21,9 +21,10 @@ struct Kept {
 };
 
 // p_s - p_t = larger * (r > 0 ? E : -E)
-inline Vec forward_gradient(const Pair& p) {
-  const Vec difference = p.larger * p.e;
-  return where_less(Vec::set(0.0f), p.r, difference, Vec::set(0.0f) - difference);
+template <class V>
+inline UNISD_INLINE V forward_gradient(const Pair<V>& p) {
+  const V difference = p.larger * p.e;
+  return where_less(V::set(0.0f), p.r, difference, V::set(0.0f) - difference);
 }
 
 // With `keep`, the gradient of beta = 0 takes the student's place, and that of the others is kept.
@@ -43,17 +44,17 @@ inline DivergenceSums sum_divergence(const DivergenceTile& tile, float* student,
     float* logs = kept.logs + start;
     Vec first = zero, second = zero, student_entropy = zero, teacher_entropy = zero;
     // put(where, value) stores a vector, or the part of it that there is.
-    const auto add = [&](Vec z_s, Vec z_t, int64_t i, const auto& put) UNISD_INLINE {
-      const Pair p = make_pair(z_s, z_t, scale);
+    const auto add = [&](auto z_s, auto z_t, int64_t i, const auto& put) UNISD_INLINE {
+      const auto p = make_pair(z_s, z_t, scale);
       if (kind == Kind::kForward) {
-        first = fma(p.larger, where_less(zero, p.r, term_a(p), term_b(p)), first);
+        first = add_product_to(first, p.larger, where_less(zero, p.r, term_a(p), term_b(p)));
       } else if (kind == Kind::kReverse) {
-        first = fma(p.larger, where_less(zero, p.r, term_b(p), term_a(p)), first);
+        first = add_product_to(first, p.larger, where_less(zero, p.r, term_b(p), term_a(p)));
       } else {
-        const Mixture m = make_mixture<kind>(p, mixture_scale);
-        const Vec y = mixture_y<kind>(p, m);
-        first = fma(p.larger, where_less(zero, p.r, m.x, y), first);
-        second = fma(p.larger, where_less(zero, p.r, y, m.x), second);
+        const auto m = make_mixture<kind>(p, mixture_scale);
+        const auto y = mixture_y<kind>(p, m);
+        first = add_product_to(first, p.larger, where_less(zero, p.r, m.x, y));
+        second = add_product_to(second, p.larger, where_less(zero, p.r, y, m.x));
         if (keep) put(logs + i, log_mixture_to_student<kind>(p, m));
       }
       if (keep) {
@@ -65,14 +66,15 @@ inline DivergenceSums sum_divergence(const DivergenceTile& tile, float* student,
         if (kind == Kind::kReverse) put(logs + i, p.r);
       }
       if (tile.want_entropy) {
-        student_entropy = student_entropy - student_prob(p) * max(lowest, p.student_logprob);
-        teacher_entropy = teacher_entropy - teacher_prob(p) * max(lowest, p.teacher_logprob);
+        student_entropy = add_to(student_entropy, zero - student_prob(p) * max(lowest, p.student_logprob));
+        teacher_entropy = add_to(teacher_entropy, zero - teacher_prob(p) * max(lowest, p.teacher_logprob));
       }
     };
-    for_each_vector(
+    for_each_wide(
         length,
-        [&](int64_t i) UNISD_INLINE {
-          add(Vec::load(s + i), Vec::load(t + i), i, [](float* where, Vec value) UNISD_INLINE { value.store(where); });
+        [&](int64_t i, auto like) UNISD_INLINE {
+          using V = decltype(like);
+          add(V::load(s + i), V::load(t + i), i, [](float* where, V value) UNISD_INLINE { value.store(where); });
         },
         [&](int64_t i, int n) UNISD_INLINE {
           add(Vec::load_part(s + i, n, -kInfinity), Vec::load_part(t + i, n, fill), i,
@@ -118,12 +120,12 @@ inline TeacherScale scale_of_delta(const float* student, const float* delta, int
       const float* s = student + start;
       const float* d = delta + start;
       Vec sum = Vec::set(0.0f);
-      const auto add = [&](Vec z, Vec x) UNISD_INLINE {
-        sum = fma(exp((z - shift) - logs), fma(x * x, exp_remainder(x), x), sum);
+      const auto add = [&](auto z, auto x) UNISD_INLINE {
+        sum = add_product_to(sum, exp((z - shift) - logs), fma(x * x, exp_remainder(x), x));
       };
-      for_each_vector(
+      for_each_wide(
           at_most(kSumColumns, columns - start),
-          [&](int64_t i) UNISD_INLINE { add(Vec::load(s + i), Vec::load(d + i)); },
+          [&](int64_t i, auto like) UNISD_INLINE { add(decltype(like)::load(s + i), decltype(like)::load(d + i)); },
           [&](int64_t i, int n) UNISD_INLINE {
             add(Vec::load_part(s + i, n, -kInfinity), Vec::load_part(d + i, n, 0.0f));
           });
@@ -139,7 +141,9 @@ inline TeacherScale scale_of_delta(const float* student, const float* delta, int
     const float* d = delta + start;
     add_block(
         at_most(kSumColumns, columns - start),
-        [&](int64_t i) UNISD_INLINE { return (Vec::load(s + i) - shift) + Vec::load(d + i); },
+        [&](int64_t i, auto like) UNISD_INLINE {
+          return (decltype(like)::load(s + i) - shift) + decltype(like)::load(d + i);
+        },
         [&](int64_t i, int n, float fill) UNISD_INLINE {
           return (Vec::load_part(s + i, n, fill) - shift) + Vec::load_part(d + i, n, 0.0f);
         },
@@ -165,6 +169,25 @@ inline DivergenceSums sum_row(const DivergenceTile& tile, float* student, const 
   }
 }
 
+// The first half of a row's statistics: maxima and log-sums, and with a soft cap the logits.
+inline void take_log_sums(const DivergenceTile& tile, int64_t n) {
+  float* student = tile.student + n * tile.student_stride;
+  float* teacher = tile.teacher + n * tile.teacher_stride;
+  const auto statistic = [&](DivergenceStatistic which) -> float& { return tile.statistics[which * tile.rows + n]; };
+  if (tile.student_tanh_scale != nullptr) apply_softcap(student, tile.columns, *tile.student_tanh_scale);
+  if (tile.teacher_tanh_scale != nullptr) apply_softcap(teacher, tile.columns, *tile.teacher_tanh_scale);
+
+  const OnlineSum student_sum = online_sum(student, tile.columns);
+  statistic(kStudentMax) = student_sum.max;
+  statistic(kStudentLogSum) = log_of_sum(student_sum.sum);
+  const TeacherScale teacher_scale =
+      is_delta(tile, n) ? scale_of_delta(student, teacher, tile.columns, student_sum.max, statistic(kStudentLogSum))
+                        : scale_of_logits(teacher, tile.columns);
+  statistic(kTeacherMax) = teacher_scale.max;
+  statistic(kTeacherLogSum) = teacher_scale.log_sum;
+  statistic(kLogRatio) = teacher_scale.log_ratio;
+}
+
 // Returns whether the row's logits are numbers.
 template <bool keep>
 inline bool take_statistics(const DivergenceTile& tile, int64_t n, Kept kept) {
@@ -173,19 +196,8 @@ inline bool take_statistics(const DivergenceTile& tile, int64_t n, Kept kept) {
   const int64_t rows = tile.rows;
   const bool row_is_delta = is_delta(tile, n);
   const auto statistic = [&](DivergenceStatistic which) -> float& { return tile.statistics[which * rows + n]; };
-  if (tile.student_tanh_scale != nullptr) apply_softcap(student, tile.columns, *tile.student_tanh_scale);
-  if (tile.teacher_tanh_scale != nullptr) apply_softcap(teacher, tile.columns, *tile.teacher_tanh_scale);
-
-  const OnlineSum student_sum = online_sum(student, tile.columns);
-  statistic(kStudentMax) = student_sum.max;
-  statistic(kStudentLogSum) = log_of_sum(student_sum.sum);
-  const TeacherScale teacher_scale =
-      row_is_delta ? scale_of_delta(student, teacher, tile.columns, student_sum.max, statistic(kStudentLogSum))
-                   : scale_of_logits(teacher, tile.columns);
-  statistic(kTeacherMax) = teacher_scale.max;
-  statistic(kTeacherLogSum) = teacher_scale.log_sum;
-  statistic(kLogRatio) = teacher_scale.log_ratio;
-  const float log_sums = statistic(kStudentLogSum) + teacher_scale.log_sum;
+  if (!tile.has_log_sums) take_log_sums(tile, n);
+  const float log_sums = statistic(kStudentLogSum) + statistic(kTeacherLogSum);
   if (log_sums != log_sums) {
     // A logit is not finite: nothing this row gives is a number, nor will be its gradient.
     for (int which = 0; which < kDivergenceStatistics; ++which) tile.statistics[which * rows + n] = kNaN;
@@ -228,8 +240,9 @@ struct ReverseGradient {
   ReverseGradient(const DivergenceTile& tile, int64_t n)
       : other(MixtureScale(tile.beta).other),
         constant(PairScale::statistic(tile, kind == Kind::kReverse ? kDivergence : kStudentToMixture, n)) {}
-  Vec of(Vec probs, Vec log) const {
-    const Vec zero = Vec::set(0.0f);
+  template <class V>
+  V of(V probs, V log) const {
+    const V zero = V::set(0.0f);
     if (kind == Kind::kReverse) return zero - probs * (log + constant);
     return (zero - other) * probs * (log + constant);
   }
@@ -245,13 +258,13 @@ inline void write_gradient(const DivergenceTile& tile, int64_t n) {
   const ReverseGradient<kind> reverse(tile, n);
   const Vec weight = Vec::set(tile.weight == nullptr ? 1.0f : tile.weight[n]);
   const Vec logprob_weight = Vec::set(tile.logprob_weight == nullptr ? 0.0f : tile.logprob_weight[n]);
-  const int64_t target = tile.logprob_weight == nullptr ? 0 : tile.target_ids[n];
-  const float target_z = tile.columns == 0 ? 0.0f : student[target];
+  const int64_t target = tile.logprob_weight == nullptr ? -1 : tile.target_ids[n];
+  const float target_z = target < 0 ? 0.0f : student[target];
 
-  const auto gradient = [&](Vec z_s, Vec z_t) UNISD_INLINE {
-    const Pair p = make_pair(z_s, z_t, scale);
-    const Vec probs = student_prob(p);
-    Vec g;
+  const auto gradient = [&](auto z_s, auto z_t) UNISD_INLINE {
+    const auto p = make_pair(z_s, z_t, scale);
+    const auto probs = student_prob(p);
+    decltype(z_s) g;
     if (kind == Kind::kForward) {
       g = forward_gradient(p);
     } else if (kind == Kind::kReverse) {
@@ -262,14 +275,17 @@ inline void write_gradient(const DivergenceTile& tile, int64_t n) {
     return (g * weight - logprob_weight * probs) * slope.of(z_s);
   };
   const float fill = scale.row_is_delta ? 0.0f : -kInfinity;
-  for_each_vector(
+  for_each_wide(
       tile.columns,
-      [&](int64_t i) UNISD_INLINE { gradient(Vec::load(student + i), Vec::load(teacher + i)).store(student + i); },
+      [&](int64_t i, auto like) UNISD_INLINE {
+        using V = decltype(like);
+        gradient(V::load(student + i), V::load(teacher + i)).store(student + i);
+      },
       [&](int64_t i, int k) UNISD_INLINE {
         gradient(Vec::load_part(student + i, k, -kInfinity), Vec::load_part(teacher + i, k, fill))
             .store_part(student + i, k);
       });
-  if (tile.logprob_weight != nullptr) student[target] += tile.logprob_weight[n] * slope.of(target_z);
+  if (target >= 0) student[target] += tile.logprob_weight[n] * slope.of(target_z);
 }
 
 template <Kind kind>

@@ -85,29 +85,31 @@ struct PairScale {
   }
 };
 
+template <class V>
 struct Pair {
-  Vec student_logprob, teacher_logprob;
-  Vec r, q;           // clamped to be finite
-  Vec larger, ratio;  // the larger probability, and e^q = smaller / larger
-  Vec e;              // E(q)
-  Vec remainder, n;   // (E(q) - q) / q^2 where n = 0, which is for |q| < ln(2) / 2
+  V student_logprob, teacher_logprob;
+  V r, q;           // clamped to be finite
+  V larger, ratio;  // the larger probability, and e^q = smaller / larger
+  V e;              // E(q)
+  V remainder, n;   // (E(q) - q) / q^2 where n = 0, which is for |q| < ln(2) / 2
 };
 
-inline Pair make_pair(Vec student, Vec teacher, const PairScale& scale) {
-  const Vec zero = Vec::set(0.0f), bound = Vec::set(1e30f);
-  Pair pair;
-  const Vec shifted = student - scale.student_max;
-  const Vec a = shifted - scale.student_log_sum;
-  const Vec z_t = scale.row_is_delta ? shifted + teacher : teacher;
-  const Vec b = (z_t - scale.teacher_max) - scale.teacher_log_sum;
-  Vec r = scale.near ? teacher - scale.log_ratio : b - a;
-  const Vec higher = max(a, b);
+template <class V>
+inline UNISD_INLINE Pair<V> make_pair(V student, V teacher, const PairScale& scale) {
+  const V zero = V::set(0.0f), bound = V::set(1e30f);
+  Pair<V> pair;
+  const V shifted = student - scale.student_max;
+  const V a = shifted - scale.student_log_sum;
+  const V z_t = scale.row_is_delta ? shifted + teacher : teacher;
+  const V b = (z_t - scale.teacher_max) - scale.teacher_log_sum;
+  V r = scale.near ? teacher - scale.log_ratio : b - a;
+  const V higher = max(a, b);
   pair.larger = exp(higher);
   // Where both are zero r does not matter and may be -inf - -inf.
   r = where_equal(pair.larger, zero, zero, r);
   pair.r = max(zero - bound, min(bound, r));
   pair.q = zero - abs(pair.r);
-  const ExpParts parts = exp_parts(pair.q);
+  const ExpParts<V> parts = exp_parts(pair.q);
   pair.ratio = parts.exp;
   pair.e = parts.expm1;
   pair.remainder = parts.remainder;
@@ -117,18 +119,21 @@ inline Pair make_pair(Vec student, Vec teacher, const PairScale& scale) {
   return pair;
 }
 
-inline Vec term_a(const Pair& p) {
-  return where_less(p.n, Vec::set(0.0f), p.e - p.q, p.q * p.q * p.remainder);
+template <class V>
+inline UNISD_INLINE V term_a(const Pair<V>& p) {
+  return where_less(p.n, V::set(0.0f), p.e - p.q, p.q * p.q * p.remainder);
 }
 
-inline Vec term_b(const Pair& p) {
-  const Vec small = p.q * p.q * fma(p.q - Vec::set(1.0f), p.remainder, Vec::set(1.0f));
-  return where_less(p.n, Vec::set(0.0f), p.q * p.ratio - p.e, small);
+template <class V>
+inline UNISD_INLINE V term_b(const Pair<V>& p) {
+  const V small = p.q * p.q * fma(p.q - V::set(1.0f), p.remainder, V::set(1.0f));
+  return where_less(p.n, V::set(0.0f), p.q * p.ratio - p.e, small);
 }
 
+template <class V>
 struct Mixture {
-  Vec x, log_share;  // X, and l = log(m / larger)
-  Vec other_share;   // 1 - c
+  V x, log_share;  // X, and l = log(m / larger)
+  V other_share;   // 1 - c
 };
 
 struct MixtureScale {
@@ -137,18 +142,18 @@ struct MixtureScale {
       : beta(Vec::set(static_cast<float>(b))), other(Vec::set(static_cast<float>(1.0 - b))) {}
 };
 
-template <Kind kind>
-inline Mixture make_mixture(const Pair& p, const MixtureScale& scale) {
-  const Vec zero = Vec::set(0.0f);
-  const Vec c = where_less(zero, p.r, scale.other, scale.beta);
-  Mixture mixture;
+template <Kind kind, class V>
+inline UNISD_INLINE Mixture<V> make_mixture(const Pair<V>& p, const MixtureScale& scale) {
+  const V zero = V::set(0.0f);
+  const V c = where_less(zero, p.r, scale.other, scale.beta);
+  Mixture<V> mixture;
   mixture.other_share = where_less(zero, p.r, scale.beta, scale.other);
-  const Vec w = c * p.e;
-  const Vec limit = Vec::set(-0.25f);
-  const Vec bounded = max(limit, w);
-  const Vec small_x = bounded * bounded * log_remainder(bounded);
+  const V w = c * p.e;
+  const V limit = V::set(-0.25f);
+  const V bounded = max(limit, w);
+  const V small_x = bounded * bounded * log_remainder(bounded);
   // 1 + w, without cancellation where c is close to 1 and the ratio to 0.
-  Vec large_log = log(fma(c, p.ratio, mixture.other_share));
+  V large_log = log(fma(c, p.ratio, mixture.other_share));
   // m is at least the smaller probability; computed, it is zero where share and ratio underflow.
   if (kind == Kind::kSkewed) large_log = max(large_log, p.q);
   mixture.x = where_less(w, limit, w - large_log, small_x);
@@ -157,47 +162,52 @@ inline Mixture make_mixture(const Pair& p, const MixtureScale& scale) {
 }
 
 // In the second form, whose terms are all of second order.
-inline Vec term_y(const Pair& p, const Mixture& m) {
+template <class V>
+inline UNISD_INLINE V term_y(const Pair<V>& p, const Mixture<V>& m) {
   return fma(p.ratio, m.x - term_a(p), m.other_share * p.e * p.e);
 }
 
 // From the mixture's excess over the smaller probability, for 1 - c < kSmallShare.
+template <class V>
 struct Excess {
-  Vec log_mixture;  // log(m / smaller)
-  Vec y;
+  V log_mixture;  // log(m / smaller)
+  V y;
 };
 
-inline Excess make_excess(const Pair& p, const Mixture& m) {
-  const Vec zero = Vec::set(0.0f), one = Vec::set(1.0f), quarter = Vec::set(0.25f);
-  const Vec share = m.other_share * p.e;
-  const Vec x = (zero - share) / p.ratio;  // infinite or NaN where the ratio underflows
+template <class V>
+inline UNISD_INLINE Excess<V> make_excess(const Pair<V>& p, const Mixture<V>& m) {
+  const V zero = V::set(0.0f), one = V::set(1.0f), quarter = V::set(0.25f);
+  const V share = m.other_share * p.e;
+  const V x = (zero - share) / p.ratio;  // infinite or NaN where the ratio underflows
   // With w = x / (1 + x): log(1 + x) = -log(1 - w) = w + w^2 R and x - log(1 + x) = w (x - w R), R = log_remainder(-w).
-  const Vec w = x / (one + x), bounded = min(w, quarter), weighted = bounded * log_remainder(zero - bounded);
+  const V w = x / (one + x), bounded = min(w, quarter), weighted = bounded * log_remainder(zero - bounded);
   // Beyond e^80 the log-ratio is all of log(1 + x) but for log(m / larger), and the quotient may overflow.
-  const Vec large = where_less(p.q, Vec::set(-80.0f), m.log_share - p.q, log(one + x));
-  Excess excess;
+  const V large = where_less(p.q, V::set(-80.0f), m.log_share - p.q, log(one + x));
+  Excess<V> excess;
   excess.log_mixture = where_less(w, quarter, fma(bounded, weighted, bounded), large);
   excess.y = where_less(w, quarter, p.ratio * bounded * (x - weighted), (zero - share) - p.ratio * large);
   return excess;
 }
 
-template <Kind kind>
-inline Vec mixture_y(const Pair& p, const Mixture& m) {
-  const Vec y = term_y(p, m);
-  return kind == Kind::kSkewed ? where_less(m.other_share, Vec::set(kSmallShare), make_excess(p, m).y, y) : y;
+template <Kind kind, class V>
+inline UNISD_INLINE V mixture_y(const Pair<V>& p, const Mixture<V>& m) {
+  const V y = term_y(p, m);
+  return kind == Kind::kSkewed ? where_less(m.other_share, V::set(kSmallShare), make_excess(p, m).y, y) : y;
 }
 
 // u = log(m / p_s): l for r <= 0; and for r > 0, where l is log(m / p_t), l + r.
-template <Kind kind>
-inline Vec log_mixture_to_student(const Pair& p, const Mixture& m) {
-  const Vec zero = Vec::set(0.0f), u = m.log_share + max(p.r, zero);
+template <Kind kind, class V>
+inline UNISD_INLINE V log_mixture_to_student(const Pair<V>& p, const Mixture<V>& m) {
+  const V zero = V::set(0.0f), u = m.log_share + max(p.r, zero);
   if (kind != Kind::kSkewed) return u;
-  const Vec risen = where_less(m.other_share, Vec::set(kSmallShare), make_excess(p, m).log_mixture, u);
+  const V risen = where_less(m.other_share, V::set(kSmallShare), make_excess(p, m).log_mixture, u);
   return where_less(zero, p.r, risen, u);
 }
 
-inline Vec student_prob(const Pair& p) { return where_less(Vec::set(0.0f), p.r, p.larger * p.ratio, p.larger); }
-inline Vec teacher_prob(const Pair& p) { return where_less(Vec::set(0.0f), p.r, p.larger, p.larger * p.ratio); }
+template <class V>
+inline UNISD_INLINE V student_prob(const Pair<V>& p) { return where_less(V::set(0.0f), p.r, p.larger * p.ratio, p.larger); }
+template <class V>
+inline UNISD_INLINE V teacher_prob(const Pair<V>& p) { return where_less(V::set(0.0f), p.r, p.larger, p.larger * p.ratio); }
 
 }  // namespace UNISD_ISA
 }  // namespace unisd

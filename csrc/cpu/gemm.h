@@ -19,8 +19,10 @@ namespace unisd {
 namespace UNISD_ISA {
 
 // The register tile: kVectors vectors by kBroadcast elements of accumulators.
-#if defined(UNISD_ISA_AVX512)
-constexpr int kVectors = 3, kBroadcast = 8;
+#if defined(UNISD_ISA_BF16)
+constexpr int kVectors = 3, kBroadcast = 8;  // a whole number of times into the rows of an AMX tile
+#elif defined(UNISD_ISA_AVX512)
+constexpr int kVectors = 4, kBroadcast = 6;
 #elif defined(UNISD_ISA_AVX2)
 constexpr int kVectors = 2, kBroadcast = 6;
 #elif defined(UNISD_ISA_NEON)
@@ -30,6 +32,9 @@ constexpr int kVectors = 4, kBroadcast = 4;
 #endif
 // Weight rows of a block: they stay in the second-level cache while all panels pass.
 constexpr int kBlock = 64;
+
+// Steps from one call of `between` to the next.
+constexpr int64_t kBetween = 16;
 
 // What a product multiplies at a time: single float32 numbers, or pairs of bfloat16 numbers, which lie in the lanes of a
 // float vector. `a` are vectors of them, `b` is what is broadcast, read where it lies.
@@ -71,6 +76,50 @@ struct Pairs {
 };
 #endif
 
+// Four numbers of 8 bits: of `a` unsigned, of what is broadcast signed. Their sums are int32, whose bits lie in the lanes.
+struct Quads {
+  using Element = int8_t;
+  static constexpr int64_t elements = 4;
+  static constexpr int vectors = kVectors;
+  static constexpr int panel = vectors * Vec::width;
+  static Vec broadcast(const int8_t* p) {
+    uint32_t quad;
+    std::memcpy(&quad, p, sizeof quad);
+    return Vec::set(float_of(quad));
+  }
+#if defined(UNISD_ISA_VNNI)
+  static Vec add_product(Vec a, Vec b, Vec sum) {
+    return {_mm512_castsi512_ps(
+        _mm512_dpbusd_epi32(_mm512_castps_si512(sum.v), _mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+  }
+  // The float of sum - offset.
+  static Vec value(Vec sum, int32_t offset) {
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_castps_si512(sum.v), _mm512_set1_epi32(offset)))};
+  }
+#else
+  static Vec add_product(Vec a, Vec b, Vec sum) {
+    uint8_t left[4 * Vec::width];
+    int8_t right[4 * Vec::width];
+    int32_t sums[Vec::width];
+    std::memcpy(left, &a, sizeof left);
+    std::memcpy(right, &b, sizeof right);
+    std::memcpy(sums, &sum, sizeof sums);
+    for (int i = 0; i < Vec::width; ++i) {
+      for (int k = 4 * i; k < 4 * i + 4; ++k) sums[i] += left[k] * right[k];
+    }
+    std::memcpy(&sum, sums, sizeof sums);
+    return sum;
+  }
+  static Vec value(Vec sum, int32_t offset) {
+    int32_t sums[Vec::width];
+    float values[Vec::width];
+    std::memcpy(sums, &sum, sizeof sums);
+    for (int i = 0; i < Vec::width; ++i) values[i] = static_cast<float>(sums[i] - offset);
+    return Vec::load(values);
+  }
+#endif
+};
+
 // What a thread needs while it multiplies such operands: nothing, but for AMX.
 template <class Operand>
 struct Unit {};
@@ -94,10 +143,11 @@ struct Sums {
 };
 
 // c[i][j] (+)= sum_k a[k][j] b[i][k] for i < count and j in the vectors of a. `ahead` is how many numbers further lies
-// what b will be next, or 0.
-template <class Operand, int vectors, int count>
+// what b will be next, or 0. `between` is called every few steps, to fetch something else meanwhile: a few cache lines at
+// a time, for a burst of them holds up the loads of the product.
+template <class Operand, int vectors, int count, class Between>
 inline UNISD_INLINE void multiply(const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t steps, Sums c,
-                                  int64_t ahead) {
+                                  int64_t ahead, const Between& between) {
   Vec sum[count][vectors];
   UNISD_UNROLL
   for (int i = 0; i < count; ++i) {
@@ -107,11 +157,12 @@ inline UNISD_INLINE void multiply(const float* a, int64_t a_stride, Broadcast<Op
   }
   int64_t k = 0;
   while (k < steps) {
-    const int64_t stop = at_most(steps, k + 16);  // a cache line of b
+    const int64_t stop = at_most(steps, k + kBetween);  // a cache line of b
     if (ahead != 0) {
       UNISD_UNROLL
       for (int i = 0; i < count; ++i) __builtin_prefetch(b.from(i, k).data + ahead, 0, 2);
     }
+    between();
     for (; k < stop; ++k) {
       Vec column[vectors];
       UNISD_UNROLL
@@ -141,8 +192,7 @@ inline UNISD_INLINE void multiply(const float* a, int64_t a_stride, Broadcast<Op
 namespace unisd {
 namespace UNISD_ISA {
 
-// The same for any number of rows of b, a register tile at a time. `between` is called after each tile, to fetch
-// something else meanwhile.
+// The same for any number of rows of b, a register tile at a time.
 template <class Operand, int vectors, class Between>
 inline void multiply_rows(const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t rows, int64_t steps, Sums c,
                           int64_t ahead, const Between& between) {
@@ -151,33 +201,38 @@ inline void multiply_rows(const float* a, int64_t a_stride, Broadcast<Operand> b
   if constexpr (Operand::elements == 2) i = multiply_tiles<vectors>(a, a_stride, b, rows, steps, c, ahead, between);
 #endif
   for (; i + kBroadcast <= rows; i += kBroadcast) {
-    multiply<Operand, vectors, kBroadcast>(a, a_stride, b.from(i, 0), steps, c.from(i), ahead);
-    between();
+    multiply<Operand, vectors, kBroadcast>(a, a_stride, b.from(i, 0), steps, c.from(i), ahead, between);
   }
-  for (; i + 2 <= rows; i += 2) multiply<Operand, vectors, 2>(a, a_stride, b.from(i, 0), steps, c.from(i), 0);
-  for (; i < rows; ++i) multiply<Operand, vectors, 1>(a, a_stride, b.from(i, 0), steps, c.from(i), 0);
+  for (; i + 2 <= rows; i += 2) multiply<Operand, vectors, 2>(a, a_stride, b.from(i, 0), steps, c.from(i), 0, between);
+  for (; i < rows; ++i) multiply<Operand, vectors, 1>(a, a_stride, b.from(i, 0), steps, c.from(i), 0, between);
 }
 
-// A panel may be lower than Operand::vectors.
-template <class Operand, class Between>
-inline void multiply_panel(int vectors, const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t rows,
-                           int64_t steps, Sums c, int64_t ahead, const Between& between) {
-  const auto multiply_with = [&](auto count) UNISD_INLINE {
-    if constexpr (count.value <= Operand::vectors)
-      multiply_rows<Operand, count.value>(a, a_stride, b, rows, steps, c, ahead, between);
+// function(number of a panel's vectors, as a constant): a panel may be lower than Operand::vectors.
+template <class Operand, class Function>
+inline UNISD_INLINE void with_vectors(int vectors, const Function& function) {
+  const auto call = [&](auto count) UNISD_INLINE {
+    if constexpr (count.value <= Operand::vectors) function(count);
   };
   switch (vectors) {
     case 1:
-      return multiply_with(std::integral_constant<int, 1>());
+      return call(std::integral_constant<int, 1>());
     case 2:
-      return multiply_with(std::integral_constant<int, 2>());
+      return call(std::integral_constant<int, 2>());
     case 3:
-      return multiply_with(std::integral_constant<int, 3>());
+      return call(std::integral_constant<int, 3>());
     case 4:
-      return multiply_with(std::integral_constant<int, 4>());
+      return call(std::integral_constant<int, 4>());
     default:
       __builtin_unreachable();
   }
+}
+
+template <class Operand, class Between>
+inline void multiply_panel(int vectors, const float* a, int64_t a_stride, Broadcast<Operand> b, int64_t rows,
+                           int64_t steps, Sums c, int64_t ahead, const Between& between) {
+  with_vectors<Operand>(vectors, [&](auto count) UNISD_INLINE {
+    multiply_rows<Operand, count.value>(a, a_stride, b, rows, steps, c, ahead, between);
+  });
 }
 
 // Working memory on a cache line. Not std::vector: its functions would be shared with translation units for other
@@ -291,6 +346,17 @@ inline void pack_rows(Matrix hidden, int64_t rows, int64_t width, float* packed)
       rows, width, packed,
       [&](int64_t row) { widen(row_of(hidden, row), hidden.storage, 0, width, wide.data()); },
       [&](int64_t, int64_t k) { return wide[k]; });
+}
+
+// Codes [rows, 4 * quads], 128 added to each.
+inline void pack_quads(const int8_t* codes, int64_t rows, int64_t quads, float* packed) {
+  pack_panels<Quads>(
+      rows, quads, packed, [](int64_t) {},
+      [&](int64_t row, int64_t k) {
+        uint32_t quad;
+        std::memcpy(&quad, codes + (row * quads + k) * Quads::elements, sizeof quad);
+        return float_of(quad ^ 0x80808080u);
+      });
 }
 
 #if defined(UNISD_ISA_BF16)

@@ -1,7 +1,8 @@
-// The table of an instruction set that is another one (UNISD_ISA_BASE) but for products of bfloat16 operands. Included
-// once by its isa_*.cpp, after its target pragma.
+// The table of an instruction set that is another one (UNISD_ISA_BASE) but for products of int8 codes, and of bfloat16
+// operands where it has UNISD_ISA_BF16. Included once by its isa_*.cpp, after its target pragma.
 #pragma once
 
+#include "int8_score.h"
 #include "product.h"
 
 namespace unisd {
@@ -11,6 +12,7 @@ namespace {
 
 const Kernels& base() { return UNISD_ISA_BASE::kernels(); }
 
+#if defined(UNISD_ISA_BF16)
 void pack_rows_either(Matrix hidden, int64_t rows, int64_t width, bool pairs, float* packed) {
   if (!pairs) return base().pack_rows(hidden, rows, width, false, packed);
   pack_pairs(hidden, rows, width, packed);
@@ -50,6 +52,7 @@ void weight_gradient(const float* gradient, int64_t gradient_stride, int64_t row
   weight_gradient_of<Pairs>(gradient, gradient_stride, rows, packed, width, scale, begin, end, accumulate, out,
                             out_stride);
 }
+#endif
 
 }  // namespace
 
@@ -57,6 +60,9 @@ const Kernels& kernels() {
   static const Kernels table = [] {
     Kernels set = base();
     set.name = UNISD_ISA_NAME;
+    set.multiplies_int8 = true;
+    set.score_codes = score_codes;
+#if defined(UNISD_ISA_BF16)
     set.multiplies_pairs = true;
     set.pair_panel_rows = Pairs::panel;
     set.pack_rows = pack_rows_either;
@@ -65,6 +71,7 @@ const Kernels& kernels() {
     set.backward = backward;
     set.pack_columns = pack_columns_either;
     set.weight_gradient = weight_gradient;
+#endif
     return set;
   }();
   return table;

@@ -3,6 +3,7 @@
 
 #include "divergence.h"
 #include "ema.h"
+#include "int8_score.h"
 #include "product.h"
 #include "rows.h"
 
@@ -32,6 +33,8 @@ const Kernels& kernels() {
       [](Matrix hidden, int64_t rows, int64_t width, bool, float* packed) { pack_rows(hidden, rows, width, packed); },
       logits_of<Singles>,
       score_of<Singles>,
+      false,
+      score_codes,
       backward_of<Singles>,
       pack_columns<Singles>,
       [](const float* gradient, int64_t gradient_stride, int64_t rows, const float* packed, Storage, int64_t width,
@@ -47,10 +50,10 @@ const Kernels& kernels() {
       tile_divergence_and_gradient,
       scale_row,
       ema,
-      map<exp>,
-      map<log>,
-      map<expm1>,
-      map<tanh>,
+      map<exp<Vec>>,
+      map<log<Vec>>,
+      map<expm1<Vec>>,
+      map<tanh<Vec>>,
   };
   return table;
 }

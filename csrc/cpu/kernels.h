@@ -37,9 +37,10 @@ struct DivergenceTile {
   const float* student_tanh_scale;  // null: no cap
   const float* teacher_tanh_scale;
   const bool* teacher_is_delta;  // [rows]: does the teacher's row hold z_t - z_s? Null: none does
-  const int64_t* target_ids;  // [rows] or null
+  const int64_t* target_ids;  // [rows] or null; for the gradient -1 where the target is not in the tile
   double beta;
   bool want_entropy;
+  bool has_log_sums;  // are the maxima and log-sums in `statistics` already, and the tiles logits?
   float* statistics;  // [kDivergenceStatistics, rows]
   int64_t rows;
   const float* weight;          // [rows] or null, for the gradient
@@ -57,6 +58,35 @@ struct LogprobTile {
   const float* logsumexp_weight;
   const float* entropy;
   const float* entropy_weight;
+};
+
+// A head for scores from int8 codes, [columns] first everywhere (unisd_kernels/certified/int8_head.py).
+struct CodedHead {
+  const int8_t* codes;     // [columns, 4 * quads]
+  const float* scales;     // of the codes
+  const int32_t* offsets;  // 128 times the sum of a column's codes: the rows' codes are multiplied with 128 added
+  const float* lead;       // [columns, directions], multiplied as floats
+  int64_t columns, quads, directions;
+  Matrix weight;  // [columns, width], for exact logits
+  int64_t width;
+  const float* bias;  // or null
+  float scale;
+  const float* tanh_scale;  // null: no cap
+};
+
+struct CodedRows {
+  const int8_t* codes;  // [count, 4 * quads]
+  const float* scales;
+  const float* along;  // [count, directions]
+  const float* floor;  // columns whose approximate logit is not above get no exact one
+  Matrix hidden;       // [count, width]
+  int64_t count;
+};
+
+// [count] each. With l the largest approximate logit z of a row: sums of exp(z - l) over all columns (total), those without
+// an exact logit (rest), their squares, and that of exact logits over the others (sure). No z of `rest` is above `floor`.
+struct CodeSums {
+  float *highest, *total, *rest, *squares, *sure, *floor;
 };
 
 // One tensor of the moving average.
@@ -89,6 +119,10 @@ struct Kernels {
   // moment's row is left unwritten unless asked for.
   void (*score)(PackedRows hidden, Matrix weight, const float* bias, float scale, const float* tanh_scale,
                 const int64_t* target_ids, bool want_entropy, int64_t begin, int64_t end, float* partial);
+  // Are int8 codes multiplied by an instruction of their own? Else score_codes is slow.
+  bool multiplies_int8;
+  // Columns whose share of the sum so far is above the threshold get exact logits; rows do not depend on each other.
+  void (*score_codes)(const CodedRows& rows, const CodedHead& head, float log_threshold, const CodeSums& out);
   // Columns [begin, end) of gradient weight into out [rows, H]; gradient [rows, length] and weight [length, H], summed
   // over `length` in its order.
   void (*backward)(const float* gradient, int64_t gradient_stride, int64_t rows, int64_t length, Matrix weight,
@@ -133,6 +167,9 @@ namespace avx2 {
 const Kernels& kernels();
 }
 namespace avx512 {
+const Kernels& kernels();
+}
+namespace avx512_vnni {
 const Kernels& kernels();
 }
 namespace avx512_bf16 {

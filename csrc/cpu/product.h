@@ -119,7 +119,12 @@ inline void score_of(PackedRows hidden, Matrix weight, const float* bias, float 
           }
           fma(fma(moved, sum, Vec::load(moments + start + lane)), factor, moment).store(moments + start + lane);
         } else {
-          for (int64_t i = 0; i < columns; ++i) fresh = fresh + exp(Vec::load(column + i * height) - shift);
+          int64_t i = 0;
+          for (; kTwoAtATime && i + 2 <= columns; i += 2) {
+            const Vec2 z(Vec::load(column + i * height), Vec::load(column + (i + 1) * height));
+            fresh = add_to(fresh, exp(z - shift));
+          }
+          for (; i < columns; ++i) fresh = fresh + exp(Vec::load(column + i * height) - shift);
         }
         (sum * factor + fresh).store(sums + start + lane);
         after.store(highest + start + lane);
@@ -157,11 +162,16 @@ inline void pack_panel(Singles, Matrix weight, int64_t first_row, int64_t count,
   }
 }
 
-// A block of the gradient as it is broadcast: in place.
-inline Broadcast<Singles> gradient_block(Singles, const float* gradient, int64_t stride, int64_t, int64_t, Buffer*) {
-  return {gradient, stride};
+// A block of the gradient as it is broadcast: a copy [rows, count]. In place its rows are a vocabulary apart, and those
+// of a register tile fall into the same few sets of the first-level cache.
+inline Broadcast<Singles> gradient_block(Singles, const float* gradient, int64_t stride, int64_t rows, int64_t count,
+                                         Buffer* buffer) {
+  constexpr int64_t copy_stride = Singles::gradient_block + 16;
+  for (int64_t n = 0; n < rows; ++n)
+    std::memcpy(buffer->data() + n * copy_stride, gradient + n * stride, static_cast<size_t>(count) * sizeof(float));
+  return {buffer->data(), copy_stride};
 }
-inline int64_t gradient_block_size(Singles, int64_t) { return 0; }
+inline int64_t gradient_block_size(Singles, int64_t rows) { return rows * (Singles::gradient_block + 16); }
 // A vector of numbers, at a position in a copy of what is broadcast.
 inline void put_down(Singles, Vec x, float* copy, int64_t position) { x.store(copy + position); }
 
@@ -205,6 +215,31 @@ inline Broadcast<Pairs> gradient_block(Pairs, const float* gradient, int64_t str
 inline int64_t gradient_block_size(Pairs, int64_t rows) { return rows * Pairs::gradient_block; }
 #endif
 
+// Cache lines of some rows, fetched one at a time in their order.
+class LinesAhead {
+ public:
+  LinesAhead(const void* first, int64_t stride, int64_t rows, int64_t bytes)
+      : first_(static_cast<const char*>(first)), stride_(stride), rows_(rows), bytes_(bytes) {}
+  int64_t count() const { return rows_ * ((bytes_ + kLine - 1) / kLine); }
+  // Returns whether there was one left.
+  bool fetch() {
+    if (row_ == rows_) return false;
+    __builtin_prefetch(first_ + row_ * stride_ + at_, 0, 2);
+    at_ += kLine;
+    if (at_ >= bytes_) {
+      at_ = 0;
+      ++row_;
+    }
+    return true;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char* first_;
+  int64_t stride_, rows_, bytes_;
+  int64_t row_ = 0, at_ = 0;
+};
+
 template <class Operand>
 inline void backward_of(const float* gradient, int64_t gradient_stride, int64_t rows, int64_t length, Matrix weight,
                         int64_t begin, int64_t end, float* out, int64_t out_stride) {
@@ -218,18 +253,19 @@ inline void backward_of(const float* gradient, int64_t gradient_stride, int64_t 
   Buffer narrow(gradient_block_size(Operand(), rows));
   float* total = in_place ? out + begin : sums.data();
   const int64_t total_stride = in_place ? out_stride : padded;
-  const int64_t element = bytes_of(weight.storage);
-  const int64_t tiles = (padded + Operand::panel - 1) / Operand::panel * (rows / kBroadcast);
-  const int64_t rows_per_tile = tiles == 0 ? 0 : (block + tiles - 1) / tiles;
+  const int64_t row_bytes = bytes_of(weight.storage);
+  // The next block of weight and gradient comes from memory while this one is multiplied, some lines at a time.
+  const int64_t calls = (padded + Operand::panel - 1) / Operand::panel * ((rows + kBroadcast - 1) / kBroadcast) *
+                        ((Operand::gradient_block + kBetween - 1) / kBetween);
   for (int64_t v = 0; v < length; v += block) {
-    const int64_t count = at_most(block, length - v);
-    // The next block of the weight comes from memory while this one is multiplied.
-    const bool more = v + 2 * block <= length;
-    int64_t fetched = 0;
-    const auto fetch_rows = [&]() UNISD_INLINE {
-      for (int64_t i = 0; more && i < rows_per_tile && fetched < block; ++i, ++fetched) {
-        const char* row = static_cast<const char*>(row_of(weight, v + block + fetched)) + begin * element;
-        for (int64_t byte = 0; byte < width * element; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+    const int64_t count = at_most(block, length - v), next = at_most(block, length - v - count);
+    LinesAhead weight_lines(static_cast<const char*>(row_of(weight, v + count)) + begin * row_bytes,
+                            weight.stride * row_bytes, next, width * row_bytes);
+    LinesAhead gradient_lines(gradient + v + count, gradient_stride * sizeof(float), next == 0 ? 0 : rows,
+                              next * sizeof(float));
+    const int64_t lines = calls == 0 ? 0 : (weight_lines.count() + gradient_lines.count() + calls - 1) / calls;
+    const auto fetch = [&]() UNISD_INLINE {
+      for (int64_t i = 0; i < lines && (weight_lines.fetch() || gradient_lines.fetch()); ++i) {
       }
     };
     const auto g = gradient_block(Operand(), gradient + v, gradient_stride, rows, count, &narrow);
@@ -238,7 +274,7 @@ inline void backward_of(const float* gradient, int64_t gradient_stride, int64_t 
       const int vectors = vectors_for<Operand>(padded - h);
       pack_panel(Operand(), weight, v, count, begin + h, at_most(Operand::panel, width - h), vectors, packed.data());
       multiply_panel(vectors, packed.data(), vectors * Vec::width, g, rows, steps, Sums{total + h, total_stride, v != 0},
-                     0, fetch_rows);
+                     0, fetch);
     }
   }
   for (int64_t n = 0; n < rows && (!in_place || length == 0); ++n) {

@@ -17,11 +17,6 @@ constexpr int64_t kLogitColumns = 512, kScoreColumns = 2048;
 // Slices of the vocabulary in the backward product, and the step in which the hidden width is cut.
 constexpr int64_t kBackwardSlices = 8, kBackwardColumns = 48;
 
-// The matrix without its first rows.
-Matrix rows_from(const Matrix& m, int64_t first) {
-  return {static_cast<const char*>(m.data) + first * m.stride * bytes_of(m.storage), m.stride, m.storage};
-}
-
 struct Operands {
   Floats packed;
   PackedRows hidden;
@@ -46,13 +41,7 @@ Operands operands(const Tensor& hidden, const Tensor& weight, const std::optiona
     kernels().pack_rows(rows_from(rows, first), last - first, width, pairs, packed + first * steps);
   });
   result.hidden = {packed, count, width, pairs};
-  result.bias = nullptr;
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == columns && (columns <= 1 || bias->stride(0) == 1),
-                    "bias must be contiguous [", columns, "]");
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float, "bias must be float32");
-    result.bias = static_cast<const float*>(bias->const_data_ptr());
-  }
+  result.bias = bias_data(bias, columns);
   return result;
 }
 

@@ -30,14 +30,15 @@ struct OnlineSum {
   }
 };
 
-// At most kSumColumns logits. `value(i)` and `value_part(i, n, fill)` give the vectors, with `fill` beyond the end.
+// At most kSumColumns logits. `value(i, Vec())` or Vec2(), and `value_part(i, n, fill)`, give the vectors, with `fill` beyond
+// the end.
 template <class Value, class ValuePart>
 inline UNISD_INLINE void add_block(int64_t columns, const Value& value, const ValuePart& value_part, OnlineSum* total) {
   Vec highest = Vec::set(-kInfinity), least = Vec::set(kInfinity);
   for_each_vector(
       columns,
       [&](int64_t i) UNISD_INLINE {
-        const Vec z = value(i);
+        const Vec z = value(i, Vec());
         highest = max(z, highest);
         least = min(z, least);
       },
@@ -49,9 +50,9 @@ inline UNISD_INLINE void add_block(int64_t columns, const Value& value, const Va
   const float block_max = max_of_lanes(highest);
   const Vec shift = Vec::set(block_max == -kInfinity ? 0.0f : block_max);
   Vec sum = Vec::set(0.0f);
-  const auto add = [&](Vec z) UNISD_INLINE { sum = sum + exp(z - shift); };
-  for_each_vector(
-      columns, [&](int64_t i) UNISD_INLINE { add(value(i)); },
+  const auto add = [&](auto z) UNISD_INLINE { sum = add_to(sum, exp(z - shift)); };
+  for_each_wide(
+      columns, [&](int64_t i, auto like) UNISD_INLINE { add(value(i, like)); },
       [&](int64_t i, int n) UNISD_INLINE { add(value_part(i, n, -kInfinity)); });
   const float block_min = -max_of_lanes(Vec::set(0.0f) - least);
   total->min = block_min < total->min ? block_min : total->min;
@@ -71,7 +72,7 @@ inline OnlineSum online_sum(const float* row, int64_t columns) {
     const float* block = row + start;
     add_block(
         at_most(kSumColumns, columns - start),
-        [&](int64_t i) UNISD_INLINE { return Vec::load(block + i); },
+        [&](int64_t i, auto like) UNISD_INLINE { return decltype(like)::load(block + i); },
         [&](int64_t i, int n, float fill) UNISD_INLINE { return Vec::load_part(block + i, n, fill); }, &total);
   }
   refuse_minus_infinity(&total);
@@ -99,10 +100,11 @@ class CapSlope {
  public:
   explicit CapSlope(const float* tanh_scale)
       : tanh_scale_(tanh_scale), inverse_(Vec::set(tanh_scale == nullptr ? 0.0f : 1.0f / *tanh_scale)) {}
-  Vec of(Vec z) const {
+  template <class V>
+  V of(V z) const {
     // Instead of -inf, whose product with 0 is NaN.
-    const Vec t = max(Vec::set(-1e30f), z) * inverse_;
-    return Vec::set(1.0f) - t * t;
+    const V t = max(V::set(-1e30f), z) * inverse_;
+    return V::set(1.0f) - t * t;
   }
   float of(float z) const {
     const float t = tanh_scale_ == nullptr ? 0.0f : z / *tanh_scale_;
@@ -122,9 +124,9 @@ inline void tile_softmax(float* row, int64_t columns, const float* tanh_scale, i
   *target_logit = row[target_id];
   const Vec shift = Vec::set(total.max), log_sum = Vec::set(log_of_sum(total.sum));
   const CapSlope slope(tanh_scale);
-  const auto gradient = [&](Vec z) UNISD_INLINE { return exp((z - shift) - log_sum) * slope.of(z); };
-  for_each_vector(
-      columns, [&](int64_t i) UNISD_INLINE { gradient(Vec::load(row + i)).store(row + i); },
+  const auto gradient = [&](auto z) UNISD_INLINE { return exp((z - shift) - log_sum) * slope.of(z); };
+  for_each_wide(
+      columns, [&](int64_t i, auto like) UNISD_INLINE { gradient(decltype(like)::load(row + i)).store(row + i); },
       [&](int64_t i, int n) UNISD_INLINE { gradient(Vec::load_part(row + i, n, 0.0f)).store_part(row + i, n); });
 }
 
@@ -142,12 +144,12 @@ inline void tile_logprob_gradient(const LogprobTile& tile, int64_t n) {
   const CapSlope slope(tile.tanh_scale);
   const int64_t target = tile.target_ids[n];
   const float target_z = row[target];
-  const auto gradient = [&](Vec z) UNISD_INLINE {
-    const Vec a = z - logsumexp;
+  const auto gradient = [&](auto z) UNISD_INLINE {
+    const auto a = z - logsumexp;
     return exp(a) * fma(entropy_slope, max(lowest, a), constant) * slope.of(z);
   };
-  for_each_vector(
-      columns, [&](int64_t i) UNISD_INLINE { gradient(Vec::load(row + i)).store(row + i); },
+  for_each_wide(
+      columns, [&](int64_t i, auto like) UNISD_INLINE { gradient(decltype(like)::load(row + i)).store(row + i); },
       [&](int64_t i, int k) UNISD_INLINE { gradient(Vec::load_part(row + i, k, 0.0f)).store_part(row + i, k); });
   if (tile.logprob_weight != nullptr) row[target] += logprob_weight * slope.of(target_z);
 }

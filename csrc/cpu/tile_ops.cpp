@@ -44,7 +44,8 @@ void tile_logprob_gradient(Tensor tile, std::optional<double> tanh_scale, Tensor
 
 DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, const OptionalFloat& student_softcap,
                                const OptionalFloat& teacher_softcap, const std::optional<Tensor>& teacher_is_delta,
-                               const std::optional<Tensor>& target_ids, double beta, const Tensor& statistics) {
+                               const std::optional<Tensor>& target_ids, double beta, const Tensor& statistics,
+                               int64_t lowest_id = 0) {
   DivergenceTile tile{};
   tile.student = tile_data(student, "student");
   tile.teacher = tile_data(teacher, "teacher");
@@ -69,7 +70,7 @@ DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, con
   tile.teacher_is_delta = teacher_is_delta.has_value()
                               ? vector_data<bool>(*teacher_is_delta, "teacher_is_delta", tile.rows, ScalarType::Bool)
                               : nullptr;
-  tile.target_ids = ids(target_ids, tile.rows, tile.columns);
+  tile.target_ids = ids(target_ids, tile.rows, tile.columns, lowest_id);
   tile.beta = beta;
   tile.statistics = static_cast<float*>(statistics.mutable_data_ptr());
   return tile;
@@ -78,11 +79,12 @@ DivergenceTile divergence_tile(const Tensor& student, const Tensor& teacher, con
 void tile_divergence(Tensor student, Tensor teacher, std::optional<double> student_tanh_scale,
                      std::optional<double> teacher_tanh_scale, std::optional<Tensor> teacher_is_delta,
                      std::optional<Tensor> target_ids, double beta, bool want_entropy, Tensor statistics,
-                     bool with_gradient) {
+                     bool with_gradient, bool has_log_sums) {
   const OptionalFloat student_softcap(student_tanh_scale), teacher_softcap(teacher_tanh_scale);
   DivergenceTile tile = divergence_tile(student, teacher, student_softcap, teacher_softcap, teacher_is_delta,
                                         target_ids, beta, statistics);
   tile.want_entropy = want_entropy;
+  tile.has_log_sums = has_log_sums;
   if (!with_gradient) {
     for_each_piece(tile.rows, [&](int64_t n) { kernels().tile_divergence(tile, n); });
     return;
@@ -99,7 +101,7 @@ void tile_divergence_gradient(Tensor student, Tensor teacher, std::optional<doub
   const OptionalFloat student_softcap(student_tanh_scale), teacher_softcap(std::nullopt);
   STD_TORCH_CHECK(!logprob_weight.has_value() || target_ids.has_value(), "logprob_weight needs target_ids");
   DivergenceTile tile = divergence_tile(student, teacher, student_softcap, teacher_softcap, teacher_is_delta,
-                                        target_ids, beta, statistics);
+                                        target_ids, beta, statistics, -1);
   tile.weight = floats(weight, "weight", tile.rows);
   tile.logprob_weight = floats(logprob_weight, "logprob_weight", tile.rows);
   for_each_piece(tile.rows, [&](int64_t n) { kernels().tile_divergence_gradient(tile, n); });

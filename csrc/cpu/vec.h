@@ -64,6 +64,8 @@ inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
 inline Vec where_equal(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), no.v, yes.v)};
 }
+// Bit i: is lane i of a less than that of b?
+inline uint32_t lanes_less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 // x * 2^n for integral n in [-252, 254].
 inline Vec scale_by_power(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 // Mantissa in [0.5, 1) and exponent of a positive normal number.
@@ -145,6 +147,9 @@ inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
 inline Vec where_equal(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ))};
 }
+inline uint32_t lanes_less(Vec a, Vec b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)));
+}
 inline Vec scale_by_power(Vec x, Vec n) {
   // In two halves, so that each factor is a normal number.
   const __m256i total = _mm256_cvtps_epi32(n.v);
@@ -214,6 +219,10 @@ inline Vec abs(Vec a) { return {vabsq_f32(a.v)}; }
 inline Vec with_sign(Vec magnitude, Vec sign) { return {vbslq_f32(vdupq_n_u32(0x80000000u), sign.v, magnitude.v)}; }
 inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) { return {vbslq_f32(vcltq_f32(a.v, b.v), yes.v, no.v)}; }
 inline Vec where_equal(Vec a, Vec b, Vec yes, Vec no) { return {vbslq_f32(vceqq_f32(a.v, b.v), yes.v, no.v)}; }
+inline uint32_t lanes_less(Vec a, Vec b) {
+  const uint32x4_t less = vcltq_f32(a.v, b.v), bits = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(less, bits));
+}
 inline Vec scale_by_power(Vec x, Vec n) {
   // In two halves, as AVX2's; NaN has become 0, and NaN is then what x is.
   const int32x4_t total = vcvtnq_s32_f32(n.v), half = vshrq_n_s32(total, 1), bias = vdupq_n_s32(127);
@@ -265,6 +274,7 @@ inline Vec abs(Vec a) { return {std::fabs(a.v)}; }
 inline Vec with_sign(Vec magnitude, Vec sign) { return {std::copysign(magnitude.v, sign.v)}; }
 inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) { return a.v < b.v ? yes : no; }
 inline Vec where_equal(Vec a, Vec b, Vec yes, Vec no) { return a.v == b.v ? yes : no; }
+inline uint32_t lanes_less(Vec a, Vec b) { return a.v < b.v ? 1 : 0; }
 inline Vec scale_by_power(Vec x, Vec n) {
   // NaN has no integer.
   return {n.v == n.v ? std::ldexp(x.v, static_cast<int>(n.v)) : n.v};
@@ -300,6 +310,50 @@ inline float max_of_lanes(Vec a) {
   return best;
 }
 
+// Two vectors, of which every operation does the first and then the second, so that there is always one that does not wait
+// for the result of the last: what is done to a column of logits is one long chain, and a processor looks some hundred
+// instructions ahead. Lane for lane what Vec gives.
+struct Vec2 {
+  Vec low, high;
+  static constexpr int width = 2 * Vec::width;
+  Vec2() = default;
+  UNISD_INLINE Vec2(Vec a, Vec b) : low(a), high(b) {}
+  UNISD_INLINE Vec2(Vec both) : low(both), high(both) {}
+  static UNISD_INLINE Vec2 set(float x) { return {Vec::set(x)}; }
+  static UNISD_INLINE Vec2 load(const float* p) { return {Vec::load(p), Vec::load(p + Vec::width)}; }
+  UNISD_INLINE void store(float* p) const {
+    low.store(p);
+    high.store(p + Vec::width);
+  }
+  // Not templates: a Vec beside a Vec2 is meant for both.
+  friend UNISD_INLINE Vec2 operator+(Vec2 a, Vec2 b) { return {a.low + b.low, a.high + b.high}; }
+  friend UNISD_INLINE Vec2 operator-(Vec2 a, Vec2 b) { return {a.low - b.low, a.high - b.high}; }
+  friend UNISD_INLINE Vec2 operator*(Vec2 a, Vec2 b) { return {a.low * b.low, a.high * b.high}; }
+  friend UNISD_INLINE Vec2 operator/(Vec2 a, Vec2 b) { return {a.low / b.low, a.high / b.high}; }
+  friend UNISD_INLINE Vec2 fma(Vec2 a, Vec2 b, Vec2 c) { return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)}; }
+  friend UNISD_INLINE Vec2 max(Vec2 a, Vec2 b) { return {max(a.low, b.low), max(a.high, b.high)}; }
+  friend UNISD_INLINE Vec2 min(Vec2 a, Vec2 b) { return {min(a.low, b.low), min(a.high, b.high)}; }
+  friend UNISD_INLINE Vec2 round(Vec2 a) { return {round(a.low), round(a.high)}; }
+  friend UNISD_INLINE Vec2 abs(Vec2 a) { return {abs(a.low), abs(a.high)}; }
+  friend UNISD_INLINE Vec2 where_less(Vec2 a, Vec2 b, Vec2 yes, Vec2 no) {
+    return {where_less(a.low, b.low, yes.low, no.low), where_less(a.high, b.high, yes.high, no.high)};
+  }
+  friend UNISD_INLINE Vec2 where_equal(Vec2 a, Vec2 b, Vec2 yes, Vec2 no) {
+    return {where_equal(a.low, b.low, yes.low, no.low), where_equal(a.high, b.high, yes.high, no.high)};
+  }
+  friend UNISD_INLINE Vec2 scale_by_power(Vec2 x, Vec2 n) { return {scale_by_power(x.low, n.low), scale_by_power(x.high, n.high)}; }
+  friend UNISD_INLINE void split(Vec2 x, Vec2* mantissa, Vec2* exponent) {
+    split(x.low, &mantissa->low, &exponent->low);
+    split(x.high, &mantissa->high, &exponent->high);
+  }
+};
+
+// Sums over columns, in their order: sum + a, and sum + a * b rounded once.
+inline UNISD_INLINE Vec add_to(Vec sum, Vec a) { return sum + a; }
+inline UNISD_INLINE Vec add_to(Vec sum, Vec2 a) { return (sum + a.low) + a.high; }
+inline UNISD_INLINE Vec add_product_to(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
+inline UNISD_INLINE Vec add_product_to(Vec sum, Vec2 a, Vec2 b) { return fma(a.high, b.high, fma(a.low, b.low, sum)); }
+
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Call whole(position) or part(position, lanes) over [0, n): whole vectors, then what is left.
@@ -307,6 +361,24 @@ template <class Whole, class Part>
 inline UNISD_INLINE void for_each_vector(int64_t n, const Whole& whole, const Part& part) {
   int64_t i = 0;
   for (; i + Vec::width <= n; i += Vec::width) whole(i);
+  if (i < n) part(i, static_cast<int>(n - i));
+}
+
+#if defined(UNISD_ISA_AVX512) || defined(UNISD_ISA_NEON)
+constexpr bool kTwoAtATime = true;
+#else
+constexpr bool kTwoAtATime = false;  // sixteen registers, or a compiler's own
+#endif
+
+// The same with whole(position, Vec2()) for two vectors at a time where there are registers for it, and whole(position,
+// Vec()) for a single one; the second argument says what to load.
+template <class Whole, class Part>
+inline UNISD_INLINE void for_each_wide(int64_t n, const Whole& whole, const Part& part) {
+  int64_t i = 0;
+  if (kTwoAtATime) {
+    for (; i + Vec2::width <= n; i += Vec2::width) whole(i, Vec2());
+  }
+  for (; i + Vec::width <= n; i += Vec::width) whole(i, Vec());
   if (i < n) part(i, static_cast<int>(n - i));
 }
 

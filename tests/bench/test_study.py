@@ -44,14 +44,16 @@ def test_only_the_budget_differs(tmp_path):
 
 def test_mixtures_are_run_as_the_study_runs_what_they_are_compared_with(tmp_path):
     study_runs, mixed = plan("study", tmp_path), plan("mixtures", tmp_path)
+    beside = {run.name for run in mixed if not run.variant and run.cell.preset not in MIXED}
     for run in mixed:
-        preset = run.cell.preset if run.variant else "plain"
+        preset = "plain" if run.cell.preset in MIXED else run.cell.preset
         (other,) = (each for each in study_runs if each.name == run.name.replace(run.cell.preset, preset))
         extra = ("--teacher_mixture", run.variant.removeprefix("sdft_")) if run.variant else ()
         assert run.train == (*other.train, *extra)
         assert run.evaluations[0] == other.evaluations[0]
+        assert other.name in beside, "another processor trains another model: its baseline runs here too"
     assert {run.variant for run in mixed} == {"", "sdft_consensus", "sdft_contrastive", "sdft_pmi"}
-    assert {run.cell.preset for run in mixed if not run.variant} == {*MIXED, "plain"}
+    assert len(beside) == len(mixed) - 2 * len(MIXED) - 3 * len(MIXED), "no run that none is compared with"
 
 
 @needs_fork
@@ -243,21 +245,29 @@ def run_of(preset, digits, seed=0, variant="", loss=1.0):
 def test_a_mixture_stands_beside_the_same_method_without_one():
     runs = [run_of("plain", "0000"), *(run_of("sdft", "0001", seed) for seed in range(3))]
     mine = [
-        run_of("consensus", "1100"),
-        run_of("plain", "0000"),
+        *(run_of("sdft", "0100", seed) for seed in range(3)),
         *(run_of("sdft", "0111", seed, "sdft_pmi") for seed in (0, 1)),
+        run_of("plain", "0000"),
+        run_of("consensus", "1100"),
     ]
     result = {"sizes": {"steps": 12, "batch_size": 4}, "runs": mine}
     text = mixtures_section(result, runs, "the machine.")
+    assert "changes the accuracy of SDFT by `pmi` +50 [" in text
+    assert "points (2 seeds; 95% intervals over seeds and items): beyond chance for none of them." in text
     assert "loss for loss and item for item the same" in text
+    assert "| Procedural tasks | SDFT | 3 | 25%" in text
     assert "| Procedural tasks | `consensus` | 1 | 50% [15, 85] | +50 " in text
     assert "| Procedural tasks | SDFT with `pmi` | 2 | 75%" in text
-    assert "| +50 [" in text.splitlines()[-5], "of the study's two seeds, not three"
-    assert "0.015 (0.010 to 0.020) (without 0.015)" in text
-    assert "480 seconds of a core for 4 runs" in text
+    (of_pmi,) = (line for line in text.splitlines() if "SDFT with `pmi` |" in line)
+    assert "| +50 [" in of_pmi, "of the two seeds run beside it, not of the study's"
+    assert "0.015 (0.010 to 0.020) (without 0.015)" in of_pmi
+    assert "840 seconds of a core for 7 runs" in text
     assert "Not run for time: `contrastive_teacher` on Procedural tasks" in text
     assert "seed 2 of SDFT with `pmi`" in text
-    other = mixtures_section({**result, "runs": [mine[0], run_of("plain", "1000", loss=2.0)]}, runs, "")
+    assert "float32" not in text
+    sizes = {"steps": 12, "batch_size": 4, "dtype": "float32"}
+    other = mixtures_section({"sizes": sizes, "runs": [*mine[:-2], run_of("plain", "1000", loss=2.0)]}, runs, "")
     assert "with other losses, +25 [" in other
+    assert "but with weights in float32" in other
     assert "was not repeated" in mixtures_section({**result, "runs": mine[:1]}, runs, "")
     assert "Not run yet" in mixtures_section(None, runs, "")

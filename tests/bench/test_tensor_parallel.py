@@ -1,178 +1,175 @@
-"""The counts behind docs/tensor-parallel.md: a float64 problem in R shards, and what the page says of the numbers."""
+"""The counts of docs/tensor-parallel.md: formulas, what losses on slices really send, what the page says of them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from bench import cases as bench_cases
+from bench.cases import CASES
+from bench.peers import unisd
 from bench.studies import tensor_parallel
 from bench.studies.tensor_parallel import (
+    DESIGN,
     HEADS,
     OPERATIONS,
     RANKS,
-    Exchange,
     Plan,
     headline_plan,
     pair_exchange,
     report,
     view_exchange,
 )
-from unisd_kernels import LMHead, reference
+from tests.distributed.ranks import Rank, counted, run
+from tests.distributed.slices import limits, sliced
+from tests.support import make_problem
+from unisd_kernels import LMHead, linear_divergence, linear_logprobs
+from unisd_kernels.backends import engine
+from unisd_kernels.backends.base import NeedsGrad
+from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.triton.chunked_divergence import ChunkedDivergence
+from unisd_kernels.heads.shard import VocabShard
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "tensor-parallel.md"
 N, H, V = 8192, 4096, 128256
-ROWS, WIDTH, TAU = 7, 5, 0.7
-Parts = list[torch.Tensor]
+LENGTHS, WIDTH, COLUMNS = (3, 4), 6, 101
+CPU = torch.device("cpu")
 
 
-class Ring:
-    """R ranks; counts messages, and the elements that all of them send together."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks, self.messages, self.sent = ranks, 0, 0
-
-    def all_reduce(self, parts: Parts, combine: Callable[..., torch.Tensor] = torch.add) -> torch.Tensor:
-        """Piece i starts on rank i, and every rank on its way adds its own; then each goes round once more."""
-        pieces, done = [list(part.flatten().tensor_split(self.ranks)) for part in parts], []
-        for i in range(self.ranks):
-            running = pieces[i][i]
-            for step in range(1, self.ranks):
-                running = combine(pieces[(i + step) % self.ranks][i], running)
-            done.append(running)
-        self.messages += 1
-        self.sent += sum(2 * (self.ranks - 1) * piece.numel() for piece in done)
-        return torch.cat(done).view_as(parts[0])
+def sent(ranks: int, rank: Rank) -> float:
+    """Bytes that a rank of a ring sends for the all-reduces it called."""
+    return sum(2 * (ranks - 1) / ranks * message.bytes for message in rank.messages if message.kind != "gather")
 
 
-class Shards:
-    """The layout as the page describes it, on one block of rows."""
+@pytest.mark.parametrize("ranks", range(2, 9))
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_real_losses_send_what_the_formulas_say(operation, ranks):
+    """The operations of the benchmarks on a small head: bytes and messages, counted around the collectives; ranks are
+    threads."""
+    name, jsd = OPERATIONS[operation]
+    case = CASES[f"llama3.1-8b.{name}.8192"]
+    case = replace(case, num_rows=sum(LENGTHS), hidden_size=WIDTH, vocab_size=COLUMNS, dtype=torch.float32)
+    problem = make_problem(
+        lengths=LENGTHS,
+        hidden_size=WIDTH,
+        vocab_size=COLUMNS,
+        num_auxiliary=case.num_auxiliary,
+        negative=case.operation == "unisd_loss",
+        frozen_head=case.frozen_head,
+        token_weights=not case.frozen_head,
+        shared_head=True,
+        dtype=torch.float32,
+    ).to(torch.float32)
+    step = unisd.build(case, 0.5 if jsd else 0.0, CPU)
 
-    def __init__(self, ranks: int, columns: int, scale: float = 1.0) -> None:
-        generator = torch.Generator().manual_seed(ranks + columns)
-        self.student, self.teacher, self.weight = (
-            torch.randn(size, WIDTH, generator=generator, dtype=torch.float64) for size in (ROWS, ROWS, columns)
+    def on(group: Rank) -> None:
+        own = sliced(problem, group.rank(), group, limits(COLUMNS, ranks))
+        group.messages.clear()  # of the heads, which are made once
+        if own.token_weights is None:
+            own = replace_weights(own)
+        step(own)
+
+    _, group = run(ranks, on)
+    plan = Plan(case, ranks, jsd)
+    assert plan.blocks == 1
+    for rank in group:
+        assert rank.messages == group[0].messages
+        assert len(rank.messages) == plan.messages
+        assert sent(ranks, rank) == pytest.approx(plan.statistics_bytes + plan.gradient_bytes, rel=1e-12)
+        statistics = [message for message in rank.messages if message.dtype == torch.float64]
+        assert all(message.shape[-1] % case.num_rows == 0 for message in statistics)
+        # The hidden gradient, once and in float32.
+        gradients = [message for message in rank.messages if message.dtype == torch.float32]
+        assert [message.shape for message in gradients] == [(case.num_rows, WIDTH)] * plan.is_loss
+
+
+def replace_weights(problem):
+    """The random upstream weights of the per-token benchmark."""
+    return type(problem)(**problem.arguments() | {"token_weights": torch.rand(problem.num_rows)})
+
+
+def test_numbers_a_row_of_each_exchange():
+    """The public operations by themselves, entropies too."""
+    problem = make_problem(lengths=LENGTHS, vocab_size=COLUMNS)
+    rows = problem.num_rows
+
+    def on(group: Rank) -> None:
+        own = sliced(problem, group.rank(), group, limits(COLUMNS, 2))
+        with torch.no_grad():
+            for exchange, call in (
+                (view_exchange(), lambda: linear_logprobs(own.student_hidden, own.student_head, own.target_ids)),
+                (
+                    view_exchange(entropy=True),
+                    lambda: linear_logprobs(own.student_hidden, own.student_head, own.target_ids, return_entropy=True),
+                ),
+                (pair_exchange(), lambda: linear_divergence(*list(own.arguments().values())[:4])),
+                (pair_exchange(jsd=True), lambda: linear_divergence(*list(own.arguments().values())[:4], beta=0.3)),
+            ):
+                group.messages.clear()
+                call()
+                assert [torch.Size(m.shape).numel() // rows for m in group.messages] == [n for n in exchange if n]
+                assert counted(group)["maximum"] == 1
+
+    run(2, on)
+
+
+def test_messages_go_with_the_blocks():
+    """Student's and teacher's statistics once a chunk of rows, views and dh once."""
+    problem = make_problem(lengths=(16, 14), vocab_size=64).to(torch.float64)
+
+    def on(group: Rank) -> int:
+        own = sliced(problem, group.rank(), group, limits(64, 2))
+        group.messages.clear()
+        divergence = linear_divergence(
+            own.student_hidden, own.student_head.detach(), own.teacher_hidden, own.teacher_head, workspace_bytes=5120
         )
-        self.weight *= scale
-        self.targets = torch.randint(0, columns, (ROWS,), generator=generator)
-        self.ring, width = Ring(ranks), -(-columns // ranks)
-        self.limits = [min(rank * width, columns) for rank in range(ranks + 1)]
-        self.parts = [self.weight[a:b] for a, b in pairwise(self.limits)]
+        divergence.sum().backward()
+        return len(group.messages)
 
-    def logits(self, hidden: torch.Tensor) -> Parts:
-        """[N, V_r] of each shard; a shard may have no column."""
-        return [hidden @ weight.T / TAU for weight in self.parts]
-
-    def maxima(self, *views: Parts) -> tuple[list[Parts], torch.Tensor]:
-        """Each view's maxima by shard (-inf: no column), and the common ones [views, N], by one message."""
-        local = [[z.amax(-1) if z.shape[1] else z.new_full((ROWS,), -math.inf) for z in shares] for shares in views]
-        return local, self.ring.all_reduce([torch.stack(tops) for tops in zip(*local, strict=True)], torch.maximum)
-
-    def target(self, rank: int, logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-        """z_y - m where the shard has column y, else 0; [N]."""
-        hot = self.targets.unsqueeze(-1) == torch.arange(self.limits[rank], self.limits[rank + 1])
-        return torch.where(hot, logits - top.unsqueeze(-1), 0.0).sum(-1)
-
-    def score(self) -> torch.Tensor:
-        """Log-probability, log-sum-exp and entropy, [3, N]."""
-        logits = self.logits(self.student)
-        (tops,), (top,) = self.maxima(logits)
-        sums = []
-        for rank, (z, own) in enumerate(zip(logits, tops, strict=True)):
-            total, entropy = view_sums(z, own, own - top)
-            sums.append(torch.stack([total, self.target(rank, z, top), entropy]))
-        total, target, entropy = self.ring.all_reduce(sums)
-        return torch.stack([target - total.log(), top + total.log(), total.log() - entropy / total])
-
-    def pair(self, jsd: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """D [N], and the gradient of its sum [N, H]."""
-        student, teacher = self.logits(self.student), self.logits(self.teacher)
-        (own_s, own_t), (top_s, top_t) = self.maxima(student, teacher)
-        sums = []
-        for z_s, z_t, m_s, m_t in zip(student, teacher, own_s, own_t, strict=True):
-            (total_s, _), (total_t, _) = view_sums(z_s, m_s, m_s - top_s), view_sums(z_t, m_t, m_t - top_t)
-            u_s, u_t = z_s - m_s.unsqueeze(-1), z_t - m_t.unsqueeze(-1)
-            moved = (m_t - top_t - (m_s - top_s)).nan_to_num() * u_t.exp().sum(-1)
-            cross = (m_t - top_t).exp() * ((u_t.exp() * (u_t - u_s)).sum(-1) + moved)
-            sums.append(torch.stack([total_s, total_t] if jsd else [total_s, total_t, cross]))
-        total_s, total_t, *cross_sum = self.ring.all_reduce(sums)
-        log_s = [z - (top_s + total_s.log()).unsqueeze(-1) for z in student]
-        log_t = [z - (top_t + total_t.log()).unsqueeze(-1) for z in teacher]
-        if jsd:
-            logs = [(s, t, torch.logaddexp(s, t) + math.log(0.5)) for s, t in zip(log_s, log_t, strict=True)]
-            kls = [torch.stack([(t.exp() * (t - m)).sum(-1), (s.exp() * (s - m)).sum(-1)]) for s, t, m in logs]
-            of_teacher, of_student = self.ring.all_reduce(kls)
-            divergence = 0.5 * (of_teacher + of_student)
-            gradients = [0.5 * s.exp() * (s - m - of_student.unsqueeze(-1)) for s, _, m in logs]
-        else:
-            divergence = cross_sum[0] / total_t - total_t.log() + total_s.log()
-            gradients = [s.exp() - t.exp() for s, t in zip(log_s, log_t, strict=True)]
-        partial = [gradient @ weight / TAU for gradient, weight in zip(gradients, self.parts, strict=True)]
-        return divergence, self.ring.all_reduce(partial)
+    # 5120 bytes are 10 rows of two views of 32 columns in float64.
+    assert run(2, on)[0] == [2 * 3 + 1] * 2
 
 
-def view_sums(logits: torch.Tensor, own: torch.Tensor, move: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """S and E relative to the shard's maximum, then to the common one, which is `-move` higher; [N] each."""
-    shifted = logits - own.unsqueeze(-1)
-    total, entropy = shifted.exp().sum(-1), (shifted.exp() * shifted).sum(-1)
-    return move.exp() * total, move.exp() * (entropy + move.nan_to_num(neginf=0.0) * total)
-
-
-def check_exchange(ring: Ring, exchange: Exchange, gradient: bool) -> None:
-    numbers = ROWS * sum(exchange) + gradient * ROWS * WIDTH
-    assert ring.messages == exchange.messages + gradient
-    # All ranks together send R times what one does.
-    assert ring.sent == 2 * (ring.ranks - 1) * numbers
-
-
-SIZES = [(2, 23), (4, 23), (8, 23), (8, 9)]  # 9 columns on 8 ranks: some have none
-
-
-@pytest.mark.parametrize("scale", [1.0, 300.0])
-@pytest.mark.parametrize(("ranks", "columns"), SIZES)
-def test_scores_of_shards_are_those_of_the_whole(ranks, columns, scale):
-    """Also of logits of several hundred, whose exponentials overflow, in shards of which some underflow whole."""
-    shards = Shards(ranks, columns, scale)
-    assert torch.cat(shards.logits(shards.student), 1).exp().isinf().any() == (scale > 1)
-    found = shards.score()
-    wanted = reference.linear_logprobs(shards.student, LMHead(shards.weight), shards.targets, TAU, return_entropy=True)
-    torch.testing.assert_close(found, torch.stack([wanted.logprobs, wanted.logsumexp, wanted.entropy]))
-    check_exchange(shards.ring, view_exchange(entropy=True), gradient=False)
-
-
-@pytest.mark.parametrize("scale", [1.0, 300.0])
-@pytest.mark.parametrize("jsd", [False, True])
-@pytest.mark.parametrize(("ranks", "columns"), SIZES)
-def test_divergences_of_shards_are_those_of_the_whole(ranks, columns, jsd, scale):
-    shards = Shards(ranks, columns, scale)
-    divergence, gradient = shards.pair(jsd)
-    student, head = shards.student.clone().requires_grad_(), LMHead(shards.weight)
-    wanted = reference.linear_divergence(student, head, shards.teacher, head, 0.5 * jsd, TAU)
-    torch.testing.assert_close(divergence, wanted)
-    torch.testing.assert_close(gradient, torch.autograd.grad(wanted.sum(), student)[0])
-    check_exchange(shards.ring, pair_exchange(jsd), gradient=True)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_blocks_are_those_of_the_gpu_design(head, ranks):
+    """On every rank, also on the last, whose slice may be short."""
+    plan = Plan(replace(CASES[f"{head}.kl.8192"], vocab_size=bench_cases.HEADS[head][1] - 5), ranks)
+    case, bounds = plan.case, limits(plan.case.vocab_size, ranks)
+    pairs = tuple(pairwise(bounds))
+    for rank in (0, ranks - 1):
+        start, end = pairs[rank]
+        shard = VocabShard(SimpleNamespace(), rank, pairs, case.vocab_size)
+        hidden, weight = (
+            torch.empty(rows, case.hidden_size, dtype=case.dtype, device="meta") for rows in (N, end - start)
+        )
+        head_of = replace(Projection.of(hidden, LMHead(weight), 0.7), shard=shard)
+        workspace = engine.default_workspace_bytes(torch.device("cuda"))
+        walk = ChunkedDivergence(head_of, head_of, 0.0, workspace, NeedsGrad(True))
+        split = plan.share.rows(DESIGN)
+        assert (walk.chunk_rows, walk.block_rows) == (split.chunk, split.block)
 
 
 def test_bytes_and_messages_by_hand():
-    """Llama's head on 8 ranks; 16-bit operands, float32 statistics and partial sums."""
+    """Llama's head on 8 ranks; 16-bit operands, float64 statistics, float32 partial sums."""
 
-    def sent(operation: str) -> float:
+    def total(operation: str) -> float:
         plan = headline_plan("llama3.1-8b", operation, 8)
         return plan.statistics_bytes + plan.gradient_bytes
 
-    assert sent("scoring") == 2 * 7 / 8 * 4 * 3 * N
-    assert sent("forward KL") == 2 * 7 / 8 * 4 * N * (5 + H)
-    assert sent("JSD") == 2 * 7 / 8 * 4 * N * (6 + H)
-    assert sent("forward KL, trainable head") == sent("forward KL")
-    assert sent("UniSD*, K = 3") == 2 * 7 / 8 * 4 * N * (4 * 3 + 9 + H)
+    assert total("scoring") == 2 * 7 / 8 * 8 * 3 * N
+    assert total("forward KL") == 2 * 7 / 8 * N * (8 * 5 + 4 * H)
+    assert total("JSD") == 2 * 7 / 8 * N * (8 * 6 + 4 * H)
+    assert total("forward KL, trainable head") == 2 * 7 / 8 * N * (8 * 7 + 4 * H)
+    assert total("UniSD*, K = 3") == 2 * 7 / 8 * N * (8 * (4 * 3 + 9) + 4 * H)
     blocks = headline_plan("llama3.1-8b", "forward KL", 8).blocks
     assert headline_plan("llama3.1-8b", "forward KL", 8).messages == 2 * blocks + 1
     assert headline_plan("llama3.1-8b", "UniSD*, K = 3", 8).messages == 2 + 2 * blocks + 1
@@ -187,7 +184,7 @@ def test_blocks_cover_the_rows():
             for num_rows in (1, 500, 8192, 8193):
                 plan = headline_plan(head, operation, 2)
                 plan = replace(plan, case=replace(plan.case, num_rows=num_rows))
-                split, blocks = plan.share.rows(plan.design), 0
+                split, blocks = plan.share.rows(DESIGN), 0
                 for start in range(0, num_rows, split.chunk):
                     blocks += len(range(start, min(start + split.chunk, num_rows), split.block))
                 assert plan.blocks == blocks
@@ -198,9 +195,9 @@ def test_products_and_memory_of_a_rank():
     plan = headline_plan("llama3.1-8b", "forward KL", 8)
     assert plan.flops == 2 * 3 * N * H * V // 8
     assert plan.head_bytes == 2 * H * V // 8
-    assert plan.extra_bytes == plan.share.rows("fused").held_bytes + 4 * N * H
+    assert plan.extra_bytes == plan.share.rows(DESIGN).held_bytes + 4 * N * H
     trainable = headline_plan("llama3.1-8b", "forward KL, trainable head", 8)
-    assert trainable.extra_bytes == trainable.share.rows("fused").held_bytes + 4 * (N * H + V * H // 8)
+    assert trainable.extra_bytes == trainable.share.rows(DESIGN).held_bytes + 4 * (N * H + V * H // 8)
     # Gemma's 262208 columns are 64 x 4097; one more makes 4098 of every shard.
     gemma = headline_plan("gemma3-4b", "forward KL", 64)
     one_more = replace(gemma, case=replace(gemma.case, vocab_size=gemma.case.vocab_size + 1))
@@ -228,14 +225,6 @@ def test_the_tables_in_the_documentation_are_the_generated_ones(capsys):
     assert capsys.readouterr().out.strip() == report().strip()
 
 
-def test_the_package_has_no_vocabulary_parallel_mode():
-    """What the page says of it."""
-    sources = [file.read_text() for file in (ROOT / "unisd_kernels").rglob("*.py")]
-    assert not any("torch.distributed" in text or "all_reduce" in text for text in sources)
-    assert any("weight.full_tensor()" in text for text in sources)
-    assert "**the package has no vocabulary-parallel mode today**" in prose()
-
-
 def test_what_the_page_says_of_the_numbers():
     few, many = (headline_plan("llama3.1-8b", "forward KL", ranks) for ranks in (2, 64))
     assert f"sends {few.gradient_bytes / 1e6:.0f} MB of dh at R = 2 and {many.gradient_bytes / 1e6:.0f} MB" in prose()
@@ -248,4 +237,4 @@ def test_what_the_page_says_of_the_numbers():
     assert f"holds {held[0]:.1f} GB in place of {held[1]:.1f} GB" in prose()
     assert f"{headline_plan('gemma3-4b', 'JSD', 2).messages} for Gemma's JSD at R = 2" in prose()
     last = {plan.messages for plan in plans if plan.ranks == 64 and plan.case.operation == "divergence"}
-    assert last == {3, 4}
+    assert f"{min(last)} to {max(last)} for a loss over one view pair at R = 64" in prose()

@@ -12,7 +12,7 @@ AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 FEATURES = {
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512_bf16": AVX512 | {"avx512_bf16"},
+    "avx512_bf16": AVX512 | {"avx512_vnni", "avx512_bf16"},
     "avx512_vnni": AVX512 | {"avx512_vnni"},
     "amx_bf16": AVX512 | {"amx_tile", "amx_bf16"},
 }
@@ -28,7 +28,7 @@ def fastest() -> str:
     """The instruction set that the library should choose: the widest, or the next where that is slower."""
     if platform.machine() == "aarch64":
         return "neon"
-    candidates = ["amx_bf16", "avx512_bf16", "avx512", "avx2"]
+    candidates = ["amx_bf16", "avx512_bf16", "avx512_vnni", "avx512", "avx2"]
     if "GenuineIntel" in CPUINFO.read_text():
         candidates.remove("avx512_bf16")  # slower there than float32
     return next((name for name in candidates if name in listed()), "scalar")

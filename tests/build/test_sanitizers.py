@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CPU = ROOT / "csrc" / "cpu"
 CHECK = Path(__file__).parent / "kernels" / "check.cpp"
-ALL = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16", "neon")
+ALL = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon")
 # The two warnings left out are gcc 12's about its own intrinsics.
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-O1"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

@@ -24,7 +24,7 @@ def coordinates(problem):
     return lead, transform
 
 
-def check_bounds(seed: int, dtype: torch.dtype) -> bool:
+def check_bounds(seed: int, dtype: torch.dtype, impl: str = "torch") -> bool:
     """Every bound of one random problem holds; whether they say something (a width below a tenth of a nat)."""
     problem = views_problem(seed, num_views=1)
     exact = reference.linear_logprobs(problem.views[0], problem.head, problem.target_ids).logprobs
@@ -33,7 +33,7 @@ def check_bounds(seed: int, dtype: torch.dtype) -> bool:
     # What float32 itself makes of the exact columns.
     slack = 3e-6 * (1.0 + exact.abs()) if dtype == torch.float32 else 0.0
     for threshold in THRESHOLDS:
-        lower, upper = logprob_bounds(narrow.views[0], ready, narrow.target_ids, threshold)
+        lower, upper = logprob_bounds(narrow.views[0], ready, narrow.target_ids, threshold, impl)
         assert bool((lower.double() <= exact + slack).all()), (seed, threshold, lower - exact)
         assert bool((upper.double() >= exact - slack).all()), (seed, threshold, exact - upper)
     return bool(((upper - lower) < 0.1).all())

@@ -92,10 +92,16 @@ def test_an_output_folder_is_written_over_only_if_asked(tmp_path: Path, base: Pa
     history = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2]
 
-    # The second checkpoint of the earlier run would be the newest one at the next --resume.
+    # The second checkpoint of the earlier run would be the newest one at the next --resume, and its scores this one's.
+    (run / "eval").mkdir()
+    (run / "eval" / "cos_e.json").write_text("{}")
+    (run / "sweep.json").write_text("{}")
+    capsys.readouterr()
     assert main(["train", "--config", config, "--overwrite_output_dir", "--max_steps", "1"]) == 0
-    assert not (run / "checkpoint-2").exists()
+    assert f"deleting {run / 'eval'}, of the run that is overwritten" in capsys.readouterr().err
+    assert not any((run / name).exists() for name in ("checkpoint-2", "eval", "sweep.json"))
     assert (run / "checkpoint-1").exists()
+    assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 1
 
 
 @pytest.mark.filterwarnings("ignore")

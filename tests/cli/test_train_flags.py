@@ -40,6 +40,7 @@ VALUES = {
     "dataset": "someone/rows",
     "activation_checkpointing": "true",
     "bnb_4bit_quant_storage": "bfloat16",
+    "batch_statistics": "global",
     "bf16": "false",
     "debug": "underflow_overflow",
     "ema": "none",

@@ -79,6 +79,14 @@ def test_the_longest_tasks_stay_readable():
     assert {op for task in tasks for op in (step.op for step in task.steps)} == set(OPERATIONS)
 
 
+@pytest.mark.parametrize("operations", [("+", "-"), ("-",), OPERATIONS])
+def test_no_answer_is_an_input(operations):
+    """Which a reply would only have to repeat: a third of the tasks of two differences."""
+    settings = DiagnosticSettings(num_steps=(1, 2, 3), operations=operations, split="train")
+    tasks = diagnostic_tasks(60, settings)
+    assert not [task.question for task in tasks if task.answer in task.inputs]
+
+
 def test_the_same_again_and_by_seed_and_split():
     first = [task.task_id for task in diagnostic_tasks(12)]
     assert [task.task_id for task in diagnostic_tasks(20)][:12] == first

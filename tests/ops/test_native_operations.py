@@ -42,8 +42,23 @@ def arguments():
         "linear_logits": (hidden, weight, None, 1.0, torch.empty(rows, columns)),
         "linear_backward": (tile(), weight, 1.0, torch.empty(rows, 5)),
         "linear_weight_gradient": (tile(), hidden, 1.0, False, torch.empty(columns, 5)),
+        "int8_score": int8_arguments(hidden, weight),
         "vector_math": ("exp", vector, new()),
     }
+
+
+def int8_arguments(hidden: torch.Tensor, weight: torch.Tensor) -> tuple:
+    """Rows of five numbers in whole groups of four, with two directions apart."""
+    (rows, width), columns = hidden.shape, weight.shape[0]
+    padded = -(-width // 4) * 4
+    codes = (
+        torch.zeros(rows, padded, dtype=torch.int8),
+        torch.ones(rows),
+        torch.randn(rows, 2),
+        torch.full((rows,), -9.0),
+    )
+    head = torch.zeros(columns, padded, dtype=torch.int8), torch.ones(columns), torch.zeros(columns, dtype=torch.int32)
+    return (*codes, hidden, *head, torch.randn(columns, 2), weight, None, 1.0, None, -9.0, torch.empty(6, rows))
 
 
 def test_the_list_of_operations():
@@ -97,6 +112,9 @@ BAD = [
     ("tile_logprob_gradient_", {"_6": None}, "entropy_weight needs entropy"),
     ("tile_logprob_gradient_", {"_4": torch.zeros(2)}, r"logprob_weight must have shape \[3\]"),
     ("tile_logprob_gradient_", {"_3": IDS * 20}, r"target_ids must be in \[0, 20\), got 20"),
+    ("int8_score", {"_0": torch.zeros(3, 5, dtype=torch.int8)}, "codes must"),
+    ("int8_score", {"_7": torch.zeros(20)}, "head_offsets has the wrong dtype"),
+    ("int8_score", {"_14": torch.empty(5, 3)}, "sums must"),
     ("tile_divergence_", {"_1": TILE[:, :19]}, r"teacher must have the student's shape \[3, 20\], got \[3, 19\]"),
     ("tile_divergence_", {"_1": TILE[:2]}, r"teacher must have the student's shape \[3, 20\], got \[2, 20\]"),
     ("tile_divergence_", {"_1": torch.zeros(20, 3).T}, "teacher must have contiguous rows"),

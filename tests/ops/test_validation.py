@@ -319,7 +319,7 @@ def test_an_accelerator_asserts_without_waiting():
     weights, items = torch.ones(N, device="meta"), torch.tensor(3, device="meta")
     with mock.patch("torch._assert_async", lambda condition, message: asserted.append(message)):
         validation.check_token_weights(weights, N, weights.device)
-        validation.check_num_items(items, N, weights.device)
+        validation.check_total("num_items", items, N, weights.device)
     assert asserted == ["token_weights must be >= 0", "num_items must be finite and > 0"]
 
 

@@ -19,6 +19,21 @@ RESULT = "result.pt"
 SETTINGS = {
     "sequence": {"preset": "contrastive", "ema": "full", "sync_steps": 1},
     "token": {"preset": "plain", "normalization": "token"},
+    # Micro-batches of one row: four on one process, two on each of two.
+    "global": {
+        "preset": "unisd_star",
+        "batch_statistics": "global",
+        "agreement_gamma": 2.0,
+        "clip_quantile": 0.6,
+        "normalization": "token",
+    },
+    # A token in each of two completions, which both are on one process in one step.
+    "masked": {
+        "preset": "agreement_token",
+        "batch_statistics": "global",
+        "agreement_gamma": 2.0,
+        "skip_first_tokens": 4,
+    },
 }
 
 
@@ -26,9 +41,13 @@ def main(folder: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     out = {}
     for name, settings in SETTINGS.items():
+        share = tiny_run.NUM_ROWS // processes
+        micro_batch = 1 if "batch_statistics" in settings else share
         run = tiny_run.trainer(
             folder,
-            per_device_train_batch_size=tiny_run.NUM_ROWS // processes,
+            cls=Counted,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=share // micro_batch,
             max_steps=2,
             drift_probe=tiny_run.PROBE,
             drift_probe_every=1,
@@ -39,9 +58,19 @@ def main(folder: str) -> None:
             "weights": {name: parameter.detach() for name, parameter in run.model.named_parameters()},
             "divergence": tiny_run.logged(run, "unisd/divergence"),
             "drift": tiny_run.logged(run, "unisd/drift_kl"),
+            "num_tokens": run.accelerator.gather(torch.tensor([run.num_tokens])),
         }
     if run.accelerator.is_main_process:
         torch.save(out, f"{folder}/{RESULT}")
+
+
+class Counted(tiny_run.FixedRollouts):
+    """Keeps the number of counted tokens of each micro-batch."""
+
+    def _unisd_loss(self, *args):
+        result = super()._unisd_loss(*args)
+        self.num_tokens = [*getattr(self, "num_tokens", []), int(result[2])]
+        return result
 
 
 class BadOnTheLast(tiny_run.FixedRollouts):

@@ -106,7 +106,7 @@ def test_order_of_the_rows_depends_on_seed_and_epoch_alone(tmp_path):
 def test_restart_of_the_average_would_be_seen(tmp_path, interrupted, monkeypatch):
     """Without the restored teacher the losses of the test above differ."""
     whole, checkpoint = interrupted("full")
-    monkeypatch.setattr("unisd.trainer.load_teacher", lambda *args: None)
+    monkeypatch.setattr("unisd.run.distributed.load_teacher", lambda *args: None)
     resumed = start(tmp_path, peft=False, ema="full")
     resumed.train(resume_from_checkpoint=checkpoint)
     assert tiny_run.losses(resumed)[3:] != pytest.approx(tiny_run.losses(whole)[3:], rel=1e-2)

@@ -177,6 +177,8 @@ def test_warns_about_settings_without_effect(tmp_path):
 
 def test_importing_the_package_is_light():
     code = "import sys, unisd; assert not {'torch', 'trl', 'transformers'} & set(sys.modules); assert unisd.PRESETS"
+    # A loop of one's own needs nothing of the trainer's.
+    code += "; assert unisd.self_distillation_loss; assert not {'trl', 'transformers', 'accelerate'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import trl
 
-from tests.trainer import ddp_worker
+from tests.trainer import ddp_worker, tiny_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,13 +22,7 @@ def two_processes(folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def with_the_newest_trl(test):
-    """Two processes cost as much as a hundred other tests: `make test` starts them once, `make test-all` twice."""
-    is_newest = tuple(map(int, trl.__version__.split(".")[:2])) >= (1, 16)
-    return test if is_newest else pytest.mark.exhaustive(test)
-
-
-@with_the_newest_trl
+@tiny_run.with_the_newest_trl
 def test_two_processes(tmp_path):
     ddp_worker.main(str(tmp_path))
     one = torch.load(tmp_path / ddp_worker.RESULT)
@@ -44,7 +37,11 @@ def check_that_they_equal_one(one, tmp_path):
         for weight, value in expected["weights"].items():
             assert torch.allclose(two[name]["weights"][weight], value, rtol=0, atol=2e-6), (name, weight)
         assert two[name]["divergence"] == pytest.approx(expected["divergence"], rel=1e-5)
+        assert two[name]["num_tokens"].sum() == expected["num_tokens"].sum()
         assert two[name]["drift"] == pytest.approx(expected["drift"], rel=1e-4, abs=1e-7)
+
+    # One of the processes had no token in a step.
+    assert not two["masked"]["num_tokens"].view(2, 2, 2).sum(2).all()
 
 
 def check_that_both_skip_or_stop_when_one_meets_a_nan(tmp_path):

@@ -6,7 +6,7 @@ from peft import get_peft_model
 
 from tests.trainer import tiny_run
 from unisd import teachers
-from unisd.teachers import full, lora
+from unisd.teachers import base
 
 MODES = ["base", "full", "adapter", "merged"]
 
@@ -43,10 +43,9 @@ def test_the_teacher_is_where_the_student_is(mode):
 def test_an_update_follows_too(mode, monkeypatch):
     model, teacher = student_and_teacher(mode)
     seen = []
-    for module in (full, lora):
-        monkeypatch.setattr(
-            module, "ema_update_", lambda averages, weights, decay: seen.extend([*averages, *(w for w in weights)])
-        )
+    monkeypatch.setattr(
+        base, "ema_update_", lambda averages, weights, decay: seen.extend([*averages, *(w for w in weights)])
+    )
     model.to("meta")
     teacher.update(model)
     assert seen

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.measuring import energy as measuring
 from tests.trainer import tiny_run
 from unisd import energy
 from unisd.energy import EnergyMeter
@@ -94,6 +95,31 @@ def test_what_a_card_tells(tmp_path, monkeypatch, library, measured, how):
     if measured:
         assert gpu.joules == 2.5
     assert (gpu.joules is None) == ("not known" in how)
+
+
+def test_a_counter_that_fails_later_does_not_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="A card", uuid="1"))
+    library = Nvml()
+    meter = EnergyMeter(torch.device("cuda"), powercap=tmp_path, nvml=library)
+    library.counter = 15
+    found = meter.read()
+    assert found.parts[0].joules is None
+    assert not found.measured
+    assert found.joules == found.parts[1].joules
+
+
+def test_a_step_has_the_joules_of_the_cards_counter_or_none(monkeypatch):
+    """The benchmarks', which claim no bound and no estimate."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="A card", uuid="1"))
+    library = Nvml()
+    joules = measuring.energy_counter(torch.device("cuda"), library)
+    library.millijoules += 2500
+    assert joules() == 2.5
+    library.counter = 15
+    with pytest.raises(measuring.NoEnergy, match=r"not known: NVML's counter of the card failed \(error 15\)"):
+        joules()
+    for without in (Nvml(counter=3), Nvml(known=6)):
+        assert measuring.energy_counter(torch.device("cuda"), without) is None
 
 
 def test_a_run_logs_and_records_it_and_goes_on_counting_when_resumed(tmp_path, monkeypatch):

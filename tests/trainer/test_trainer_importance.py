@@ -41,6 +41,9 @@ def test_weights_are_bounded_and_skip_what_was_not_sampled():
     torch.testing.assert_close(weights, torch.tensor([[1.0, e, e, 4.0], [1.0, 1.0, 1.0, 1.0]]))
 
 
+IN_FOUR = {"batch_statistics": "global", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+
+
 class Sampled(tiny_run.FixedRollouts):
     """Rollouts with log-probabilities of a sampler that is a little off."""
 
@@ -70,10 +73,13 @@ def inputs_of(args):
     return tiny_run.with_mixture(inputs, args)
 
 
-@pytest.mark.parametrize("preset", ["plain", "unisd_star", "agreement_sequence"])
-def test_a_step_is_the_references_with_the_weights(tmp_path, preset):
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [("plain", {}), ("unisd_star", {}), ("agreement_sequence", {}), ("agreement_token", IN_FOUR)],
+)
+def test_a_step_is_the_references_with_the_weights(tmp_path, preset, overrides):
     """The product of both weights; the metrics tell them apart."""
-    run = tiny_run.trainer(tmp_path, cls=Sampled, preset=preset, temperature=0.7)
+    run = tiny_run.trainer(tmp_path, cls=Sampled, preset=preset, temperature=0.7, **overrides)
     inputs, args = inputs_of(run.args), run.args
     weights = expected_weights(inputs, args.vllm_importance_sampling_clip_max)
     assert weights.min() < 0.9
@@ -142,6 +148,12 @@ def test_settings(tmp_path):
         tiny_run.config(tmp_path, vllm_importance_sampling_correction=True)
     with pytest.raises(ValueError, match="vllm_importance_sampling_clip_max"):
         tiny_run.config(tmp_path, vllm_importance_sampling_clip_max=0.0)
+    weighed = {"vllm_importance_sampling_correction": True, "use_vllm": True, "batch_statistics": "global"}
+    for preset in ("unisd_star", "plain"):  # without agreement, these weights are all there is to sum
+        with pytest.raises(ValueError, match=r"weights that the sum of weights .* set weight_normalization='count'"):
+            tiny_run.config(tmp_path, preset=preset, normalization="token", **weighed)
+    settings = {"preset": "unisd_star", "normalization": "token", "weight_normalization": "count"}
+    assert tiny_run.config(tmp_path, **settings, **weighed).use_vllm
 
 
 def test_without_vllm_the_way_out_is_named(tmp_path, monkeypatch):

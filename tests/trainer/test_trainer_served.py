@@ -12,6 +12,10 @@ from tests.trainer import tiny_run
 
 BASE = {"teacher": "base", "ema": "none", "agreement_gamma": 2.0, "max_prompt_length": 64}
 
+# Of the step's two micro-batches, with a quarter of the sequences scored, one has none to score.
+GLOBAL = {"batch_statistics": "global", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+BY_TOKEN = {"normalization": "token", "weight_normalization": "weighted"}
+
 
 @pytest.fixture
 def server(monkeypatch):
@@ -42,6 +46,8 @@ def step(tmp_path, model=None, **overrides):
         ("agreement_token", {"top_entropy_quantile": 0.6, "normalization": "token"}),
         ("agreement_sequence", {"agreement_fraction": 0.5}),
         ("agreement_sequence", {"top_entropy_quantile": 0.6, "skip_first_tokens": 1, "peft_config": "lora"}),
+        ("unisd_star", {**GLOBAL, "clip_quantile": 0.5}),
+        ("agreement_token", {**GLOBAL, **BY_TOKEN, "agreement_fraction": 0.25}),
     ],
 )
 def test_a_server_gives_what_the_model_here_gives(tmp_path, server, preset, overrides):
@@ -56,6 +62,9 @@ def test_a_server_gives_what_the_model_here_gives(tmp_path, server, preset, over
     for name in ("loss", "unisd/agreement_weight", "unisd/disagreement", "unisd/auxiliary_share"):
         assert tiny_run.logged(run, name) == pytest.approx(tiny_run.logged(local, name), rel=1e-4)
     assert min(tiny_run.logged(run, "unisd/agreement_weight_min")) < 0.9  # the weights matter here
+    # Once for each scored sequence and context of both steps; and those of the comparison.
+    scored = 2 * 3 * tiny_run.NUM_ROWS * run.args.agreement_fraction
+    assert run.step.served.requests == scored + run.args.per_device_train_batch_size
 
 
 def test_the_auxiliary_contexts_are_read_there(tmp_path, server):
@@ -104,11 +113,11 @@ def test_a_server_that_stays_away_ends_the_run(tmp_path, server):
     assert run.state.global_step == 0
 
 
-@pytest.mark.parametrize(("seed", "scale"), [(1, 1.0), (0, 1 / 0.7)])
-def test_another_model_or_temperature_is_refused_before_a_step(tmp_path, monkeypatch, seed, scale):
+@pytest.mark.parametrize(("seed", "scale", "overrides"), [(1, 1.0, {}), (0, 1 / 0.7, {}), (1, 1.0, GLOBAL)])
+def test_another_model_or_temperature_is_refused_before_a_step(tmp_path, monkeypatch, seed, scale, overrides):
     monkeypatch.setenv("no_proxy", "*")
     with fake_server.running(tiny_run.llama(seed), scale) as server:
-        run = tiny_run.trainer(tmp_path, **BASE, preset="agreement_token", **served(server))
+        run = tiny_run.trainer(tmp_path, **BASE, preset="agreement_token", **served(server, **overrides))
         with pytest.raises(ValueError, match=r"scores 'tiny' .* nats a token apart from the base model here"):
             run.train()
         assert run.state.global_step == 0

@@ -1,6 +1,8 @@
 """One optimizer step against a dense computation of unpadded rows; accumulation, masks, precision, evaluation."""
 
 import warnings
+from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -9,6 +11,7 @@ from datasets import IterableDataset
 from peft import get_peft_model
 
 from tests.trainer import tiny_run
+from unisd.guards import check_sharding
 from unisd.presets import PRESETS, is_paper
 from unisd.step import LossFunctions
 from unisd_kernels import unisd_loss
@@ -319,24 +322,20 @@ def test_nonfinite_loss_of_an_evaluation_is_reported_once_with_its_context(tmp_p
     assert "divergence" in messages[0]
 
 
-class Sharded(tiny_run.FixedRollouts):
-    """As under FSDP or ZeRO-3, for the checks at construction."""
-
-    _is_sharded = True
-
-
-def test_teachers_with_weights_of_their_own_are_refused_where_weights_are_sharded(tmp_path):
-    with pytest.raises(ValueError, match="ema='auto' needs whole weights"):
-        tiny_run.trainer(tmp_path, cls=Sharded, preset="ema")
-    with pytest.raises(ValueError, match="teacher='base' copies the model"):
-        tiny_run.trainer(tmp_path, cls=Sharded, preset="plain", teacher="base")
-    drift = {"drift_probe": tiny_run.PROBE, "drift_probe_every": 1}
-    with pytest.warns(UserWarning, match="the drift from the base model is not measured"):
-        run = tiny_run.trainer(tmp_path, cls=Sharded, preset="plain", **drift)
-    assert run.drift is None
-    run = tiny_run.trainer(tmp_path, cls=Sharded, preset="plain", teacher="base", peft_config=tiny_run.lora(), **drift)
-    run.train()
-    assert tiny_run.logged(run, "unisd/drift_kl")[-1] > 0
+def test_settings_that_an_engine_cannot_serve_are_refused(tmp_path):
+    engine, lora = SimpleNamespace(fsdp_version=1, is_zero3=False), get_peft_model(tiny_run.llama(), tiny_run.lora())
+    check = partial(check_sharding, engine=engine, is_deepspeed=False)
+    with pytest.raises(ValueError, match=r"ema='auto' has weights of its own, .* under FSDP1: use FSDP2"):
+        check(tiny_run.config(tmp_path, preset="ema"), tiny_run.llama())
+    base = tiny_run.config(tmp_path, preset="plain", teacher="base")
+    engine.fsdp_version, engine.is_zero3 = None, True
+    with pytest.raises(ValueError, match=r"teacher='base' has weights of its own, .* under ZeRO-3"):
+        check(base, tiny_run.llama())
+    check(base, lora)
+    engine.fsdp_version, engine.is_zero3 = 2, False
+    check(base, tiny_run.llama())
+    with pytest.raises(ValueError, match="drift_budget cannot scale the learning rate of DeepSpeed"):
+        check(tiny_run.config(tmp_path, drift_budget=0.1, drift_probe_every=1), lora, is_deepspeed=True)
 
 
 def test_streamed_dataset_trains_and_its_rows_are_checked(tmp_path):

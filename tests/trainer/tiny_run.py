@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
+import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -28,6 +30,12 @@ PROBE = [
     {"prompt": [{"role": "user", "content": "w10 w11"}], "completion": "w12 w13 w14"},
     {"prompt": "w20", "completion": "w21"},
 ]
+
+
+def with_the_newest_trl(test):
+    """For a test that costs as much as many others: `make test` runs it once, `make test-all` with both ends of TRL."""
+    is_newest = tuple(map(int, trl.__version__.split(".")[:2])) >= (1, 16)
+    return test if is_newest else pytest.mark.exhaustive(test)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

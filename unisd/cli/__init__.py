@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": ("unisd.cli.prepare", "make rows with every view from a file of questions and answers"),
     "show": ("unisd.cli.show", "what each model reads of a prepared row, in the terminal and as a page"),
     "train": ("unisd.cli.train", "train a model; settings from a YAML file and the command line"),
+    "launch": ("unisd.cli.launch", "a command on several processes: DDP, FSDP2, ZeRO-2 or ZeRO-3, by shipped configs"),
     "presets": ("unisd.cli.presets", "every recipe by name, and what it sets"),
     "export": ("unisd.cli.export", "the moving-average teacher of a run as a model or an adapter"),
     "eval": ("unisd.cli.evaluate", "evaluate a model or an adapter: benchmarks, procedural tasks, retention, drift"),

@@ -242,8 +242,8 @@ def claim_output_dir(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
     Args:
         resume: the run goes on from a checkpoint in it.
-        overwrite: write over it. Checkpoints of the earlier run would be taken for this one's at the next resume, so
-            the caller removes them.
+        overwrite: write over it. Checkpoints of the earlier run would be taken for this one's at the next resume, and
+            its evaluations for this one's wherever runs are shown, so the caller removes them.
     """
     if resume and overwrite:
         raise CommandError("--resume and --overwrite_output_dir exclude each other")

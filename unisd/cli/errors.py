@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from unisd.run.failures import is_first_to_fail, is_lost_connection
+
 # Longer messages of libraries are cut: the first sentences say what is wrong.
 _MOST_CHARACTERS = 400
 _USERS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
@@ -52,10 +54,22 @@ def run(command: str, function: Callable[[], int], *, traceback: bool) -> int:
     except KeyboardInterrupt:
         if traceback:
             raise
-        print(f"\n{command}: interrupted", file=sys.stderr)
+        if is_first_to_fail():
+            print(f"\n{command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if traceback or not (isinstance(error, CommandError) or _is_ours(error)):
+        if traceback:
+            raise
+        if not is_first_to_fail():
+            return 1  # another process of the run has told
+        if is_lost_connection(error):
+            print(
+                f"{command}: error: another process of this run is gone, so it cannot go on; what was saved is whole: "
+                "go on with --resume",
+                file=sys.stderr,
+            )
+            return 1
+        if not (isinstance(error, CommandError) or _is_ours(error)):
             raise
         print(f"{command}: error: {_one_line(str(error))}", file=sys.stderr)
         if error.__cause__ is not None and not _is_ours(error.__cause__):

@@ -26,13 +26,15 @@ from unisd.cli.preset_defaults import preset_defaults
 from unisd.cli.settings import SettingsParser
 from unisd.cli.summary import summary
 from unisd.config import UniSDConfig
+from unisd.evaluation.folder import EVALUATIONS
 from unisd.prepare.folder import folder_of
 from unisd.run.checkpoints import is_checkpoint
 from unisd.run.final_evaluation import FinalEvaluation
 from unisd.run.hub import keep_token_out, push_run
 from unisd.run.processes import ending_process_group
 from unisd.run.settings import resolved_settings
-from unisd.teachers import STATE_FILE
+from unisd.sweep.cells import FINISHED
+from unisd.teachers import STATE_FILE, STATE_FOLDER
 from unisd.trainer import UniSDTrainer
 
 
@@ -45,7 +47,8 @@ class RunArguments:
         metadata={"help": "Go on from the newest checkpoint in output_dir (resume_from_checkpoint=true)."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write over the run in output_dir; its checkpoints are deleted."}
+        default=False,
+        metadata={"help": "Write over the run in output_dir; its checkpoints and evaluations are deleted."},
     )
 
 
@@ -133,6 +136,8 @@ def fit_step(settings: Settings, rows: Any) -> None:
         config.per_device_train_batch_size = max(1, min(batch, room))
     if "gradient_accumulation_steps" in free:
         config.gradient_accumulation_steps = max(1, min(accumulation, share // config.per_device_train_batch_size))
+    if config.process_index > 0:
+        return
     print(
         f"unisd train: {count} rows are fewer than a step of {batch} x {accumulation} takes: it is "
         f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} here",
@@ -174,8 +179,12 @@ def _prepare_output_dir(settings: Settings) -> None:
     if resume is True and not checkpoints:
         raise CommandError(f"there is no checkpoint in output_dir {folder} to resume from")
     if settings.run.overwrite_output_dir:
-        for checkpoint in checkpoints:
-            print(f"deleting {checkpoint}, of the run that is overwritten", file=sys.stderr)
-            shutil.rmtree(checkpoint)
-        (folder / STATE_FILE).unlink(missing_ok=True)  # it belongs to weights that will be gone
+        # All of it belongs to weights that will be gone.
+        evaluations = [folder / EVALUATIONS] if (folder / EVALUATIONS).is_dir() else []
+        states = [folder / STATE_FOLDER] if (folder / STATE_FOLDER).is_dir() else []
+        for entry in [*checkpoints, *states, *evaluations]:
+            print(f"deleting {entry}, of the run that is overwritten", file=sys.stderr)
+            shutil.rmtree(entry)
+        for name in (STATE_FILE, "trainer_state.json", FINISHED):
+            (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

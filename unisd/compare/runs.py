@@ -135,12 +135,13 @@ def same_items(rows: Mapping[int, Mapping[str, Any]], others: Mapping[int, Mappi
     )
 
 
-def load_run(folder: Path, name: str | None = None) -> Run:
+def load_run(folder: Path, name: str | None = None, *, with_rows: bool = True) -> Run:
     """A run by its folder.
 
     Args:
         folder: of `unisd train`, with `eval/` in it; or of `unisd eval` alone (a base model, say).
         name: to show; None for the folder's.
+        with_rows: also read what was asked and replied, item by item.
 
     Raises:
         ValueError: no such folder, or nothing in it.
@@ -161,7 +162,7 @@ def load_run(folder: Path, name: str | None = None) -> Run:
                 raise ValueError(
                     f"{evaluated} holds two files with scores of {called}; one is {file.name}: move one away"
                 )
-            rows = _rows(file.with_suffix(".jsonl"))
+            rows = _rows(file.with_suffix(".jsonl")) if with_rows else {}
             benchmarks[called] = BenchmarkResult(called, result["kind"], result, rows)
             environment = result.get("environment") or environment
     others = {what: _json(evaluated / f"{what}.json") for what in ("drift", "retention", "behaviour")}
@@ -178,7 +179,7 @@ def load_run(folder: Path, name: str | None = None) -> Run:
         tuple(state.get("log_history", ())),
         benchmarks,
         environment=environment,
-        behaviour_rows=_rows(evaluated / "behaviour.jsonl"),
+        behaviour_rows=_rows(evaluated / "behaviour.jsonl") if with_rows else {},
         energy=_json(folder / ENERGY),
         **others,
     )

@@ -1,9 +1,10 @@
 """The procedural diagnostic of arXiv 2605.00817: carry out n arithmetic steps and give the last value.
 
 S1 and S2 are given; each of S3 ... S(n+2) is an operation (+ - * /) on two earlier values: the one before, and one that
-lies exactly `look_back` values further back. Only the last value is asked for. Every value is rounded to 3 decimals as
-it is computed, so that the right reply is the same for everybody. The paper's prompts and the grid of its 55 sets are
-not public: the prompt, the ranges of the values in between and the rounding are ours.
+lies exactly `look_back` values further back. Only the last value is asked for, and it is neither of the two.
+Every value is rounded to 3 decimals as it is computed, so that the right reply is the same for everybody. The paper's
+prompts and the grid of its 55 sets are not public: the prompt, the ranges of the values in between and the rounding are
+ours.
 
 Beside it, `unisd.data.procedural` has small integers and a format that a 135M model can learn. As there, everything is
 a function of (seed, index) and the settings, splits are disjoint by the task's own text, and only
@@ -248,7 +249,10 @@ def _first_new(
     for _ in range(_MAX_DRAWS):
         inputs = (choose(rng, grid), choose(rng, grid))
         task = _random_task(rng, inputs, num_steps, settings.look_back, settings.operations)
-        if task is not None and task.split == settings.split and task.task_id not in used:
+        # An answer that is an input (S1 + S2 - S2) would be right without a step.
+        if task is None or task.answer in task.inputs:
+            continue
+        if task.split == settings.split and task.task_id not in used:
             return task
     raise ValueError(
         f"no further task of {num_steps} steps of {' '.join(settings.operations)} on {settings.values} values after "

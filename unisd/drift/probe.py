@@ -20,6 +20,7 @@ from torch import nn
 from unisd.batch import padded
 from unisd.head import gathered_head
 from unisd.modules import HiddenStates, evaluating, head_is_trained, is_peft, model_head
+from unisd.sharding import adapter_off
 from unisd.turns import Prompt
 from unisd_kernels import LMHead, linear_divergence, pack_rows
 
@@ -98,6 +99,10 @@ class DriftProbe:
         """Tokens the mean is over."""
         return sum(int(batch.completion_mask.sum()) for batch in self._batches)
 
+    def loses_base(self, model: nn.Module) -> bool:
+        """Whether training overwrites the base, so that `capture` has to come before it."""
+        return not is_peft(model)
+
     @torch.no_grad()
     def capture(self, model: nn.Module) -> None:
         """Store the base's side of the comparison.
@@ -106,15 +111,16 @@ class DriftProbe:
             model: a PEFT model, whose adapter is switched off meanwhile, or a model that is still the base.
         """
         device = _device(model)
-        base: AbstractContextManager[Any] = model.disable_adapter() if is_peft(model) else nullcontext()  # type: ignore[operator]
+        base: AbstractContextManager[Any] = adapter_off(model) if is_peft(model) else nullcontext()
         trained = head_is_trained(model)
         with base, evaluating(model):
             self._base_hidden = [hidden.cpu() for hidden in self._rows(model, device)]
             if trained:
-                head = model_head(model)
-                bias = None if head.bias is None else head.bias.detach().to("cpu", copy=True)
-                weight = head.weight.detach().to("cpu", copy=True)
-                self._base_head = replace(head, weight=weight, bias=bias)
+                with gathered_head(model):
+                    head = model_head(model)
+                    bias = None if head.bias is None else head.bias.detach().to("cpu", copy=True)
+                    weight = head.weight.detach().to("cpu", copy=True)
+                    self._base_head = replace(head, weight=weight, bias=bias)
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> float:
@@ -127,7 +133,7 @@ class DriftProbe:
             RuntimeError: a model without an adapter for which `capture` was not called.
         """
         if not self._base_hidden:
-            if not is_peft(model):
+            if self.loses_base(model):
                 raise RuntimeError("DriftProbe.capture(model) must be called before training a model without adapter")
             self.capture(model)
         total, count = 0.0, 0

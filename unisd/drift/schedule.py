@@ -44,11 +44,10 @@ def make_drift_probe(
     args = trainer.args
     if not args.drift_probe_every:
         return None
-    needs_capture = not is_peft(student)
-    if needs_capture and trainer._is_sharded:
+    if (trainer._dist.is_zero3 or trainer._dist.fsdp_version == 1) and not is_peft(student):
         warnings.warn(
-            "the drift from the base model is not measured: FSDP or ZeRO-3 shards the weights and full fine-tuning "
-            "overwrites the base. Set drift_probe_every=0, or train with LoRA",
+            "the drift from the base model is not measured: ZeRO-3 or FSDP1 shards the weights and full fine-tuning "
+            "overwrites the base. Set drift_probe_every=0, or train with LoRA or FSDP2",
             stacklevel=3,
         )
         return None
@@ -67,7 +66,7 @@ def make_drift_probe(
         impl=args.impl,
         workspace_bytes=args.workspace_bytes,
     )
-    if needs_capture:
+    if probe.loses_base(student) and not trainer._is_sharded:  # of shards when they are there, see `DistributedTrainer`
         with trainer.accelerator.autocast():
             probe.capture(student)
     return probe

@@ -19,7 +19,8 @@ def update_card(folder: Path) -> bool:
     _, end, after = rest.partition(EVALUATIONS_END)
     if not begin or not end:
         return False
-    card.write_text("\n".join([before + begin, *_lines(load_run(folder)), end + after]), encoding="utf-8")
+    run = load_run(folder, with_rows=False)  # after each of many evaluations
+    card.write_text("\n".join([before + begin, *_lines(run), end + after]), encoding="utf-8")
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -55,9 +56,9 @@ class CheckpointedTrainer(_Base):
         folder = str(self.args.output_dir)
         if self.args.should_save:
             wait_for_room(folder, weight_bytes(self) + beside_bytes(self), "the model")
-        super().save_model(folder, _internal_call=True)
-        if self.args.should_save:
-            self.write_beside(folder)
+        with self.whole_weights():
+            super().save_model(folder, _internal_call=True)
+        self.write_beside(folder)
         self.save_state()
         self.create_model_card()
 
@@ -68,8 +69,12 @@ class CheckpointedTrainer(_Base):
         if self.is_world_process_zero():
             write_model_card(str(self.args.output_dir), model_card(cast(Any, self), model_name, dataset_name, tags))
 
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Context in which the model is saved whole, where its checkpoints are in shards."""
+        return nullcontext()
+
     def write_beside(self, folder: str) -> None:
-        """Write what else a checkpoint of this trainer holds; called on one process, before all other files."""
+        """Write what else a checkpoint of this trainer holds; called on every process, before all other files."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = self._get_output_dir(trial)
@@ -78,7 +83,8 @@ class CheckpointedTrainer(_Base):
             # Before anything is written over: a disk that is full costs a wait, not a checkpoint.
             wait_for_room(run_folder, checkpoint_bytes(self), f"the checkpoint of step {self.state.global_step}")
             unmark(folder)
-            self.write_beside(folder)
+        self.accelerator.wait_for_everyone()
+        self.write_beside(folder)
         # Older checkpoints go only when this one is whole, which is after every process has written its part.
         with keeping_all(self.args) as limit:
             super()._save_checkpoint(model, trial)

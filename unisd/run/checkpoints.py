@@ -162,6 +162,9 @@ def _differs(folder: Path, files: dict[str, int]) -> str | None:
 
 def _lacks(folder: Path) -> str | None:
     """Part of every checkpoint that a folder without a manifest lacks, or None."""
+    if any(folder.glob("rng_state_*.pth")):
+        # Nothing in it tells how many processes there were, and so which of their files are missing.
+        return f"{MANIFEST} is missing, which comes last where several processes write"
     try:
         json.loads((folder / _STATE).read_text())
     except FileNotFoundError:
@@ -178,8 +181,7 @@ def _lacks(folder: Path) -> str | None:
             break
     else:
         weights = [name for name in _WEIGHTS if (folder / name).is_file()]
-        sharded = any(folder.glob("global_step*")) or any(folder.glob("pytorch_model_fsdp*"))
-        if not weights and not sharded:
+        if not weights and not any(folder.glob("global_step*")) and not any(folder.glob("pytorch_model_fsdp*")):
             return "it holds no weights"
     for name in weights:
         if not (folder / name).is_file():

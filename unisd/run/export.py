@@ -75,6 +75,7 @@ def export_model(
     checkpoint, folder = _source(Path(source).expanduser(), ema), Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already: name a new folder, so that nothing is written over")
+    _refuse_shards(checkpoint)
     adapted = is_adapter(checkpoint)
     if merge and not adapted:
         raise ValueError(f"{checkpoint} holds a whole model, not an adapter: there is nothing to merge")
@@ -121,6 +122,14 @@ def _source(path: Path, ema: bool) -> Path:
             "checkpoint"
         )
     return newest
+
+
+def _refuse_shards(checkpoint: Path) -> None:
+    if any(checkpoint.glob("pytorch_model_fsdp_*")):
+        raise ValueError(
+            f"{checkpoint} holds weights in shards (FSDP2): export the folder of the finished run, which has them "
+            "whole, or resume the run and let it finish"
+        )
 
 
 def _step(folder: Path) -> int:

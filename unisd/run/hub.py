@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
-from unisd.teachers.checkpoint import STATE_FILE
+from unisd.teachers.checkpoint import STATE_FILE, STATE_FOLDER
 
 if TYPE_CHECKING:
     from unisd.run.checkpointed import CheckpointedTrainer
@@ -19,6 +19,7 @@ LEFT_OUT = (
     "nonfinite/*",
     "training_args.bin",  # every setting, pickled: a token and this machine's paths too
     STATE_FILE,
+    f"{STATE_FOLDER}/*",
 )
 """Patterns of what stays on this machine."""
 

@@ -44,6 +44,7 @@ _RECIPE = (
     "agreement_statistic",
     "agreement_fraction",
     "clip_quantile",
+    "batch_statistics",
 )
 _OPTIMIZATION = (
     "learning_rate",

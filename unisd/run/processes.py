@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from torch import distributed
 
+from unisd.run.failures import is_first_to_fail
+
 
 @contextmanager
 def ending_process_group() -> Iterator[None]:
@@ -25,6 +27,7 @@ def ending_process_group() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        is_first_to_fail()
         if _has_process_group():
             traceback.clear_frames(error.__traceback__)  # the trainer is a local variable of one of them
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from unisd.modules import evaluating
-from unisd_kernels import LMHead
+from unisd.sharding import copy_of, local, reshard
+from unisd_kernels import LMHead, ema_update_
 
 
 class Teacher(ABC):
@@ -55,6 +56,10 @@ class Teacher(ABC):
         """Say that the student's weights are others now."""
         self._moves += 1
 
+    def start(self, model: nn.Module) -> None:  # noqa: B027 (nothing to do for a teacher without weights)
+        """Take the weights to start from. Whole ones are taken when the teacher is made; those that are sharded later
+        when they are, before a checkpoint is loaded."""
+
     def follow(self, model: nn.Module) -> None:  # noqa: B027 (nothing to do for a teacher without weights)
         """Go where the student is: a model may be moved, or cast, after its teacher was made (DeepSpeed,
         `bf16_full_eval`, `device_map`). Before each use; costs a comparison per tensor."""
@@ -80,7 +85,7 @@ class EMATeacher(Teacher):
     """A moving average: `theta_t = decay theta_t + (1 - decay) theta_s` at each `update`, starting at the student.
 
     Float32 whatever the student's dtype: a 16-bit average with decay 0.98 stops moving once the increment is below half
-    an ulp.
+    an ulp. Where the weights lie in shards so does the average, and each process moves what it holds.
 
     Attributes:
         decay: weight of the old average.
@@ -101,11 +106,17 @@ class EMATeacher(Teacher):
     def update(self, model: nn.Module) -> None:
         """Move the average towards the student's weights, once."""
         self.follow(model)
+        reshard(model)
         self._update(model)
         self.updates += 1
 
     @abstractmethod
     def _update(self, model: nn.Module) -> None: ...
+
+    def _average(self, averages: Mapping[str, torch.Tensor], student: Mapping[str, torch.Tensor]) -> None:
+        """Move the averages towards the student's tensors of the same names, in one call, shard by shard."""
+        targets = [local(average) for average in averages.values()]
+        ema_update_(targets, [local(student[name].detach()) for name in averages], self.decay)
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -122,12 +133,25 @@ class EMATeacher(Teacher):
         Raises:
             ValueError: a state of another mode, or of another model.
         """
-        if state["mode"] != self.mode:
+        saved = state["tensors"]
+        self.check_fits(state["mode"], {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in saved.items()})
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(saved[name])
+        self.loaded(int(state["updates"]))
+
+    def check_fits(self, mode: str, saved: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Raise ValueError for a saved average of another mode, or of another model.
+
+        Args:
+            saved: dtype and shape of each tensor by name.
+        """
+        if mode != self.mode:
             raise ValueError(
-                f"the saved teacher is ema={state['mode']!r} but this run has ema={self.mode!r}; resume with the mode "
-                "of the checkpoint"
+                f"the saved teacher is ema={mode!r} but this run has ema={self.mode!r}; resume with the mode of the "
+                "checkpoint"
             )
-        own, saved = self.tensors(), state["tensors"]
+        own = self.tensors()
         if own.keys() != saved.keys():
             difference = sorted(own.keys() ^ saved.keys())
             raise ValueError(
@@ -135,15 +159,15 @@ class EMATeacher(Teacher):
                 f"{difference[0]!r}"
             )
         for name, tensor in own.items():
-            if tensor.shape != saved[name].shape or tensor.dtype != saved[name].dtype:
+            dtype, shape = saved[name]
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
                 raise ValueError(
-                    f"{name!r} of the saved teacher is {saved[name].dtype} {tuple(saved[name].shape)}, expected "
-                    f"{tensor.dtype} {tuple(tensor.shape)}"
+                    f"{name!r} of the saved teacher is {dtype} {shape}, expected {tensor.dtype} {tuple(tensor.shape)}"
                 )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(saved[name])
-        self.updates = int(state["updates"])
+
+    def loaded(self, updates: int) -> None:
+        """Say that the averages in `tensors` are those of a checkpoint now, made of so many updates."""
+        self.updates = updates
         self._loads += 1
         self._after_load()
 
@@ -153,7 +177,7 @@ class EMATeacher(Teacher):
 
 def marks(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
     """Where tensors are and how often they were written to in place."""
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    return [(held.data_ptr(), held._version) for held in map(local, tensors)]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -162,5 +186,21 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    # torch.compile's wrapper prefixes the names; an average must not depend on whether the student is compiled.
-    return {name.removeprefix("_orig_mod."): parameter for name, parameter in model.named_parameters()}
+    return {_bare_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def _bare_name(name: str) -> str:
+    # Wrappers of torch.compile and of activation checkpointing are in the names; an average must not depend on them.
+    return name.removeprefix("_orig_mod.").replace("_checkpoint_wrapped_module.", "")
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 (float64 for float64) copy, in shards where the tensor is."""
+    return copy_of(tensor, torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+
+
+def move(averages: dict[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
+    """Move each average to the device of the tensor of its name, in its own dtype."""
+    for name, average in averages.items():
+        if average.device != like[name].device:
+            averages[name] = average.to(like[name].device)

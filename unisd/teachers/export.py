@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,25 +11,10 @@ from torch import nn
 
 from unisd.modules import is_peft
 from unisd.teachers.base import named_parameters, trained_parameters
-from unisd.teachers.checkpoint import STATE_FILE
+from unisd.teachers.checkpoint import STATE_FILE, Average, SavedAverage
 from unisd.teachers.lora import lora_layers
 
 _DELTA = ".delta"
-
-
-@dataclass(frozen=True)
-class Average:
-    """What a checkpoint says of its moving average.
-
-    Attributes:
-        mode: "full", "adapter" or "merged".
-        updates: number of updates it was made of.
-        global_step: optimizer steps before it was saved.
-    """
-
-    mode: str
-    updates: int
-    global_step: int
 
 
 def read_average(folder: str | os.PathLike[str]) -> Average:
@@ -40,17 +23,17 @@ def read_average(folder: str | os.PathLike[str]) -> Average:
     Raises:
         ValueError: the checkpoint has none.
     """
-    from safetensors import safe_open
+    return _saved(folder).about
 
-    path = Path(folder) / STATE_FILE
-    if not path.is_file():
+
+def _saved(folder: str | os.PathLike[str]) -> SavedAverage:
+    saved = SavedAverage.in_folder(folder)
+    if saved is None:
         raise ValueError(
             f"{folder} holds no moving-average teacher ({STATE_FILE}): the run had ema='none', so that its teacher was "
             "the model itself, or the weights before training"
         )
-    with safe_open(path, framework="pt") as reader:
-        metadata = reader.metadata()
-    return Average(metadata["mode"], int(metadata["updates"]), int(metadata["global_step"]))
+    return saved
 
 
 @torch.no_grad()
@@ -67,33 +50,31 @@ def put_average(model: Any, folder: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: no average, or one of another model.
     """
-    from safetensors import safe_open
-
-    average = read_average(folder)
+    saved = _saved(folder)
+    average, names = saved.about, saved.tensors.keys()
     if (average.mode != "full") != is_peft(model):
         raise ValueError(
             f"{folder} holds the average of ema={average.mode!r}, which does not fit a model "
             f"{'with' if is_peft(model) else 'without'} an adapter"
         )
-    with safe_open(Path(folder) / STATE_FILE, framework="pt") as reader:
-        names = set(reader.keys())
-        layers = lora_layers(model) if average.mode == "merged" else {}
-        deltas = {f"{name}{_DELTA}": layer for name, layer in layers.items()}
-        parameters = trained_parameters(model) if average.mode == "adapter" else named_parameters(model)
-        # Frozen weights are those of the checkpoint; with LoRA every trained one has an average.
-        known = names & parameters.keys() if average.mode == "full" else {*deltas, *(names & parameters.keys())}
-        missing = parameters.keys() - names if average.mode == "adapter" else deltas.keys() - names
-        _check_names([*(names - known), *missing], folder)
-        for name in sorted(names):
-            # One tensor at a time: the average of a large model is twice its size.
-            tensor = reader.get_tensor(name)
-            if name in deltas:
-                weight = deltas[name].get_base_layer().weight
-                _check_shape(name, tensor, weight)
-                weight.copy_(weight.float() + tensor.to(weight.device))
-            else:
-                _check_shape(name, tensor, parameters[name])
-                parameters[name].copy_(tensor)
+    layers = lora_layers(model) if average.mode == "merged" else {}
+    deltas = {f"{name}{_DELTA}": layer for name, layer in layers.items()}
+    parameters = trained_parameters(model) if average.mode == "adapter" else named_parameters(model)
+    # Frozen weights are those of the checkpoint; with LoRA every trained one has an average.
+    known = names & parameters.keys() if average.mode == "full" else {*deltas, *(names & parameters.keys())}
+    missing = parameters.keys() - names if average.mode == "adapter" else deltas.keys() - names
+    _check_names([*(names - known), *missing], folder)
+    for name, (dtype, shape) in sorted(saved.tensors.items()):
+        # One tensor at a time: the average of a large model is twice its size.
+        tensor = torch.empty(shape, dtype=dtype)
+        saved.read_into({name: tensor})
+        if name in deltas:
+            weight = deltas[name].get_base_layer().weight
+            _check_shape(name, tensor, weight)
+            weight.copy_(weight.float() + tensor.to(weight.device))
+        else:
+            _check_shape(name, tensor, parameters[name])
+            parameters[name].copy_(tensor)
     if average.mode != "merged":
         return model
     for layer in layers.values():  # what they add is in the weights

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from unisd.modules import head_is_trained, is_peft, model_head
+from unisd.sharding import adapter_off
 from unisd.teachers.base import EMATeacher, Teacher, marks, named_parameters, trained_parameters
-from unisd_kernels import LMHead, ema_update_
+from unisd_kernels import LMHead
 
 
 class BaseTeacher(Teacher):
@@ -40,7 +41,7 @@ class BaseTeacher(Teacher):
         if self._copy is not None:
             yield self._copy
         else:
-            with model.disable_adapter():  # type: ignore[operator]
+            with adapter_off(model):
                 yield model
 
     def head(self, model: nn.Module) -> LMHead | None:
@@ -58,11 +59,7 @@ class FullEMATeacher(EMATeacher):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(decay)
-        if is_peft(model):
-            raise ValueError(
-                "ema='full' averages the trained weights of a whole model, but this is a PEFT model, whose base never "
-                "moves; use ema='adapter' or ema='merged'"
-            )
+        refuse_peft(model)
         names = list(trained_parameters(model))
         self._copy = _frozen_copy(model)
         parameters = named_parameters(self._copy)
@@ -99,8 +96,7 @@ class FullEMATeacher(EMATeacher):
 
     @torch.no_grad()
     def _update(self, model: nn.Module) -> None:
-        student = named_parameters(model)
-        ema_update_(self._averages.values(), [student[name] for name in self._averages], self.decay)
+        self._average(self._averages, named_parameters(model))
         self._after_load()
 
     @torch.no_grad()
@@ -108,6 +104,15 @@ class FullEMATeacher(EMATeacher):
         for name, average in self._averages.items():
             if self._parameters[name].dtype != average.dtype:
                 self._parameters[name].copy_(average)
+
+
+def refuse_peft(model: nn.Module) -> None:
+    """Raise ValueError for a PEFT model, which ema="full" is not for."""
+    if is_peft(model):
+        raise ValueError(
+            "ema='full' averages the trained weights of a whole model, but this is a PEFT model, whose base never "
+            "moves; use ema='adapter' or ema='merged'"
+        )
 
 
 @torch.no_grad()

@@ -8,40 +8,24 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from unisd.modules import head_is_trained, is_peft, model_head
-from unisd.teachers.base import EMATeacher, named_parameters, trained_parameters
-from unisd_kernels import LMHead, ema_update_
+from unisd.modules import head_is_trained, is_peft
+from unisd.sharding import reshard
+from unisd.teachers.base import EMATeacher, move, named_parameters, trained_parameters, wide
+from unisd.teachers.swap import SwappedEMATeacher, swapped, swapped_head
+from unisd_kernels import LMHead
 
 
-class AdapterEMATeacher(EMATeacher):
+class AdapterEMATeacher(SwappedEMATeacher):
     """LoRA: every trained tensor (A, B and what else is trained) averaged on its own and swapped in for scoring."""
 
     mode = "adapter"
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        super().__init__(decay)
+    def __init__(self, model: nn.Module, decay: float, *, start: bool = True) -> None:
         _require_peft(model, self.mode)
-        self._averages = {name: _wide(parameter) for name, parameter in trained_parameters(model).items()}
-
-    def follow(self, model: nn.Module) -> None:
-        _move(self._averages, named_parameters(model))
-
-    @contextmanager
-    def _weights(self, model: nn.Module) -> Iterator[nn.Module]:
-        with _swapped(model, self._averages):
-            yield model
-
-    def head(self, model: nn.Module) -> LMHead | None:
-        return model_head(model).detach() if head_is_trained(model) else None
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return self._averages
-
-    def _update(self, model: nn.Module) -> None:
-        student = named_parameters(model)
-        ema_update_(self._averages.values(), [student[name] for name in self._averages], self.decay)
+        super().__init__(model, decay, start=start)
 
 
 class MergedEMATeacher(EMATeacher):
@@ -49,27 +33,36 @@ class MergedEMATeacher(EMATeacher):
 
     The average of products of rank r has a growing rank, so it cannot be held as another A and B. While scoring, B is
     zero, which silences the adapter exactly, and a forward hook on each adapted layer adds `x mean(scaling B A)^T`.
-    Trained tensors outside of LoRA layers are averaged and swapped in as in `AdapterEMATeacher`.
+    Trained tensors outside of LoRA layers are averaged and swapped in as in `AdapterEMATeacher`. Where B lies in shards
+    of its rows the average lies in shards of the same rows; each is gathered when its layer runs.
     """
 
     mode = "merged"
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, *, start: bool = True) -> None:
         super().__init__(decay)
         _require_peft(model, self.mode)
+        lora_layers(model)
+        self._deltas: dict[str, torch.Tensor] = {}
+        self._others: dict[str, torch.Tensor] = {}
+        if start:
+            self.start(model)
+
+    def start(self, model: nn.Module) -> None:
+        reshard(model)
         layers = lora_layers(model)
         self._deltas = {name: _product(layer) for name, layer in layers.items()}
         adapter = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
         self._others = {
-            name: _wide(parameter)
+            name: wide(parameter)
             for name, parameter in trained_parameters(model).items()
             if id(parameter) not in adapter
         }
 
     def follow(self, model: nn.Module) -> None:
         layers = lora_layers(model)
-        _move(self._deltas, {name: layer.lora_B[_adapters(layer)[0]].weight for name, layer in layers.items()})
-        _move(self._others, named_parameters(model))
+        move(self._deltas, {name: layer.lora_B[_adapters(layer)[0]].weight for name, layer in layers.items()})
+        move(self._others, named_parameters(model))
 
     @contextmanager
     def _weights(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -80,14 +73,14 @@ class MergedEMATeacher(EMATeacher):
             for adapter in _adapters(layer)
         }
         with ExitStack() as stack:
-            stack.enter_context(_swapped(model, {**self._others, **silenced}))
+            stack.enter_context(swapped(model, {**self._others, **silenced}))
             for name, layer in layers.items():
                 handle = layer.register_forward_hook(_adding(self._deltas[name]))
                 stack.callback(handle.remove)
             yield model
 
     def head(self, model: nn.Module) -> LMHead | None:
-        return model_head(model).detach() if head_is_trained(model) else None
+        return swapped_head(model) if head_is_trained(model) else None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {**{f"{name}.delta": delta for name, delta in self._deltas.items()}, **self._others}
@@ -95,41 +88,13 @@ class MergedEMATeacher(EMATeacher):
     def _update(self, model: nn.Module) -> None:
         layers = lora_layers(model)
         for name, delta in self._deltas.items():  # one dense product at a time
-            ema_update_([delta], [_product(layers[name])], self.decay)
-        student = named_parameters(model)
-        ema_update_(self._others.values(), [student[name] for name in self._others], self.decay)
+            self._average({name: delta}, {name: _product(layers[name])})
+        self._average(self._others, named_parameters(model))
 
 
 def _require_peft(model: nn.Module, mode: str) -> None:
     if not is_peft(model):
         raise ValueError(f"ema={mode!r} averages a PEFT adapter, but the model has none; use ema='full'")
-
-
-def _wide(parameter: torch.Tensor) -> torch.Tensor:
-    """A float32 (float64 for float64) copy."""
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return parameter.detach().to(dtype, copy=True)
-
-
-def _move(averages: dict[str, torch.Tensor], like: dict[str, Any]) -> None:
-    """Move each average to the device of the tensor of its name, in its own dtype."""
-    for name, average in averages.items():
-        if average.device != like[name].device:
-            averages[name] = average.to(like[name].device)
-
-
-@contextmanager
-def _swapped(model: nn.Module, values: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Let the named parameters hold `values` (in their own dtype), then give them their own storage back."""
-    parameters = named_parameters(model)
-    originals = {name: parameters[name].data for name in values}
-    try:
-        for name, value in values.items():
-            parameters[name].data = value.to(originals[name].dtype)
-        yield
-    finally:
-        for name, original in originals.items():
-            parameters[name].data = original
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -170,15 +135,26 @@ def _adapters(layer: Any) -> list[str]:
 
 @torch.no_grad()
 def _product(layer: Any) -> torch.Tensor:
-    """Addition of the active adapters of a LoRA layer to its weight: sum of scaling B A, float32 [out, in]."""
+    """Addition of the active adapters of a LoRA layer to its weight: sum of scaling B A, float32 [out, in]. Where B
+    lies in shards of its rows, A [r, in] is gathered and each process makes its rows of the product."""
     delta = None
     for adapter in _adapters(layer):
         b, a = layer.lora_B[adapter].weight.detach(), layer.lora_A[adapter].weight.detach()
-        product = (b.float() @ a.float()) * layer.scaling[adapter]
+        product = _rows_of_product(b.float(), a.float()) * layer.scaling[adapter]
         delta = product if delta is None else delta + product
     if delta is None:
         raise ValueError("a LoRA layer has no active adapter; activate one with model.set_adapter(name)")
     return delta
+
+
+def _rows_of_product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """B A [out, in] of B [out, r] and A [r, in]; a DTensor where they are."""
+    if not isinstance(b, DTensor):
+        return b @ a
+    assert isinstance(a, DTensor)
+    size = torch.Size((b.shape[0], a.shape[1]))
+    rows = b.to_local() @ a.full_tensor()
+    return DTensor.from_local(rows, b.device_mesh, b.placements, run_check=False, shape=size, stride=(size[1], 1))
 
 
 def _adding(delta: torch.Tensor) -> Any:
@@ -186,6 +162,8 @@ def _adding(delta: torch.Tensor) -> Any:
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         x = args[0]
-        return output + functional.linear(x, delta.to(x.dtype)).to(output.dtype)
+        rounded = delta.to(x.dtype)
+        dense = rounded.full_tensor() if isinstance(rounded, DTensor) else rounded
+        return output + functional.linear(x, dense).to(output.dtype)
 
     return hook

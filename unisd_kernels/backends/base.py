@@ -66,6 +66,40 @@ class DivergenceRows(NamedTuple):
     teacher_entropy: torch.Tensor | None
 
 
+class ShardRows(NamedTuple):
+    """Statistics of the rows of student and teacher over one slice's columns, as if these were all, [rows] each."""
+
+    student_logsumexp: torch.Tensor  # float64
+    teacher_logsumexp: torch.Tensor  # float64
+    divergence: torch.Tensor | None  # None: of a mixture
+    student_logprobs: torch.Tensor | None  # any number where another rank has the target
+    teacher_logprobs: torch.Tensor | None
+    student_entropy: torch.Tensor | None
+    teacher_entropy: torch.Tensor | None
+
+    @classmethod
+    def nothing(cls, num_rows: int, device: torch.device, mixture: bool, targets: bool, entropy: bool) -> ShardRows:
+        """Those of a slice without a column."""
+        zeros = torch.zeros(num_rows, dtype=torch.float64, device=device)
+        empty = torch.full_like(zeros, -torch.inf)
+        of_target, of_entropy = zeros if targets else None, zeros if entropy else None
+        return cls(empty, empty, None if mixture else zeros, of_target, of_target, of_entropy, of_entropy)
+
+
+class WholeRows(NamedTuple):
+    """Statistics of the rows of student and teacher over the whole vocabulary, [rows] each."""
+
+    rows: DivergenceRows  # without the divergence of a mixture, until `with_mixture`
+    student_logsumexp: torch.Tensor  # float64
+    teacher_logsumexp: torch.Tensor  # float64
+    student_kl: torch.Tensor | None  # KL(p_s || m) of a mixture
+
+    def of_rows(self, rows: slice) -> WholeRows:
+        statistics = DivergenceRows(*(None if value is None else value[rows] for value in self.rows))  # type: ignore[arg-type]
+        student_kl = None if self.student_kl is None else self.student_kl[rows]
+        return WholeRows(statistics, self.student_logsumexp[rows], self.teacher_logsumexp[rows], student_kl)
+
+
 @dataclass(frozen=True)
 class NeedsGrad:
     """Gradients to compute. With none, no gradient tile is formed and no product is spent on it."""
@@ -129,6 +163,29 @@ class Divergence(Protocol):
 
     def gradient(self, count: int) -> torch.Tensor:
         """[count, V]: what `backward` wrote for the chunk's `count` rows."""
+
+
+class ShardDivergence(Divergence, Protocol):
+    """The same where the columns are a slice of a vocabulary (`shards.py`). In place of `forward` and `backward`; ids
+    are of the slice, -1 where another rank has the target."""
+
+    def shard_forward(
+        self, chunk: Any, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
+    ) -> tuple[ShardRows, Any]:
+        """Statistics of a block over the slice's columns, and `saved` for the other two. Arguments as of `forward`."""
+
+    def shard_mixture(self, saved: Any, whole: WholeRows) -> torch.Tensor:
+        """[2, rows]: the sums over the slice's columns of the terms of a mixture's D and of KL(p_s || m)."""
+
+    def shard_backward(
+        self,
+        saved: Any,
+        whole: WholeRows,
+        target_ids: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        logprob_weight: torch.Tensor | None,
+    ) -> None:
+        """Write what `backward` writes, for the slice's columns."""
 
 
 class Backend(Protocol):
@@ -196,7 +253,8 @@ class Backend(Protocol):
         needs_grad: NeedsGrad,
         unit_weights: bool,
     ) -> Divergence:
-        """Walk over the rows of student and teacher for a divergence and the student's gradients that are needed.
+        """Walk over the rows of student and teacher for a divergence and the student's gradients that are needed; of
+        slices of a vocabulary a `ShardDivergence`.
 
         `unit_weights`: `Divergence.backward` will be given no weights.
         """
@@ -254,3 +312,26 @@ class LogitBackend(Backend, Protocol):
         logprob_weight: torch.Tensor | None,
     ) -> None:
         """Write what `Divergence.backward` writes, into the student's tile."""
+
+    # `ShardDivergence`'s `shard_forward`, `shard_mixture` and `shard_backward` of logits that products have made.
+
+    def divergence_of_shard(
+        self,
+        logits: LogitPair,
+        student: LogitTransform,
+        teacher: LogitTransform,
+        target_ids: torch.Tensor | None,
+        beta: float,
+        want_entropy: bool,
+    ) -> tuple[ShardRows, Any]: ...
+
+    def mixture_of_shard(self, saved: Any, whole: WholeRows) -> torch.Tensor: ...
+
+    def divergence_of_shard_backward(
+        self,
+        saved: Any,
+        whole: WholeRows,
+        target_ids: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        logprob_weight: torch.Tensor | None,
+    ) -> None: ...

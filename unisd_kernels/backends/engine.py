@@ -8,10 +8,11 @@ teacher logits and the gradient's product back to the hidden state are three pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -22,9 +23,11 @@ from unisd_kernels.backends.base import (
     RunningScores,
     ScoreGrads,
     Scores,
+    ShardDivergence,
 )
 from unisd_kernels.backends.buffers import TILE_ROWS, most_rows, row_buffer, row_stride
 from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.shards import Backward, shard_forward, whole_scores
 
 # Rows that are scored at a time: their statistics by tiles of the vocabulary stay small.
 SCORE_ROWS = 2048
@@ -63,7 +66,9 @@ class Gradients(NamedTuple):
 
 
 def allocate(needs_grad: NeedsGrad, projection: Projection, written: bool) -> Gradients:
-    """Gradients to write into. `written`: every element of hidden state's and weight's will be, and needs no zero."""
+    """Gradients to write into. `written`: every element of hidden state's and weight's will be, and needs no zero (but
+    of a vocabulary's slice without a column)."""
+    written = written and projection.num_columns > 0
 
     def make(like: torch.Tensor | None, written: bool) -> torch.Tensor:
         assert like is not None
@@ -120,11 +125,30 @@ class Engine:
     def score(self, projection: Projection, target_ids: torch.Tensor, want_entropy: bool = False) -> Scores:
         """Log-probability of the target ids [N], log-sum-exp and (if wanted) entropy of each row, by an online
         log-sum-exp: one product."""
+        return self.score_views([(projection, target_ids)], want_entropy)[0]
+
+    def score_views(self, views: Sequence[tuple[Projection, torch.Tensor]], want_entropy: bool = False) -> list[Scores]:
+        """`score` of several views and their target ids. Where the heads are slices of a vocabulary, which is then the
+        same for all, the ranks exchange the statistics of all views at once."""
+        if not views or (shard := views[0][0].shard) is None:
+            return [self._score(*view, want_entropy) for view in views]
+        ids = [shard.local_ids(target_ids) for _, target_ids in views]
+        with _exactly(views[0][0].hidden.device):
+            parts = [
+                self._score(projection, local.clamp(min=0), want_entropy)
+                for (projection, _), local in zip(views, ids, strict=True)
+            ]
+            return whole_scores(shard, parts, ids)
+
+    def _score(self, projection: Projection, target_ids: torch.Tensor, want_entropy: bool) -> Scores:
+        """Scores over the columns that are here."""
         num_rows, device, dtype = projection.hidden.shape[0], projection.hidden.device, projection.dtype
         with _exactly(device):
             logsumexp = torch.full((num_rows,), -torch.inf, dtype=dtype, device=device)
             target_logits = torch.zeros(num_rows, dtype=dtype, device=device)
             entropy = torch.zeros(num_rows, dtype=dtype, device=device) if want_entropy else None
+            if projection.num_columns == 0:
+                return Scores(target_logits, logsumexp, entropy)
             for rows in spans(num_rows, SCORE_ROWS):
                 running = RunningScores(
                     logsumexp[rows], target_logits[rows], None if entropy is None else entropy[rows]
@@ -136,13 +160,19 @@ class Engine:
         """Scores without entropy, and `d logsumexp_n / dh_n` [N, H]: two products.
 
         The gradient of the log-probability is that of the target's logit, a row of the weight, less this one: so any
-        upstream weights on either statistic are row scalings afterwards.
+        upstream weights on either statistic are row scalings afterwards. Of a slice of a vocabulary the gradient is
+        this rank's part of it: the ranks' are still to be added up.
         """
         num_rows, device, dtype = projection.hidden.shape[0], projection.hidden.device, projection.dtype
         with _exactly(device):
             logsumexp = torch.zeros(num_rows, dtype=dtype, device=device)
             target_logits = torch.zeros(num_rows, dtype=dtype, device=device)
             gradient = torch.zeros(projection.hidden.shape, dtype=dtype, device=device)
+            shard = projection.shard
+            local_ids = target_ids if shard is None else shard.local_ids(target_ids)
+            target_ids = local_ids.clamp(min=0)
+            if projection.num_columns == 0:
+                logsumexp.fill_(-torch.inf)
             for chunk in self._logits(projection, weight_gradient=False):
                 for block in chunk.blocks:
                     part = self.backend.softmax(
@@ -154,7 +184,12 @@ class Engine:
                     logsumexp[block.rows] = part.logsumexp
                     target_logits[block.rows] = part.target_logits
                 self.backend.hidden_gradient(projection, chunk.gradient, gradient[chunk.rows])
-            return Scores(target_logits - logsumexp, logsumexp, None), gradient
+            scores = Scores(target_logits - logsumexp, logsumexp, None)
+            if shard is not None and num_rows:
+                (scores,) = whole_scores(shard, [scores], [local_ids])
+                if projection.num_columns:
+                    gradient.mul_((logsumexp - scores.logsumexp).exp_().unsqueeze(-1))
+            return scores, gradient
 
     def score_gradients(
         self,
@@ -168,6 +203,9 @@ class Engine:
         each gradient. `target_ids` is [N]."""
         with _exactly(projection.hidden.device):
             gradients = allocate(needs_grad, projection, written=projection.hidden.shape[0] > 0)
+            if projection.shard is not None:
+                local_ids = projection.shard.local_ids(target_ids)
+                grads, target_ids = _of_slice(grads, local_ids >= 0), local_ids.clamp(min=0)
             for chunk in self._logits(projection, needs_grad.weight):
                 for block in chunk.blocks:
                     self.backend.score_backward(
@@ -179,7 +217,7 @@ class Engine:
                         grads.of_rows(block.rows),
                     )
                 self._accumulate(projection, chunk.gradient, chunk.rows, gradients)
-            return gradients
+            return self._reduced(projection, gradients)
 
     def divergence(
         self,
@@ -194,7 +232,8 @@ class Engine:
         """Divergence of each row and, in the same walk, the gradients of `sum_n w_n D_n + c_n logp_n(y_n)`.
 
         Two products, one more for the hidden gradient, one more for the weight gradient. `target_ids` is [N], or None
-        where no log-probability is asked for.
+        where no log-probability is asked for. Of a slice of a vocabulary the ranks exchange the statistics of each
+        block (`shards.py`), and add up the hidden gradient at the end.
         """
         num_rows, device = student.hidden.shape[0], student.hidden.device
         names = ["divergence"]
@@ -209,22 +248,32 @@ class Engine:
                 unit_weights = row_weights is unit_row_weights
                 pair = self.backend.divergence(student, teacher, beta, self.workspace_bytes, needs_grad, unit_weights)
                 for rows in spans(num_rows, pair.chunk_rows):
-                    chunk = pair.logits(rows)
+                    chunk = pair.logits(rows) if student.num_columns else None
                     for block in _blocks(rows, pair.block_rows):
                         targets = None if target_ids is None else target_ids[block.rows]
-                        statistics, saved = pair.forward(chunk, block.rows, block.local, targets, want_entropy)
+                        if student.shard is None:
+                            statistics, saved = pair.forward(chunk, *block, targets, want_entropy)
+                            backward: Backward = functools.partial(pair.backward, saved, targets)
+                        else:
+                            slices = cast("ShardDivergence", pair)
+                            statistics, backward = shard_forward(
+                                student, slices, beta, chunk, *block, targets, want_entropy
+                            )
                         for name in names:
                             results[name][block.rows] = getattr(statistics, name)
                         if needs_grad.any:
-                            pair.backward(saved, targets, *row_weights(block.rows, statistics))
-                    if needs_grad.any:
+                            backward(*row_weights(block.rows, statistics))
+                    if needs_grad.any and student.num_columns:
                         self._accumulate(student, pair.gradient(rows.stop - rows.start), rows, gradients)
+            gradients = self._reduced(student, gradients)
         statistics = DivergenceRows(**{name: results.get(name) for name in DivergenceRows._fields})  # type: ignore[arg-type]
         return statistics, gradients
 
     def _logits(self, projection: Projection, weight_gradient: bool) -> Iterator[_Chunk]:
         """Chunks of complete rows with their logits made, in buffers that the next chunk overwrites."""
         num_rows, columns = projection.hidden.shape[0], projection.num_columns
+        if columns == 0:
+            return
         padding, device = self.backend.row_padding, projection.hidden.device
         dtype, gradient_dtype = projection.dtype, self.backend.gradient_dtype(projection)
         in_place = gradient_dtype == dtype
@@ -247,6 +296,22 @@ class Engine:
             self.backend.add_weight_gradient(projection, tile, rows, gradients.weight, rows.start == 0)
         if gradients.bias is not None:
             projection.add_bias_gradient(tile, gradients.bias)
+
+    def _reduced(self, projection: Projection, gradients: Gradients) -> Gradients:
+        """The hidden gradient summed over the ranks of a vocabulary, of whose slices each has made a part."""
+        if projection.shard is not None and gradients.hidden is not None and gradients.hidden.shape[0]:
+            projection.shard.all_reduce(gradients.hidden)
+        return gradients
+
+
+def _of_slice(grads: ScoreGrads, owned: torch.Tensor) -> ScoreGrads:
+    """The same gradients where another rank has some of the targets: their columns are not here, but a log-probability
+    is also less the log-sum-exp."""
+    if grads.logprobs is None:
+        return grads
+    elsewhere = torch.where(owned, 0.0, grads.logprobs)
+    on_logsumexp = -elsewhere if grads.logsumexp is None else grads.logsumexp - elsewhere
+    return ScoreGrads(grads.logprobs - elsewhere, on_logsumexp, grads.entropy)
 
 
 class _Block(NamedTuple):

@@ -28,6 +28,7 @@ OPERATIONS = (
     "tile_divergence_gradient_",
     "scale_rows",
     "linear_score",
+    "int8_score",
     "linear_logits",
     "linear_backward",
     "linear_weight_gradient",
@@ -46,8 +47,8 @@ def cpu_unavailable() -> str | None:
 
 
 def cpu_isa() -> str:
-    """The instruction set the CPU operations run with: "amx_bf16", "avx512_bf16", "avx512", "avx2", "neon" or "scalar".
-    `UNISD_CPU_ISA` overrides the choice.
+    """The instruction set the CPU operations run with: "amx_bf16", "avx512_bf16", "avx512_vnni", "avx512",
+    "avx2", "neon" or "scalar". `UNISD_CPU_ISA` overrides the choice.
 
     Raises:
         RuntimeError: there is no library.
@@ -63,6 +64,15 @@ def cpu_multiplies_bfloat16() -> bool:
         RuntimeError: there is no library.
     """
     return cpu_isa().endswith("bf16")
+
+
+def cpu_multiplies_int8() -> bool:
+    """Whether there is an instruction for products of int8 codes; without one `int8_score` is slow.
+
+    Raises:
+        RuntimeError: there is no library.
+    """
+    return cpu_isa() == "avx512_vnni" or cpu_multiplies_bfloat16()
 
 
 def operations() -> Any:
@@ -94,7 +104,8 @@ def _load_cpu() -> tuple[str | None, str | None]:
     if isa is None:
         raise ValueError(
             f"UNISD_CPU_ISA={os.environ.get('UNISD_CPU_ISA')!r} is not an instruction set of this processor; it takes "
-            "scalar, avx2, avx512, avx512_bf16 or amx_bf16 on x86-64, scalar or neon on aarch64, or leave it unset"
+            "scalar, avx2, avx512, avx512_vnni, avx512_bf16 or amx_bf16 on x86-64, scalar or neon on aarch64, or leave "
+            "it unset"
         )
     for operation in OPERATIONS:
         torch.library.register_fake(f"unisd::{operation}", _fake)

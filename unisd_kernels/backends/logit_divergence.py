@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from unisd_kernels.backends.base import DivergenceRows, LogitBackend, LogitPair, NeedsGrad
+from unisd_kernels.backends.base import DivergenceRows, LogitBackend, LogitPair, NeedsGrad, ShardRows, WholeRows
 from unisd_kernels.backends.buffers import most_rows, row_buffer, row_stride
 from unisd_kernels.backends.projection import Projection
 
@@ -31,10 +31,11 @@ class LogitDivergence:
     ) -> None:
         self._backend, self._student, self._teacher, self._beta = backend, student, teacher, beta
         columns, device = student.num_columns, student.hidden.device
-        row_bytes = 2 * row_stride(columns, backend.row_padding) * student.dtype.itemsize
-        most = most_rows(workspace_bytes, row_bytes, columns)
+        row_bytes = 2 * row_stride(student.sizing_columns, backend.row_padding) * student.dtype.itemsize
+        most = most_rows(workspace_bytes, row_bytes, student.sizing_columns)
         self.chunk_rows = backend.chunk_rows(student.hidden.shape[0], most, needs_grad.weight)
-        self.block_rows = backend.block_rows(columns, device)
+        # Slices of a vocabulary exchange their statistics once a block: all rows of the chunk.
+        self.block_rows = backend.block_rows(columns, device) if student.shard is None else None
         # The student's rows of a chunk, then the teacher's.
         self._buffer = row_buffer(2 * self.chunk_rows, columns, backend.row_padding, student.dtype, device)
         self._narrow = backend.multiplies_narrow(student)
@@ -89,3 +90,28 @@ class LogitDivergence:
 
     def gradient(self, count: int) -> torch.Tensor:
         return self._buffer[:count]
+
+    def shard_forward(
+        self, chunk: LogitPair, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
+    ) -> tuple[ShardRows, Any]:
+        return self._backend.divergence_of_shard(
+            chunk.of_rows(local),
+            self._student.transform,
+            self._teacher.transform,
+            target_ids,
+            self._beta,
+            want_entropy,
+        )
+
+    def shard_mixture(self, saved: Any, whole: WholeRows) -> torch.Tensor:
+        return self._backend.mixture_of_shard(saved, whole)
+
+    def shard_backward(
+        self,
+        saved: Any,
+        whole: WholeRows,
+        target_ids: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        logprob_weight: torch.Tensor | None,
+    ) -> None:
+        self._backend.divergence_of_shard_backward(saved, whole, target_ids, weight, logprob_weight)

@@ -18,7 +18,9 @@ from unisd_kernels.backends.base import (
     RunningScores,
     ScoreGrads,
     Scores,
+    ShardRows,
     SoftmaxRows,
+    WholeRows,
 )
 from unisd_kernels.backends.buffers import contiguous, row_major
 from unisd_kernels.backends.logit_divergence import LogitDivergence
@@ -27,10 +29,11 @@ from unisd_kernels.backends.transform import LogitTransform
 
 # The rows of `statistics` (csrc/cpu/statistics.h).
 _DIVERGENCE, _STUDENT_LOGPROB, _TEACHER_LOGPROB, _STUDENT_ENTROPY, _TEACHER_ENTROPY = range(5)
+_STUDENT_MAX, _STUDENT_LOG_SUM, _TEACHER_MAX, _TEACHER_LOG_SUM, _STUDENT_TO_MIXTURE, _LOG_RATIO = range(5, 11)
 _NUM_STATISTICS = 11
 
-# Rows of hidden states go through the product in panels of 48 with AVX-512, the last one lower by multiples of 16, and
-# of 16 with AVX2.
+# Rows of hidden states go through the product in panels of 64 with AVX-512 (of 48 in bfloat16), the last one lower by
+# multiples of 16, and of 16 with AVX2.
 _PANEL_STEP = 16
 # More rows in a chunk make our products no faster.
 _MOST_ROWS = 144
@@ -207,6 +210,81 @@ class NativeBackend:
             contiguous(weight),
             contiguous(logprob_weight),
         )
+
+    def divergence_of_shard(
+        self,
+        logits: LogitPair,
+        student: LogitTransform,
+        teacher: LogitTransform,
+        target_ids: torch.Tensor | None,
+        beta: float,
+        want_entropy: bool,
+    ) -> tuple[ShardRows, SavedDivergence]:
+        mixture = 0.0 < beta < 1.0
+        ids = None if target_ids is None else target_ids.clamp(min=0)
+        own_beta = 0.0 if mixture else beta
+        rows, saved = self.divergence_of_logits(logits, student, teacher, ids, own_beta, want_entropy, False)
+        wide = saved.statistics.double()
+        student_logsumexp = wide[_STUDENT_MAX] + wide[_STUDENT_LOG_SUM]
+        teacher_logsumexp = wide[_TEACHER_MAX] + wide[_TEACHER_LOG_SUM]
+        if logits.teacher_is_delta is not None:
+            # A row of differences: relative to the student's maximum, and by the log-ratio where that has more digits.
+            near = wide[_LOG_RATIO].isfinite()
+            of_delta = torch.where(near, student_logsumexp + wide[_LOG_RATIO], wide[_STUDENT_MAX] + teacher_logsumexp)
+            teacher_logsumexp = torch.where(logits.teacher_is_delta, of_delta, teacher_logsumexp)
+        part = ShardRows(student_logsumexp, teacher_logsumexp, None if mixture else rows.divergence, *rows[1:])
+        return part, saved._replace(beta=beta)
+
+    def mixture_of_shard(self, saved: SavedDivergence, whole: WholeRows) -> torch.Tensor:
+        _take_whole(saved, whole)
+        logits = saved.logits
+        extension.operations().tile_divergence_(
+            logits.student,
+            logits.teacher,
+            None,
+            None,
+            logits.teacher_is_delta,
+            None,
+            saved.beta,
+            False,
+            saved.statistics,
+            False,
+            True,
+        )
+        return saved.statistics[[_DIVERGENCE, _STUDENT_TO_MIXTURE]]
+
+    def divergence_of_shard_backward(
+        self,
+        saved: SavedDivergence,
+        whole: WholeRows,
+        target_ids: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        logprob_weight: torch.Tensor | None,
+    ) -> None:
+        _take_whole(saved, whole)
+        self.divergence_of_logits_backward(saved, target_ids, weight, logprob_weight)
+
+
+def _take_whole(saved: SavedDivergence, whole: WholeRows) -> None:
+    """Put the statistics of the whole vocabulary in the place of those of a slice of it."""
+    statistics = saved.statistics
+
+    def split(logsumexp: torch.Tensor, high: int, low: int) -> None:
+        statistics[high] = logsumexp
+        statistics[low] = logsumexp - statistics[high]
+
+    student, teacher = whole.student_logsumexp, whole.teacher_logsumexp
+    split(student, _STUDENT_MAX, _STUDENT_LOG_SUM)
+    if saved.logits.teacher_is_delta is not None:
+        # Where the slice's differences are near, r is delta less the log-ratio of the whole rows.
+        near = saved.logits.teacher_is_delta & statistics[_LOG_RATIO].isfinite()
+        statistics[_LOG_RATIO] = torch.where(near, (teacher - student).to(statistics.dtype), torch.inf)
+        teacher = torch.where(saved.logits.teacher_is_delta, teacher - statistics[_STUDENT_MAX], teacher)
+    split(teacher, _TEACHER_MAX, _TEACHER_LOG_SUM)
+    statistics[_DIVERGENCE] = whole.rows.divergence
+    if whole.student_kl is not None:
+        statistics[_STUDENT_TO_MIXTURE] = whole.student_kl
+    statistics[:, (student + teacher).isnan()] = torch.nan
 
 
 def _bias(projection: Projection) -> torch.Tensor | None:

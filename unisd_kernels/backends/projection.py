@@ -15,6 +15,7 @@ from unisd_kernels.backends.transform import LogitTransform
 from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.heads import LMHead
 from unisd_kernels.heads.head import same_memory
+from unisd_kernels.heads.shard import VocabShard
 
 # A widened slice of a 16-bit weight takes at most this much.
 _WIDENED_BYTES = 16 << 20
@@ -30,18 +31,20 @@ class Projection:
     weight: torch.Tensor  # [V, H]
     bias: torch.Tensor | None  # [V]
     transform: LogitTransform
+    shard: VocabShard | None = None  # of what vocabulary the weight's rows are a slice; None: they are all of it
 
     @classmethod
     def of(cls, hidden: torch.Tensor, head: LMHead, temperature: float) -> Projection:
-        return cls(hidden, head.active_weight, head.active_bias, LogitTransform.of(head, temperature)).detach()
+        transform = LogitTransform.of(head, temperature)
+        return cls(hidden, head.active_weight, head.active_bias, transform, head.shard).detach()
 
     def detach(self) -> Projection:
         bias = None if self.bias is None else self.bias.detach()
-        return Projection(self.hidden.detach(), self.weight.detach(), bias, self.transform)
+        return Projection(self.hidden.detach(), self.weight.detach(), bias, self.transform, self.shard)
 
     def of_rows(self, hidden: torch.Tensor) -> Projection:
         """Other hidden states through the same head."""
-        return Projection(hidden, self.weight, self.bias, self.transform)
+        return Projection(hidden, self.weight, self.bias, self.transform, self.shard)
 
     def weight_is(self, other: Projection) -> bool:
         """Whether the other one's weight is this very memory."""
@@ -85,7 +88,13 @@ class Projection:
 
     @property
     def num_columns(self) -> int:
+        """Columns that are here."""
         return self.weight.shape[0]
+
+    @property
+    def sizing_columns(self) -> int:
+        """Columns by which rows are counted that go at a time: the widest slice's, so that all ranks take as many."""
+        return self.num_columns if self.shard is None else self.shard.most_columns
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,8 +139,12 @@ class Projection:
                 torch.mm(hidden, weight.T, out=columns)
 
     def target_gradient(self, target_ids: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
-        """`dz_y / dh` for one target id a row, [N, H]."""
-        gradient = self.weight.index_select(0, target_ids).to(self.dtype)
+        """`dz_y / dh` for one target id a row, [N, H]. Of a slice of a vocabulary: ids in it, and 0 for -1."""
+        if self.shard is not None and self.num_columns == 0:
+            return torch.zeros(self.hidden.shape, dtype=self.dtype, device=self.hidden.device)
+        gradient = self.weight.index_select(0, target_ids.clamp(min=0)).to(self.dtype)
+        if self.shard is not None:
+            gradient.masked_fill_((target_ids < 0).unsqueeze(-1), 0.0)
         if self.transform.tanh_scale is not None:
             gradient.mul_((1.0 - (target_logits / self.transform.tanh_scale).square()).unsqueeze(-1))
         return gradient.mul_(self.transform.gradient_scale)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,9 @@ from unisd_kernels.backends.base import (
     RunningScores,
     ScoreGrads,
     Scores,
+    ShardRows,
     SoftmaxRows,
+    WholeRows,
 )
 from unisd_kernels.backends.buffers import equal_chunks
 from unisd_kernels.backends.logit_divergence import LogitDivergence
@@ -43,6 +47,16 @@ class SavedDivergence(NamedTuple):
     student_probs: torch.Tensor
     factor: torch.Tensor | None  # the gradient is student_probs * factor; None: it stands in the tile (beta = 0)
     cap_gradient: torch.Tensor | None  # 1 - tanh^2, with a soft cap
+    student_kl: torch.Tensor | None  # [rows] sum of the terms of KL(p_s || m), of a mixture
+
+
+class SavedShard(NamedTuple):
+    """A chunk's logits with what made them, for the rest of a divergence over a slice of a vocabulary."""
+
+    logits: LogitPair
+    student: LogitTransform
+    teacher: LogitTransform
+    beta: float
 
 
 class Partition(NamedTuple):
@@ -64,6 +78,10 @@ class Partition(NamedTuple):
 
     def logsumexp(self) -> torch.Tensor:
         return self.highest + self.total.log()
+
+    def wide_logsumexp(self) -> torch.Tensor:
+        """In float64, where a large maximum takes no digit of the logarithm."""
+        return self.highest.double() + self.total.double().log()
 
     def add(self, other: Partition) -> None:
         """Take further columns in, in place."""
@@ -215,14 +233,32 @@ class TorchBackend:
         want_entropy: bool,
         with_gradient: bool,
     ) -> tuple[DivergenceRows, SavedDivergence]:
+        return self._divergence(logits, student_transform, teacher_transform, target_ids, beta, want_entropy, None)
+
+    def _divergence(
+        self,
+        logits: LogitPair,
+        student_transform: LogitTransform,
+        teacher_transform: LogitTransform,
+        target_ids: torch.Tensor | None,
+        beta: float,
+        want_entropy: bool,
+        whole: WholeRows | None,
+    ) -> tuple[DivergenceRows, SavedDivergence]:
+        """See `divergence_of_logits`. `whole`: the columns are a slice of this vocabulary; then the divergence is the
+        sum over the slice, and the gradient the slice's part of the whole divergence's."""
         student, teacher, teacher_is_delta = logits
         assert teacher_is_delta is None
         _apply_softcap(student, student_transform)
         _apply_softcap(teacher, teacher_transform)
         cap_gradient = _cap_gradient(student, student_transform)
-        # log_softmax reads and writes row by row, so writing over its input is safe.
-        torch.log_softmax(student, -1, out=student)
-        torch.log_softmax(teacher, -1, out=teacher)
+        if whole is None:
+            # log_softmax reads and writes row by row, so writing over its input is safe.
+            torch.log_softmax(student, -1, out=student)
+            torch.log_softmax(teacher, -1, out=teacher)
+        else:
+            _subtract(student, whole.student_logsumexp)
+            _subtract(teacher, whole.teacher_logsumexp)
         student_logprobs = teacher_logprobs = student_entropy = teacher_entropy = None
         if target_ids is not None:
             index = target_ids.unsqueeze(-1)
@@ -241,23 +277,25 @@ class TorchBackend:
         # log-sum-exps, which otherwise drowns a small D (test_small_divergences_keep_their_digits). Summed after the
         # subtraction: the difference of two sums near one would bring back most of the rounding.
         torch.sub(student_probs, teacher_probs, out=student)
-        factor = None
+        factor = kl_student = None
         if beta == 0.0:
             divergence = _row_dot(teacher_probs, delta) + student.sum(-1)
         elif beta == 1.0:
             divergence = -(_row_dot(student_probs, delta) + student.sum(-1))
-            factor = delta.add_(divergence.unsqueeze(-1)).neg_()
+            constant = divergence if whole is None else whole.rows.divergence
+            factor = delta.add_(constant.unsqueeze(-1)).neg_()
         else:
             u, v = _mixture_logs(delta, beta)
             kl_teacher = _row_dot(teacher_probs, v)
             kl_student = -_row_dot(student_probs, u)
             divergence = beta * kl_teacher + (1.0 - beta) * kl_student
-            factor = u.add_(kl_student.unsqueeze(-1)).mul_(beta - 1.0)
-        # A divergence is not negative; below zero there is only rounding. clamp keeps NaN.
-        rows = DivergenceRows(
-            divergence.clamp(min=0.0), student_logprobs, teacher_logprobs, student_entropy, teacher_entropy
-        )
-        return rows, SavedDivergence(student, student_probs, factor, cap_gradient)
+            constant = kl_student if whole is None or whole.student_kl is None else whole.student_kl
+            factor = u.add_(constant.unsqueeze(-1)).mul_(beta - 1.0)
+        if whole is None:
+            # A divergence is not negative; below zero there is only rounding. clamp keeps NaN.
+            divergence = divergence.clamp(min=0.0)
+        rows = DivergenceRows(divergence, student_logprobs, teacher_logprobs, student_entropy, teacher_entropy)
+        return rows, SavedDivergence(student, student_probs, factor, cap_gradient, kl_student)
 
     def divergence_of_logits_backward(
         self,
@@ -275,9 +313,79 @@ class TorchBackend:
             student.addcmul_(saved.student_probs, logprob_weight.unsqueeze(-1), value=-1.0)
         if logprob_weight is not None:
             assert target_ids is not None
-            student.scatter_add_(-1, target_ids.unsqueeze(-1), logprob_weight.unsqueeze(-1))
+            # Another rank may have the target (-1).
+            on_target = torch.where(target_ids >= 0, logprob_weight, 0.0)
+            student.scatter_add_(-1, target_ids.clamp(min=0).unsqueeze(-1), on_target.unsqueeze(-1))
         if saved.cap_gradient is not None:
             student.mul_(saved.cap_gradient)
+
+    def divergence_of_shard(
+        self,
+        logits: LogitPair,
+        student: LogitTransform,
+        teacher: LogitTransform,
+        target_ids: torch.Tensor | None,
+        beta: float,
+        want_entropy: bool,
+    ) -> tuple[ShardRows, SavedShard]:
+        mixture = 0.0 < beta < 1.0
+        uncapped = replace(student, softcap=None), replace(teacher, softcap=None)
+        parts = []
+        for rows, copy in self._copies(logits):
+            student_sum = _partition(copy.student, student, want_moment=False)
+            teacher_sum = _partition(copy.teacher, teacher, want_moment=False)
+            ids = None if target_ids is None else target_ids[rows].clamp(min=0)
+            statistics, _ = self._divergence(copy, *uncapped, ids, 0.0 if mixture else beta, want_entropy, None)
+            divergence = None if mixture else statistics.divergence
+            parts.append(
+                ShardRows(student_sum.wide_logsumexp(), teacher_sum.wide_logsumexp(), divergence, *statistics[1:])
+            )
+        joined = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
+        return ShardRows(*joined), SavedShard(logits, student, teacher, beta)  # type: ignore[arg-type]
+
+    def mixture_of_shard(self, saved: SavedShard, whole: WholeRows) -> torch.Tensor:
+        parts = []
+        for rows, copy in self._copies(saved.logits):
+            transforms = saved.student, saved.teacher
+            sums, terms = self._divergence(copy, *transforms, None, saved.beta, False, whole.of_rows(rows))
+            assert terms.student_kl is not None
+            parts.append(torch.stack([sums.divergence, terms.student_kl]))
+        return torch.cat(parts, 1)
+
+    def divergence_of_shard_backward(
+        self,
+        saved: SavedShard,
+        whole: WholeRows,
+        target_ids: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        logprob_weight: torch.Tensor | None,
+    ) -> None:
+        for rows in self._row_blocks(saved.logits):
+            logits, transforms = saved.logits.of_rows(rows), (saved.student, saved.teacher)
+            _, terms = self._divergence(logits, *transforms, None, saved.beta, False, whole.of_rows(rows))
+            of_rows = (None if value is None else value[rows] for value in (target_ids, weight, logprob_weight))
+            self.divergence_of_logits_backward(terms, *of_rows)
+
+    def _row_blocks(self, logits: LogitPair) -> Iterator[slice]:
+        """Blocks of rows that stay in the cache from one pass to the next."""
+        num_rows, num_columns = logits.student.shape
+        step = self.block_rows(num_columns, logits.student.device)
+        for start in range(0, num_rows, step):
+            yield slice(start, min(start + step, num_rows))
+
+    def _copies(self, logits: LogitPair) -> Iterator[tuple[slice, LogitPair]]:
+        """Blocks that may be overwritten: the logits are still needed for the gradient."""
+        for rows in self._row_blocks(logits):
+            yield rows, LogitPair(logits.student[rows].clone(), logits.teacher[rows].clone(), None)
+
+
+def _subtract(tile: torch.Tensor, logsumexp: torch.Tensor) -> None:
+    """`tile -= logsumexp` of its rows, which is float64: in two parts, as its rounding to float32 would be that of a
+    number larger than most differences."""
+    high = logsumexp.to(tile.dtype)
+    tile.sub_(high.unsqueeze(-1))
+    if tile.dtype != logsumexp.dtype:
+        tile.sub_((logsumexp - high).to(tile.dtype).unsqueeze(-1))
 
 
 def _apply_softcap(tile: torch.Tensor, transform: LogitTransform) -> None:

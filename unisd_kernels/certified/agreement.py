@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -12,8 +12,9 @@ from unisd_kernels.certified.scores import THRESHOLD, LogProbBounds, logprob_bou
 from unisd_kernels.ops.agreement import agreement_weights, sequence_weight, token_scale, token_weight
 from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
 
-# Of the tokens that only the quantile depends on, this share is scored again at a time, widest first.
-_SHARE = 0.25
+# Of the tokens that only the quantile depends on, this share is scored again at a time, widest first; and at least so
+# many, since a few rows take about as long as one: the whole weight is read.
+_SHARE, _LEAST = 0.25, 8
 
 
 class CertifiedAgreement(NamedTuple):
@@ -39,17 +40,19 @@ def certified_agreement(
     statistic: str = "variance",
     gamma: float = 0.01,
     threshold: float = THRESHOLD,
+    impl: Literal["native", "torch"] = "torch",
 ) -> CertifiedAgreement:
     """Weights of N tokens from K views [N, H].
 
     Args:
         score: exact log-probabilities of rows and their ids.
         tolerance: largest error of a weight.
+        threshold, impl: of `logprob_bounds`.
     """
     num_views, num_rows = len(views), len(target_ids)
     # Token by token, so that the views of one share their exact columns.
     rows = torch.stack(tuple(views), dim=1).flatten(0, 1)
-    found = logprob_bounds(rows, ready, target_ids.repeat_interleave(num_views), threshold)
+    found = logprob_bounds(rows, ready, target_ids.repeat_interleave(num_views), threshold, impl)
     bounds = LogProbBounds(*(values.view(num_rows, num_views).T.contiguous() for values in found))
 
     def exact(places: torch.Tensor) -> torch.Tensor:
@@ -77,7 +80,7 @@ def settled(
     """
     rescored = torch.zeros(bounds.lower.shape[1], dtype=torch.bool)
     settings: dict[str, Any] = {"level": level, "statistic": statistic, "gamma": gamma}
-    again = bounds.lower.isinf().any(0)
+    again = ~(bounds.lower.isfinite() & bounds.upper.isfinite()).all(0)
     while True:
         if bool(again.any()):
             places = again.nonzero().squeeze(-1)
@@ -130,7 +133,8 @@ def _unsure(
     if not bool(around.any()):
         return wide
     width = torch.where(around, most - least, -1.0)
-    count = max(1, int(_SHARE * int(around.sum())))
+    candidates = int(around.sum())
+    count = min(candidates, max(_LEAST, int(_SHARE * candidates)))
     return torch.zeros_like(around).index_fill_(0, width.topk(count).indices, True)
 
 

@@ -22,6 +22,11 @@ def int8_codes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes.to(torch.int8), scales
 
 
+def padded(width: int) -> int:
+    """The number of codes in a row: products take four at a time."""
+    return -(-width // 4) * 4
+
+
 @dataclass(frozen=True)
 class Int8Head:
     """A head in the notation of `reference/certified.py`.
@@ -31,10 +36,12 @@ class Int8Head:
         directions: P [H, r], float64.
         inverse: [H, H], float64: h' = h @ inverse, without the part along P.
         lead: W P [V, r], float32 or, for a float64 head, float64.
-        codes, scales: int8 [V, H] and [V], in the dtype of `lead`.
+        codes, scales: int8 [V, H], zeros up to a multiple of four columns, and [V], in the dtype of `lead`.
+        offsets: int32 [V], 128 times the sum of a row of codes.
         residual_length, code_length: the longest row of R and of the codes times their scales.
         residual_norm, cross_norm: sigma(R) and sigma(R^T int8(W')).
-        gram: [H, H] of the codes times their scales, float64: ||int8(W') r||^2 = r gram r.
+        gram: [H, H] of the codes times their scales, in the dtype of `lead`: ||int8(W') r||^2 = r gram r.
+        gram_rounding: by which the product above may be off at most, for ||r|| = 1.
     """
 
     head: LMHead
@@ -43,11 +50,13 @@ class Int8Head:
     lead: torch.Tensor
     codes: torch.Tensor
     scales: torch.Tensor
+    offsets: torch.Tensor
     residual_length: float
     code_length: float
     residual_norm: float
     cross_norm: float
     gram: torch.Tensor
+    gram_rounding: float
 
     @classmethod
     @torch.no_grad()
@@ -58,10 +67,17 @@ class Int8Head:
             head: on a CPU.
             hidden: [N, H] hidden states that are like those to be scored. Bounds hold for any; for unlike ones they are
                 wide.
+
+        Raises:
+            ValueError: the weight is not finite.
         """
+        head.require_whole("a score by int8 products")
         weight = head.active_weight.detach()
+        if not bool(weight.isfinite().all()):
+            raise ValueError("the head's weight holds numbers that are not finite: it has no int8 codes")
         width, dtype = weight.shape[1], torch.float64 if weight.dtype == torch.float64 else torch.float32
         rows = hidden.detach().double()
+        rows = rows[rows.isfinite().all(-1)]
         moments = torch.zeros(width, width, dtype=torch.float64)
         for start in range(0, len(weight), _ROWS):
             part = weight[start : start + _ROWS].double()
@@ -69,7 +85,7 @@ class Int8Head:
         directions, transform, inverse = directions_and_transform(rows.T @ rows / max(len(rows), 1), moments)
         left = torch.eye(width, dtype=torch.float64) - directions @ directions.T
         into = left @ transform
-        codes = torch.empty(weight.shape, dtype=torch.int8)
+        codes = torch.zeros(len(weight), padded(width), dtype=torch.int8)
         scales, lead = (weight.new_empty(len(weight), *shape, dtype=dtype) for shape in ((), directions.shape[1:]))
         gram, residual_gram, cross = (torch.zeros_like(left) for _ in range(3))
         residual_length = code_length = 0.0
@@ -77,10 +93,11 @@ class Int8Head:
             place = slice(start, start + _ROWS)
             wide = weight[place].double()
             turned = wide @ into
-            codes[place], fine = int8_codes(turned)
+            rounded_codes, fine = int8_codes(turned)
+            codes[place, :width] = rounded_codes
             # What is off because the scale is a narrow number is part of the residual.
             scales[place] = fine.to(dtype)
-            rounded = codes[place].double() * scales[place].double().unsqueeze(-1)
+            rounded = rounded_codes.double() * scales[place].double().unsqueeze(-1)
             residual = turned - rounded
             lead[place] = (wide @ directions).to(dtype)
             gram += rounded.T @ rounded
@@ -96,11 +113,14 @@ class Int8Head:
             lead=lead,
             codes=codes,
             scales=scales,
+            offsets=128 * codes.sum(1, dtype=torch.int32),
             residual_length=residual_length,
             code_length=code_length,
             residual_norm=residual_norm,
             cross_norm=float(torch.linalg.matrix_norm(cross, 2)),
-            gram=gram,
+            gram=gram.to(dtype),
+            # Two sums of H products, and the rounding of gram and r: |error| <= (2 H + 3) u |r| |gram| |r|.
+            gram_rounding=(width + 2) * torch.finfo(dtype).eps * float(torch.linalg.matrix_norm(gram.abs(), 2)),
         )
 
 

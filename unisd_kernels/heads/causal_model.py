@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def is_peft(model: Any) -> bool:
@@ -105,8 +108,21 @@ def head_module(model: Any) -> nn.Module:
     return head
 
 
-def head_tensors(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of the output head; a DTensor is gathered.
+class HeadParts(NamedTuple):
+    """Tensors of an output head, by their names in `LMHead`; the last two of a slice of a vocabulary."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    vocab_start: int | None = None
+    group: ProcessGroup | None = None
+
+
+def head_parts(model: Any) -> HeadParts:
+    """Weight and bias of the output head as an `LMHead` takes them.
+
+    Of a weight that tensor parallelism has cut by rows (a DTensor with `Shard(0)`) this rank's slice, as it lies, and
+    through which gradients reach the DTensor. Every other DTensor, as FSDP makes them, is gathered: its ranks have
+    other tokens.
 
     Raises:
         ValueError: as `head_module`; a head that is partitioned (ZeRO-3) or on the meta device.
@@ -114,6 +130,8 @@ def head_tensors(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     head: Any = head_module(model)
     weight, bias = head.weight, getattr(head, "bias", None)
     if is_dtensor(weight):
+        if _is_slice(model, weight):
+            return _slice_of(weight, bias)
         weight = weight.full_tensor()
         bias = bias.full_tensor() if bias is not None else None
     if weight.numel() == 0 and hasattr(weight, "ds_id"):
@@ -123,7 +141,34 @@ def head_tensors(model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         )
     if weight.device.type == "meta":
         raise ValueError("the head is on the meta device (offloaded or not loaded): load its weights first")
-    return weight, bias
+    return HeadParts(weight, bias)
+
+
+def _is_slice(model: Any, weight: Any) -> bool:
+    """Whether a DTensor is in slices of its rows over ranks that have the same tokens: by tensor parallelism, whose
+    mesh transformers calls "tp", and not by FSDP, whose modules say so."""
+    if [type(placement).__name__ for placement in weight.placements] != ["Shard"] or weight.placements[0].dim != 0:
+        return False
+    if "tp" in (weight.device_mesh.mesh_dim_names or ()):
+        return True
+    kinds = {kind.__name__ for module in _modules(model) for kind in type(module).__mro__}
+    return not kinds & {"FSDPModule", "FullyShardedDataParallel"}
+
+
+def _slice_of(weight: Any, bias: Any) -> HeadParts:
+    """This rank's part of a DTensor with one `Shard(0)`, and of the bias, which may also be whole on every rank."""
+    mesh, rows = weight.device_mesh, weight.shape[0]
+    # As DTensor cuts: ceil(rows / ranks) each, less or nothing at the end.
+    start = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+    # Also under no_grad, where the slice of a trainable weight would pass for a frozen one.
+    with torch.enable_grad():
+        local = weight.to_local()
+        if bias is not None and is_dtensor(bias):
+            same = bias.placements == weight.placements
+            bias = bias.to_local() if same else bias.full_tensor()[start : start + local.shape[0]]
+        elif bias is not None:
+            bias = bias[start : start + local.shape[0]]
+    return HeadParts(local, bias, start, mesh.get_group())
 
 
 def is_sharded(model: Any) -> bool:

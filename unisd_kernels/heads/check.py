@@ -12,13 +12,16 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
 from unisd_kernels.heads.causal_model import causal_model, is_sharded, text_config
 from unisd_kernels.heads.probe import Probe, probe
+
+if TYPE_CHECKING:
+    from unisd_kernels.heads.head import LMHead
 
 # A slice of the weight in float64 takes at most this much.
 _SLICE_BYTES = 32 << 20
@@ -48,47 +51,48 @@ class Form:
         return f"logit_scale={self.logit_scale:.6g}{cap}{source}"
 
 
-def form_of(model: Any, weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int | None, verify: bool) -> Form:
+def form_of(model: Any, head: LMHead, verify: bool) -> Form:
     """Scale and cap of a model's head.
 
     Args:
-        weight, bias: of its output head.
-        vocab_size: columns to compare; None for as many as the model's own forward gives.
+        head: its weight and bias, or this rank's slice of them; and `vocab_size`, the columns to compare, None for as
+            many as the model's own forward gives.
         verify: run the model and choose what agrees with it; else the first guess from the configuration.
 
     Raises:
         ValueError: nothing in the configuration agrees with the model's own logits, or it cannot be run.
     """
+    vocab_size, shard = head.vocab_size, head.shard
     guesses = [
         Form(scale, cap, vocab_size, ", ".join(filter(None, (scale_source, cap_source))))
         for cap, cap_source in _caps(model)
-        for scale, scale_source in _scales(model, weight)
+        for scale, scale_source in _scales(model, head.weight)
     ]
     if not verify:
         return guesses[0]
-    if is_sharded(model):
+    if is_sharded(model) and shard is None:
         raise ValueError(
             "the head of a sharded model (FSDP, ZeRO-3, tensor parallelism) cannot be checked against the model's own "
             "logits: read it before it is sharded, or pass verify=False to believe the configuration"
         )
-    seen = probe(model, weight)
-    columns = _columns(model, seen, weight, vocab_size)
-    comparison = _Comparison.of(seen, weight.detach()[:columns], None if bias is None else bias.detach()[:columns])
-    if vocab_size is None and columns < weight.shape[0]:
+    seen = probe(model, head)
+    columns = _columns(model, seen, head)
+    comparison = _Comparison.of(seen, head, columns)
+    if vocab_size is None and columns < head.num_columns:
         vocab_size = columns
     for guess in guesses:
         if comparison.agrees(guess):
             return Form(guess.logit_scale, guess.softcap, vocab_size, guess.source)
-    raise ValueError(_explanation(model, comparison, guesses[0], seen, weight, bias))
+    raise ValueError(_explanation(model, comparison, guesses[0], seen, head))
 
 
-def _columns(model: Any, seen: Probe, weight: torch.Tensor, vocab_size: int | None) -> int:
-    columns = seen.logits.shape[1]
-    wanted = columns if vocab_size is None else vocab_size
-    if not 0 < wanted <= min(columns, weight.shape[0]):
+def _columns(model: Any, seen: Probe, head: LMHead) -> int:
+    columns, rows = seen.logits.shape[1], head.num_rows
+    wanted = columns if head.vocab_size is None else head.vocab_size
+    if not 0 < wanted <= min(columns, rows):
         raise ValueError(
-            f"{type(causal_model(model)).__name__} makes {columns} logits a token and its head has {weight.shape[0]} "
-            f"rows, so vocab_size={vocab_size} cannot be checked; vocab_size must not exceed either"
+            f"{type(causal_model(model)).__name__} makes {columns} logits a token and its head has {rows} "
+            f"rows, so vocab_size={head.vocab_size} cannot be checked; vocab_size must not exceed either"
         )
     return wanted
 
@@ -111,18 +115,21 @@ class _Comparison:
         self.num_natural = num_natural
 
     @classmethod
-    def of(cls, seen: Probe, weight: torch.Tensor, bias: torch.Tensor | None) -> _Comparison:
-        hidden, columns = seen.hidden, weight.shape[0]
+    def of(cls, seen: Probe, head: LMHead, columns: int) -> _Comparison:
+        """Over the head's first columns; the ranks of a vocabulary multiply their own and tell each other."""
+        here = columns if head.shard is None else head.shard.count_below(columns)
+        weight, bias = head.weight.detach()[:here], None if head.bias is None else head.bias.detach()[:here]
+        hidden = seen.hidden
         dtypes = {seen.logits.dtype, hidden.dtype, weight.dtype, *([seen.autocast] if seen.autocast else [])}
         # Functions such as tanh are a few units off in float32: no finer than 2^-20.
         roundoff = max(max(torch.finfo(dtype).eps for dtype in dtypes) / 2, 2.0**-20)
         # MPS has no float64.
         device = torch.device("cpu") if weight.device.type == "mps" else weight.device
         wide = hidden.to(device, torch.float64)
-        raw = torch.empty(hidden.shape[0], columns, dtype=torch.float64, device=device)
+        raw = torch.empty(hidden.shape[0], here, dtype=torch.float64, device=device)
         noise = torch.empty_like(raw)
         step = max(1, _SLICE_BYTES // (8 * weight.shape[1]))
-        for start in range(0, columns, step):
+        for start in range(0, here, step):
             part = weight[start : start + step]
             wide_part = part.to(device, torch.float64)
             out = raw[:, start : start + step]
@@ -134,6 +141,8 @@ class _Comparison:
             noise[:, start : start + step] = 4 * roundoff * terms + 2 * lost
         if bias is not None:
             raw += bias.to(device, torch.float64)
+        if head.shard is not None:
+            raw, noise = (head.shard.gather_columns(values, columns) for values in (raw, noise))
         model = seen.logits[:, :columns].to(device, torch.float64)
         return cls(model, raw, noise, roundoff, seen.num_natural)
 
@@ -199,8 +208,7 @@ def _explanation(
     comparison: _Comparison,
     guess: Form,
     seen: Probe,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    head: LMHead,
 ) -> str:
     name = type(causal_model(model)).__name__
     if not bool(torch.isfinite(comparison.model).all()):
@@ -224,8 +232,7 @@ def _explanation(
     entered = seen.head_input
     if entered is not None and entered.shape == seen.hidden[: seen.num_natural].shape:
         inside = Probe(entered, seen.logits[: seen.num_natural], seen.num_natural, None, seen.autocast)
-        columns = comparison.raw.shape[1]
-        explained = _Comparison.of(inside, weight.detach()[:columns], None if bias is None else bias[:columns].detach())
+        explained = _Comparison.of(inside, head, comparison.raw.shape[1])
         if explained.agrees(Form(1.0, None, None)):
             return (
                 f"{start}. The model changes the hidden states between its backbone and its head (as BERT's dense "

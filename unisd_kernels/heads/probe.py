@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from unisd_kernels.heads.causal_model import (
     input_embedding,
     text_config,
 )
+
+if TYPE_CHECKING:
+    from unisd_kernels.heads.head import LMHead
 
 NUM_TOKENS = 8
 # Standard deviation of the logits in the two halves of the made-up rows: an ordinary one, and one that reaches far
@@ -48,12 +51,12 @@ class Probe:
     autocast: torch.dtype | None
 
 
-def probe(model: Any, weight: torch.Tensor) -> Probe:
+def probe(model: Any, head: LMHead) -> Probe:
     """Two passes of the model and one of its backbone over `NUM_TOKENS` tokens, in eval mode and without gradients.
     Training mode, random number generators and caches are left as they were.
 
     Args:
-        weight: [V, H] of the output head.
+        head: its output head, or this rank's slice of it.
 
     Raises:
         ValueError: the model cannot be run on token ids alone, or its backbone is not what its forward runs.
@@ -61,8 +64,9 @@ def probe(model: Any, weight: torch.Tensor) -> Probe:
     causal = causal_model(model)
     name = type(causal).__name__
     decoder = backbone(model)
-    ids = _token_ids(causal, weight)
-    length = _row_length(weight, name)
+    weight = head.weight
+    ids = _token_ids(causal, head)
+    length = _row_length(head, name)
     seen = _Seen()
     # A model that fails on plain token ids may do so in any way; what it says is passed on.
     try:
@@ -183,12 +187,12 @@ def _kept_generators(module: Any) -> Iterator[None]:
         yield
 
 
-def _token_ids(causal: Any, weight: torch.Tensor) -> torch.Tensor:
+def _token_ids(causal: Any, head: LMHead) -> torch.Tensor:
     """[1, NUM_TOKENS] ordinary tokens, spread over the vocabulary: an image or a padding token is treated specially."""
     embedding = input_embedding(causal)
     table = getattr(embedding, "weight", None)
-    sizes = [weight.shape[0], getattr(text_config(causal), "vocab_size", None)]
-    device = weight.device
+    sizes = [head.num_rows, getattr(text_config(causal), "vocab_size", None)]
+    device = head.weight.device
     if isinstance(table, torch.Tensor):
         sizes.append(table.shape[0])
         device = torch.device("cpu") if table.device.type == "meta" else table.device
@@ -213,11 +217,16 @@ def _special_ids(config: Any) -> set[int]:
     return found
 
 
-def _row_length(weight: torch.Tensor, name: str) -> float:
-    """Root mean square of the norms of the weight's rows."""
+def _row_length(head: LMHead, name: str) -> float:
+    """Root mean square of the norms of the weight's rows, on all ranks."""
     # The norm of a 16-bit weight does not fit 16 bits.
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    length = float(torch.linalg.vector_norm(weight.detach(), dtype=dtype)) / math.sqrt(weight.shape[0])
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(head.weight.detach(), dtype=dtype)
+    if head.shard is not None:
+        square = norm.square()
+        head.shard.all_reduce(square)
+        norm = square.sqrt()
+    length = float(norm) / math.sqrt(head.num_rows)
     if length == 0.0 or not math.isfinite(length):
         what = "zero, and no scale shows in it" if length == 0.0 else "not finite"
         raise ValueError(f"the head of {name} cannot be checked: its weight is {what}")

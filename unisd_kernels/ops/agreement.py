@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
+from unisd_kernels.batch import Batch, check_groups
 from unisd_kernels.config import check_choice, check_number
 from unisd_kernels.ops.quantile import linear_quantile
-from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
+from unisd_kernels.packing import sequence_ids, sequence_sums
 from unisd_kernels.results import AgreementWeights
 from unisd_kernels.validation import check_cu_seqlens, check_operand_dtype
+
+if TYPE_CHECKING:  # a torch may be built without it
+    from torch.distributed import ProcessGroup
 
 
 @torch.no_grad()
@@ -20,6 +26,8 @@ def agreement_weights(
     statistic: str = "variance",
     gamma: float = 0.01,
     quantile: float = 0.95,
+    row_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
 ) -> AgreementWeights:
     """Weight tokens by the agreement of K auxiliary scorings of the sampled token.
 
@@ -35,12 +43,14 @@ def agreement_weights(
         level: "token" or "sequence".
         statistic: "variance" or "range".
         gamma: >= 0; how strongly disagreement counts.
-        quantile: of the token-level scale, over all N tokens of this call. In a gradient-accumulation loop that is
-            the micro-batch; score the whole batch first if it must be the batch.
+        quantile: of the token-level scale, over all N tokens of this call, or of `row_group`. In a
+            gradient-accumulation loop that is the micro-batch; score the whole batch first if it must be the batch.
+        row_group, sequence_group: ranks that hold other rows of the batch, or of its sequences; see `unisd_loss`. A
+            token-level call then sends 24 bytes and its d_n, a sequence-level one the sums of lp in `sequence_group`.
 
     Returns:
         AgreementWeights(weights [N], disagreement [N] or [B]), float32 (float64 for float64 input), no gradient.
-        Nothing is read back to the host.
+        Nothing is read back to the host without a group; with one, the number of rows of each rank.
 
     Raises:
         ValueError, TypeError: shapes or values that do not fit, saying what was got.
@@ -58,17 +68,35 @@ def agreement_weights(
     check_choice("statistic", statistic, ("variance", "range"))
     check_number("gamma", gamma, low=0.0)
     check_number("quantile", quantile, low=0.0, high=1.0)
+    check_groups(row_group, sequence_group)
     logprobs = logprobs if logprobs.dtype == torch.float64 else logprobs.float()
+    call = ("agreement_weights", num_views, str(logprobs.dtype), level, statistic, gamma, quantile)
+    batch = Batch.of(cu_seqlens, num_rows, row_group, sequence_group, call)
+    return weights_in_batch(logprobs, cu_seqlens, batch, level, statistic, gamma, quantile)
+
+
+def weights_in_batch(
+    logprobs: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    batch: Batch,
+    level: str,
+    statistic: str,
+    gamma: float,
+    quantile: float = 0.95,
+) -> AgreementWeights:
+    """`agreement_weights` of checked rows [K, N], float32 or float64, of a batch."""
+    num_views, num_rows = logprobs.shape
     num_sequences = cu_seqlens.numel() - 1
     if num_views == 0:
         size = num_rows if level == "token" else num_sequences
         return AgreementWeights(logprobs.new_ones(num_rows), logprobs.new_zeros(size))
     if level == "token":
         spread = _spread(logprobs, statistic, unbiased=True)
-        if not num_rows:
+        if not batch.num_rows:
             return AgreementWeights(torch.ones_like(spread), spread)
-        return AgreementWeights(token_weight(spread, token_scale(spread, quantile), gamma), spread)
-    means = sequence_sums(logprobs, cu_seqlens) / sequence_lengths(cu_seqlens).clamp(min=1)
+        scale = token_scale(batch.gathered(spread), quantile)
+        return AgreementWeights(token_weight(spread, scale, gamma), spread)
+    means = batch.over_sequences(sequence_sums(logprobs, cu_seqlens)) / batch.lengths.clamp(min=1)
     spread = _spread(means, statistic, unbiased=False)
     weights = sequence_weight(spread, gamma)
     return AgreementWeights(weights[sequence_ids(cu_seqlens, num_rows)], spread)

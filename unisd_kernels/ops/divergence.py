@@ -15,6 +15,7 @@ from unisd_kernels.backends.registry import resolve
 from unisd_kernels.backends.transform import LogitTransform
 from unisd_kernels.config import check_number
 from unisd_kernels.heads import LMHead
+from unisd_kernels.heads.shard import VocabShard
 from unisd_kernels.ops.autograd import first_order_only, recordable, recordable_head, save, saved
 from unisd_kernels.validation import (
     check_heads_match,
@@ -104,7 +105,7 @@ def linear_divergence(
         student_hidden,
         student_head.active_weight,
         student_head.active_bias,
-        LogitTransform.of(student_head, temperature),
+        (LogitTransform.of(student_head, temperature), student_head.shard),
         Projection.of(teacher_hidden, teacher_head, temperature),
         float(beta),
         needs_grad,
@@ -119,13 +120,13 @@ class _LinearDivergence(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        transform: LogitTransform,
+        form: tuple[LogitTransform, VocabShard | None],
         teacher: Projection,
         beta: float,
         needs_grad: NeedsGrad,
         engine: Engine,
     ) -> torch.Tensor:
-        student = Projection(hidden, weight, bias, transform).detach()
+        student = Projection(hidden, weight, bias, *form).detach()
         ctx.frozen_head = not needs_grad.head
         ctx.hidden_dtype = hidden.dtype
         if ctx.frozen_head:
@@ -134,7 +135,7 @@ class _LinearDivergence(torch.autograd.Function):
             ctx.save_for_backward(gradients.hidden)
         else:
             rows, _ = engine.divergence(student, teacher, None, beta)
-            ctx.settings = (transform, teacher.transform, beta, engine)
+            ctx.settings = (form, (teacher.transform, teacher.shard), beta, engine)
             save(ctx, hidden, weight, bias, teacher.hidden, teacher.weight, teacher.bias)
         return rows.divergence
 
@@ -145,14 +146,14 @@ class _LinearDivergence(torch.autograd.Function):
             (row_gradients,) = ctx.saved_tensors
             return (ctx.backend.scale_rows(row_gradients, upstream, ctx.hidden_dtype), *(None,) * 7)
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = saved(ctx)
-        transform, teacher_transform, beta, engine = ctx.settings
+        form, teacher_form, beta, engine = ctx.settings
 
         def row_weights(rows: slice, statistics: DivergenceRows) -> tuple[torch.Tensor, None]:
             return upstream[rows], None
 
         _, gradients = engine.divergence(
-            Projection(hidden, weight, bias, transform),
-            Projection(teacher_hidden, teacher_weight, teacher_bias, teacher_transform),
+            Projection(hidden, weight, bias, *form),
+            Projection(teacher_hidden, teacher_weight, teacher_bias, *teacher_form),
             None,
             beta,
             NeedsGrad(*ctx.needs_input_grad[:3]),

@@ -15,9 +15,13 @@ from unisd_kernels.backends.registry import resolve
 from unisd_kernels.backends.transform import LogitTransform
 from unisd_kernels.config import check_flag, check_number
 from unisd_kernels.heads import LMHead
+from unisd_kernels.heads.shard import VocabShard
 from unisd_kernels.ops.autograd import first_order_only, recordable, recordable_head, save, saved
 from unisd_kernels.results import LinearLogProbs
 from unisd_kernels.validation import check_hidden, check_target_ids, check_workspace
+
+# What a projection has besides tensors.
+_Form = tuple[LogitTransform, VocabShard | None]
 
 
 def linear_logprobs(
@@ -78,14 +82,14 @@ def linear_logprobs(
     weight, bias = head.active_weight, head.active_bias
     needs_grad = NeedsGrad.of(hidden, weight, bias)
     engine = Engine.of(implementation.backend(), workspace_bytes, hidden.device, needs_grad.weight)
-    transform = LogitTransform.of(head, temperature)
+    form = LogitTransform.of(head, temperature), head.shard
     if not needs_grad.any:
-        projection = Projection(hidden, weight, bias, transform).detach()
+        projection = Projection(hidden, weight, bias, *form).detach()
         return LinearLogProbs(*engine.score(projection, target_ids, return_entropy))
     if not needs_grad.head and not return_entropy:
-        logprobs, logsumexp = _FrozenHeadLogProbs.apply(hidden, weight, bias, target_ids, transform, engine)
+        logprobs, logsumexp = _FrozenHeadLogProbs.apply(hidden, weight, bias, target_ids, form, engine)
         return LinearLogProbs(logprobs, logsumexp, None)
-    outputs = _LinearLogProbs.apply(hidden, weight, bias, target_ids, transform, return_entropy, engine)
+    outputs = _LinearLogProbs.apply(hidden, weight, bias, target_ids, form, return_entropy, engine)
     return LinearLogProbs(*outputs)
 
 
@@ -99,13 +103,13 @@ class _LinearLogProbs(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         target_ids: torch.Tensor,
-        transform: LogitTransform,
+        form: _Form,
         return_entropy: bool,
         engine: Engine,
     ) -> tuple[torch.Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.settings = (transform, engine)
-        projection = Projection(hidden, weight, bias, transform).detach()
+        ctx.settings = (form, engine)
+        projection = Projection(hidden, weight, bias, *form).detach()
         scores = engine.score(projection, target_ids, return_entropy)
         save(ctx, hidden, weight, bias, target_ids, *scores)
         return tuple(scores)
@@ -116,9 +120,9 @@ class _LinearLogProbs(torch.autograd.Function):
         if all(gradient is None for gradient in upstream):
             return (None,) * 7
         hidden, weight, bias, target_ids, *statistics = saved(ctx)
-        transform, engine = ctx.settings
+        form, engine = ctx.settings
         gradients = engine.score_gradients(
-            Projection(hidden, weight, bias, transform),
+            Projection(hidden, weight, bias, *form),
             target_ids,
             Scores(*statistics),
             ScoreGrads(*upstream),
@@ -137,12 +141,12 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         target_ids: torch.Tensor,
-        transform: LogitTransform,
+        form: _Form,
         engine: Engine,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.transform = transform
-        projection = Projection(hidden, weight, bias, transform).detach()
+        ctx.form = form
+        projection = Projection(hidden, weight, bias, *form).detach()
         scores, gradient = engine.score_with_gradient(projection, target_ids)
         save(ctx, hidden, weight, target_ids, scores.logprobs, scores.logsumexp, gradient)
         return scores.logprobs, scores.logsumexp
@@ -161,8 +165,11 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         if logprob_weight is not None:
             on_logsumexp = on_logsumexp - logprob_weight
         result = gradient * on_logsumexp.unsqueeze(-1)
+        projection = Projection(hidden, weight, None, *ctx.form)
         if logprob_weight is not None:
-            projection = Projection(hidden, weight, None, ctx.transform)
-            target_gradient = projection.target_gradient(target_ids, logprobs + logsumexp)
+            ids = target_ids if projection.shard is None else projection.shard.local_ids(target_ids)
+            target_gradient = projection.target_gradient(ids, logprobs + logsumexp)
             result.addcmul_(target_gradient, logprob_weight.unsqueeze(-1))
+        if projection.shard is not None and result.shape[0]:
+            projection.shard.all_reduce(result)
         return (result.to(hidden.dtype), *(None,) * 5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,12 +14,15 @@ from unisd_kernels.autocast import autocast_inputs
 from unisd_kernels.backends.base import NeedsGrad
 from unisd_kernels.backends.engine import Engine
 from unisd_kernels.backends.registry import resolve
+from unisd_kernels.batch import Batch, check_groups
+from unisd_kernels.certified.views import check_views
 from unisd_kernels.config import (
     AgreementLevel,
     AgreementStatistic,
     LossConfig,
     LossInputs,
     Normalization,
+    ViewsDtype,
     WeightNormalization,
 )
 from unisd_kernels.heads import LMHead
@@ -27,6 +31,9 @@ from unisd_kernels.ops.loss_autograd import LossFunction
 from unisd_kernels.ops.loss_compiled import loss_compiled
 from unisd_kernels.results import UniSDLoss
 from unisd_kernels.validation import check_loss_inputs, check_workspace
+
+if TYPE_CHECKING:  # a torch may be built without it
+    from torch.distributed import ProcessGroup
 
 
 def unisd_loss(
@@ -56,8 +63,13 @@ def unisd_loss(
     divergence_weight: float = 1.0,
     normalization: Normalization = "sequence",
     num_items: float | torch.Tensor | None = None,
+    weight_total: float | torch.Tensor | None = None,
+    row_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     return_entropy: bool = True,
     return_statistics: bool = True,
+    views_dtype: ViewsDtype | None = None,
+    views_tolerance: float | None = None,
     impl: str | None = None,
     workspace_bytes: int | None = None,
 ) -> UniSDLoss:
@@ -101,14 +113,34 @@ def unisd_loss(
         normalization: "sequence" as above, or "token": one sum over all tokens by one count (or sum of weights).
         num_items: for gradient accumulation and data parallelism: the number of sequences (or, with "token",
             tokens) of the whole batch. The result is then this call's share, so that shares add up to the whole.
+        weight_total: with `normalization="token"` and "weighted", the sum of weights of the whole batch, by which the
+            divergence term is then divided; the other terms go by `num_items`.
+        row_group: ranks that hold other rows of the same batch (data parallel, or the next). The quantiles (of token
+            agreement, `clip_quantile`), sums of weights and counts of the equation are then those of all their rows;
+            nothing else changes.
+        sequence_group: ranks that hold other rows of the same B sequences (context or sequence parallel; a part of
+            `row_group`, which is the same where it is None). Every rank has an entry in `cu_seqlens` for each of them.
         return_entropy: also return the entropies of student and teacher.
         return_statistics: also compute and return what only a term of weight 0 would need. False leaves such a term
             out, fields that belong to it are None (`UniSDLoss`): feature matching alone then costs no product at all.
+        views_dtype: "int8" scores the auxiliary views with int8 products, each in an interval that holds the exact
+            score, and exactly those tokens whose weight would be further off than `views_tolerance`. For the C++
+            backend on a processor with AVX512_VNNI, and a head of the views that is frozen and stays as it is: its
+            codes are made at the first call, and again when its weight has changed, which takes seconds.
+            `auxiliary_logprobs` are then the middle of the intervals. docs/design.md, "Views in int8, certified".
+        views_tolerance: with `views_dtype`, and only then: the largest error of an agreement weight, >= 0.
         impl: implementation by name (`unisd_kernels.available()`); None chooses.
         workspace_bytes: bound on the logits held at a time; None for the default.
 
     Returns:
         UniSDLoss; `loss` is the only differentiable field.
+
+    With a group, each rank gets its own share: the losses of all ranks add up to the loss of the whole batch, as do
+        their gradients with respect to shared weights; the gradient of a rank's rows is that of the whole. DDP takes
+        the mean of the ranks, so give it `loss * torch.distributed.get_world_size(row_group)`. All ranks make the same
+        call, also those without a row; it sends [N]-sized statistics in the forward (24 bytes and 4 a row for each
+        quantile, padded to the rank with most rows), nothing in the backward. A rank that raises leaves the others
+        waiting, as in any collective.
 
     Saved for backward: the gradients themselves, in float32: [N, H_s], and [V, H_s] and [V] for a trainable head.
         The backward multiplies them by the upstream scalar. Double backward is not supported and raises.
@@ -121,7 +153,8 @@ def unisd_loss(
     finite before the cap, minus infinity included: the statistics of its row are NaN.
 
     Under `torch.compile` the call is one operator of the graph; arguments are then checked when it runs, and there are
-    no warnings.
+    no warnings. With a group, of ranks with other rows or of those that share a head (`LMHead(group=...)`), it breaks
+    the graph and runs eagerly, which `fullgraph=True` refuses.
 
     Source: docs/design.md; UniSD, arXiv 2605.06597.
     """
@@ -141,6 +174,8 @@ def unisd_loss(
         normalization=normalization,
         return_entropy=return_entropy,
         return_statistics=return_statistics,
+        views_dtype=views_dtype,
+        views_tolerance=views_tolerance,
     )
     inputs = LossInputs(
         student_hidden=student_hidden,
@@ -155,29 +190,66 @@ def unisd_loss(
         negative_head=negative_head,
         token_weights=token_weights,
         num_items=num_items,
+        weight_total=weight_total,
     )
     check_workspace(workspace_bytes)
+    groups = (row_group, sequence_group)
     if torch.compiler.is_compiling() and (impl or os.environ.get("UNISD_IMPL")) != "reference":
-        return loss_compiled(autocast_inputs(inputs), config, impl, workspace_bytes)
+        # A process group has no place in an operator's schema: the graph breaks there.
+        if groups == (None, None) and all(head.group is None for head in inputs.heads):
+            return loss_compiled(autocast_inputs(inputs), config, impl, workspace_bytes)
+        return torch.compiler.disable(_loss)(inputs, config, groups, impl, workspace_bytes)
+    return _loss(inputs, config, groups, impl, workspace_bytes)
+
+
+def _loss(
+    inputs: LossInputs,
+    config: LossConfig,
+    groups: tuple[ProcessGroup | None, ProcessGroup | None],
+    impl: str | None,
+    workspace_bytes: int | None,
+) -> UniSDLoss:
+    """`unisd_loss` in eager mode."""
     check_loss_inputs(inputs, config)
+    check_groups(*groups)
+    student_hidden = inputs.student_hidden
     implementation = resolve(impl, student_hidden.device, student_hidden.dtype)
-    if inputs.num_rows == 0:
+    inputs = autocast_inputs(inputs)
+    check_views(inputs, config, implementation.name, groups != (None, None))
+    batch = Batch.of(inputs.cu_seqlens, inputs.num_rows, *groups, call=_call(inputs, config))
+    if batch.num_rows == 0:
         warnings.warn(
             "unisd_loss got no rows (every completion token is masked): the loss is 0 with zero gradients",
-            stacklevel=2,
+            stacklevel=3,
         )
-    inputs = autocast_inputs(inputs)
     with torch.autocast(student_hidden.device.type, enabled=False):
         if implementation.backend is None:
+            if batch.row_group is not None:
+                raise ValueError(
+                    "impl='reference' knows one process only: give it the rows of all ranks, or choose another impl"
+                )
             result = reference.unisd_loss(recordable_inputs(inputs), config)
         else:
             student = (inputs.student_hidden, inputs.student_head.active_weight, inputs.student_head.active_bias)
             needs_grad = NeedsGrad.of(*student)
             engine = Engine.of(implementation.backend(), workspace_bytes, student_hidden.device, needs_grad.weight)
-            result = UniSDLoss(*LossFunction.apply(*student, inputs, config, needs_grad, engine))
+            result = UniSDLoss(*LossFunction.apply(*student, inputs, config, needs_grad, engine, batch))
     if result.loss.device.type == "cpu" and not bool(torch.isfinite(result.loss)):
-        warnings.warn(f"unisd_loss is {float(result.loss.detach())}: {_blame(inputs)}", stacklevel=2)
+        warnings.warn(f"unisd_loss is {float(result.loss.detach())}: {_blame(inputs)}", stacklevel=3)
     return result
+
+
+def _call(inputs: LossInputs, config: LossConfig) -> tuple[object, ...]:
+    """What ranks have to agree on, since it says which messages there are."""
+    return (
+        "unisd_loss",
+        str(inputs.student_hidden.dtype),
+        len(inputs.auxiliary_hidden),
+        inputs.negative_hidden is not None,
+        inputs.num_items is not None,
+        inputs.weight_total is not None,
+        config,
+    )
 
 
 def _views(auxiliary_hidden: torch.Tensor | Sequence[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:

@@ -10,13 +10,14 @@ import torch
 from unisd_kernels.backends.base import DivergenceRows, NeedsGrad
 from unisd_kernels.backends.engine import Engine, Gradients, allocate
 from unisd_kernels.backends.projection import Projection
+from unisd_kernels.batch import Batch
+from unisd_kernels.certified.views import views_agreement
 from unisd_kernels.config import LossConfig, LossInputs
 from unisd_kernels.dtypes import statistics_dtype
-from unisd_kernels.heads import LMHead
-from unisd_kernels.ops.agreement import agreement_weights
+from unisd_kernels.ops.agreement import weights_in_batch
 from unisd_kernels.ops.autograd import first_order_only
 from unisd_kernels.ops.quantile import clip_cap
-from unisd_kernels.packing import sequence_ids, sequence_lengths, sequence_sums
+from unisd_kernels.packing import sequence_ids, sequence_sums
 from unisd_kernels.results import UniSDLoss
 
 # Feature matching widens this many bytes of hidden states at a time.
@@ -38,6 +39,7 @@ class _Plan:
     config: LossConfig
     needs_grad: NeedsGrad
     engine: Engine
+    batch: Batch
 
 
 class LossFunction(torch.autograd.Function):
@@ -54,8 +56,9 @@ class LossFunction(torch.autograd.Function):
         config: LossConfig,
         needs_grad: NeedsGrad,
         engine: Engine,
+        batch: Batch,
     ) -> tuple[torch.Tensor | None, ...]:
-        result, gradients, grad_scale = loss_and_gradients(inputs, config, needs_grad, engine)
+        result, gradients, grad_scale = loss_and_gradients(inputs, config, needs_grad, engine, batch)
         ctx.mark_non_differentiable(*(value for value in result[1:] if value is not None))
         ctx.set_materialize_grads(False)
         ctx.dtypes, ctx.backend = (hidden.dtype, weight.dtype), engine.backend
@@ -66,52 +69,58 @@ class LossFunction(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 7
+            return (None,) * 8
         *gradients, grad_scale = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         scaled = Gradients(*gradients).scaled(upstream * grad_scale, hidden_dtype, weight_dtype, ctx.backend)
-        return (*scaled, *(None,) * 4)
+        return (*scaled, *(None,) * 5)
 
 
 def loss_and_gradients(
-    inputs: LossInputs, config: LossConfig, needs_grad: NeedsGrad, engine: Engine
+    inputs: LossInputs, config: LossConfig, needs_grad: NeedsGrad, engine: Engine, batch: Batch | None = None
 ) -> tuple[UniSDLoss, Gradients, torch.Tensor]:
     """The loss with its statistics, and its gradients in units of a 0-dim scale (`_grad_scale`), which comes third.
 
-    To be called where autograd does not record.
+    To be called where autograd does not record. `batch` is what the rows are of; None for these rows.
     """
+    batch = Batch.of(inputs.cu_seqlens, inputs.num_rows) if batch is None else batch
     target_ids = inputs.target_ids.long()
     student_head, teacher_head, auxiliary_head, negative_head = inputs.heads
 
-    def score(hidden: torch.Tensor, head: LMHead, temperature: float, ids: torch.Tensor = target_ids) -> torch.Tensor:
-        return engine.score(Projection.of(hidden, head, temperature), ids).logprobs
-
     has_divergence, has_contrast = config.runs_divergence, config.runs_contrast(inputs.negative_hidden is not None)
-    negative = None
+    # All views that only are scored, at once: ranks with slices of the heads then exchange their statistics at once.
+    views: list[tuple[Projection, torch.Tensor]] = []
     if has_contrast:
         assert inputs.negative_hidden is not None
-        negative = score(inputs.negative_hidden, negative_head, config.temperature)
+        views.append((Projection.of(inputs.negative_hidden, negative_head, config.temperature), target_ids))
+    scores_views = bool(inputs.auxiliary_hidden) and has_divergence
+    if scores_views and config.views_dtype is None:
+        hidden = inputs.auxiliary_hidden
+        stacked = engine.backend.stacks_views and len(hidden) * inputs.num_rows <= _STACKED_ROWS
+        hidden = (torch.cat(hidden),) if stacked else hidden
+        ids = target_ids.repeat(len(inputs.auxiliary_hidden)) if stacked else target_ids
+        views += [(Projection.of(each, auxiliary_head, 1.0), ids) for each in hidden]
+    scored = [scores.logprobs for scores in engine.score_views(views)]
+    negative = scored.pop(0) if has_contrast else None
     dtype = statistics_dtype(inputs.student_hidden.dtype)
     weights = torch.ones(inputs.num_rows, dtype=dtype, device=inputs.student_hidden.device)
     auxiliary = spread = None
-    if inputs.auxiliary_hidden and has_divergence:
-        views = inputs.auxiliary_hidden
-        if engine.backend.stacks_views and len(views) * inputs.num_rows <= _STACKED_ROWS:
-            stacked = score(torch.cat(views), auxiliary_head, 1.0, target_ids.repeat(len(views)))
-            auxiliary = stacked.view(len(views), inputs.num_rows)
-        else:
-            auxiliary = torch.stack([score(hidden, auxiliary_head, 1.0) for hidden in views])
-        weights, spread = agreement_weights(
+    if scores_views and config.views_dtype is not None:
+        auxiliary, weights, spread, _ = views_agreement(inputs, config, engine)
+    elif scored:
+        auxiliary = torch.cat(scored).view(len(inputs.auxiliary_hidden), inputs.num_rows)
+        weights, spread = weights_in_batch(
             auxiliary,
             inputs.cu_seqlens,
-            level=config.agreement,
-            statistic=config.agreement_statistic,
-            gamma=config.agreement_gamma,
+            batch,
+            config.agreement,
+            config.agreement_statistic,
+            config.agreement_gamma,
         )
     if inputs.token_weights is not None:
         weights = weights * inputs.token_weights.to(dtype)
 
-    divergence_scale, mean_scale = _row_scales(inputs, config, weights)
+    divergence_scale, mean_scale = _row_scales(inputs, config, weights, batch)
     student = Projection.of(inputs.student_hidden, student_head, config.temperature)
     plan = _Plan(
         Projection.of(inputs.teacher_hidden, teacher_head, config.temperature),
@@ -122,6 +131,7 @@ def loss_and_gradients(
         config,
         needs_grad,
         engine,
+        batch,
     )
     rows: DivergenceRows | None
     if has_divergence or has_contrast:
@@ -173,22 +183,26 @@ def loss_and_gradients(
     return result, gradients, grad_scale
 
 
-def _row_scales(inputs: LossInputs, config: LossConfig, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _row_scales(
+    inputs: LossInputs, config: LossConfig, weights: torch.Tensor, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The reduction as row weights: L = sum_n divergence_scale_n D_n + mean_scale_n (...), both [N]."""
-    num_rows, num_sequences = inputs.num_rows, inputs.num_sequences
     weighted = config.resolved_weight_normalization(bool(inputs.auxiliary_hidden)) == "weighted"
     if config.normalization == "sequence":
-        ids = sequence_ids(inputs.cu_seqlens, num_rows)
-        lengths = sequence_lengths(inputs.cu_seqlens).to(weights.dtype)
-        totals = sequence_sums(weights, inputs.cu_seqlens) if weighted else lengths
-        groups = max(num_sequences, 1)
+        ids = sequence_ids(inputs.cu_seqlens, inputs.num_rows)
+        lengths = batch.lengths.to(weights.dtype)
+        totals = batch.over_sequences(sequence_sums(weights, inputs.cu_seqlens)) if weighted else lengths
+        groups = max(batch.num_sequences, 1)
         divergence_scale = weights / (totals.clamp(min=1.0)[ids] * groups)
         mean_scale = 1.0 / (lengths.clamp(min=1.0)[ids] * groups)
     else:
-        total = weights.sum().clamp(min=1.0) if weighted else max(num_rows, 1)
+        num_rows = max(batch.num_rows, 1)
+        mean_scale = torch.full_like(weights, 1.0 / num_rows)
+        if weighted and inputs.weight_total is not None:
+            return weights / inputs.weight_total, mean_scale * inputs.share(config.normalization, weights.dtype, batch)
+        total = batch.total(weights).clamp(min=1.0) if weighted else num_rows
         divergence_scale = weights / total
-        mean_scale = torch.full_like(weights, 1.0 / max(num_rows, 1))
-    share = inputs.share(config.normalization, weights.dtype)
+    share = inputs.share(config.normalization, weights.dtype, batch)
     return divergence_scale * share, mean_scale * share
 
 
@@ -214,9 +228,9 @@ def _divergence_and_contrastive(
     # dD/dh exist; it saves a pass over the logits, and for a quantile cap a whole walk.
     deferred = needs_grad.hidden and not needs_grad.head and negative is None
     weighs = config.divergence_weight > 0
-    if config.clip_quantile is not None and weighs and not deferred and needs_grad.any and student.hidden.shape[0]:
+    if config.clip_quantile is not None and weighs and not deferred and needs_grad.any and plan.batch.num_rows:
         first, _ = plan.engine.divergence(student, plan.teacher, None, config.beta)
-        cap = clip_cap(first.divergence, config.clip_quantile)
+        cap = clip_cap(plan.batch.gathered(first.divergence), config.clip_quantile)
 
     def row_weights(rows: slice, statistics: DivergenceRows) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if deferred:
@@ -242,8 +256,8 @@ def _divergence_and_contrastive(
     )
     if not in_logits:
         gradients = allocate(needs_grad, student, written=False)
-    if config.clip_quantile is not None and cap is None and student.hidden.shape[0]:
-        cap = clip_cap(rows.divergence, config.clip_quantile)
+    if config.clip_quantile is not None and cap is None and plan.batch.num_rows:
+        cap = clip_cap(plan.batch.gathered(rows.divergence), config.clip_quantile)
     clipped = None if cap is None else _Clipped(cap, rows.divergence > cap)
     if deferred:
         weight = divergence_coefficient / grad_scale

@@ -17,6 +17,7 @@ import torch
 from unisd_kernels.backends.base import NeedsGrad
 from unisd_kernels.backends.engine import Engine, Gradients
 from unisd_kernels.backends.registry import resolve
+from unisd_kernels.certified.views import check_frozen, check_views
 from unisd_kernels.config import LossConfig, LossInputs, check_number
 from unisd_kernels.dtypes import statistics_dtype
 from unisd_kernels.heads import LMHead
@@ -35,19 +36,23 @@ _SLOTS = (
     *(f"{head}_head.{part}" for head in _HEADS for part in ("weight", "bias")),
     *_SINGLE[1:],
     "num_items",
+    "weight_total",
 )
 
 
 def loss_compiled(inputs: LossInputs, config: LossConfig, impl: str | None, workspace_bytes: int | None) -> UniSDLoss:
     """`unisd_loss` inside a graph."""
     # The operator gets a float, and tensors without autograd, so it cannot see these. The rest is checked when it runs.
-    for name in ("token_weights", "num_items"):
+    for name in ("token_weights", "num_items", "weight_total"):
         value = getattr(inputs, name)
         if isinstance(value, torch.Tensor) and value.requires_grad:
             raise ValueError(f"{name} must not require a gradient; detach it")
+    for name in ("num_items", "weight_total"):
+        value = getattr(inputs, name)
+        if value is not None and not isinstance(value, torch.Tensor):
+            check_number(name, value, low=0.0)
+    check_frozen(inputs, config)
     num_items = inputs.num_items
-    if num_items is not None and not isinstance(num_items, torch.Tensor):
-        check_number("num_items", num_items, low=0.0)
     student = inputs.student_head
     needs_grad = NeedsGrad.of(inputs.student_hidden, student.active_weight, student.active_bias)
     slots = _slots(inputs)
@@ -80,6 +85,8 @@ def _slots(inputs: LossInputs) -> list[torch.Tensor | None]:
                 weight, bias = weight.detach(), None if bias is None else bias.detach()
         slots[f"{name}_head.weight"], slots[f"{name}_head.bias"] = weight, bias
     slots["num_items"] = inputs.num_items if isinstance(inputs.num_items, torch.Tensor) else None
+    total = inputs.weight_total
+    slots["weight_total"] = torch.tensor(total, dtype=torch.float64) if isinstance(total, (int, float)) else total
     return [slots[name] for name in _SLOTS]
 
 
@@ -113,11 +120,13 @@ def _loss_operator(
         **heads,  # type: ignore[arg-type]
         auxiliary_hidden=tuple(auxiliary_hidden),
         num_items=named.get("num_items", num_items),
+        weight_total=named.get("weight_total"),
     )
     settings = LossConfig.decode(config)
     check_loss_inputs(inputs, settings)
     device = inputs.student_hidden.device
     implementation = resolve(impl, device, inputs.student_hidden.dtype)
+    check_views(inputs, settings, implementation.name)
     assert implementation.backend is not None
     needed = NeedsGrad(*needs_grad)
     engine = Engine.of(implementation.backend(), workspace_bytes, device, needed.weight)

@@ -15,6 +15,7 @@ def linear_logits(hidden: torch.Tensor, head: LMHead, temperature: float = 1.0) 
     A row in which any `a * (h W^T + b) / tau` is NaN or infinite is NaN: minus infinity would drop out of the softmax,
     and the cap would make either infinity a number.
     """
+    head.require_whole("the dense reference (impl='reference')")
     dtype = statistics_dtype(hidden.dtype)
     logits = hidden.to(dtype) @ head.active_weight.to(dtype).T
     if head.active_bias is not None:

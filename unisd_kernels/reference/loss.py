@@ -47,6 +47,7 @@ def unisd_loss(inputs: LossInputs, config: LossConfig) -> UniSDLoss:
     zero = torch.zeros((), dtype=dtype, device=inputs.student_hidden.device)
     has_divergence, has_contrast = config.runs_divergence, config.runs_contrast(inputs.negative_hidden is not None)
 
+    share = inputs.share(config.normalization, dtype)
     student = teacher = None
     if has_divergence or has_contrast:
         student = linear_logprobs(
@@ -71,7 +72,12 @@ def unisd_loss(inputs: LossInputs, config: LossConfig) -> UniSDLoss:
         kept, clipped = _clip(divergence, config)
         weights, auxiliary, spread = _token_weights(inputs, config)
         normalization = config.resolved_weight_normalization(auxiliary is not None)
-        divergence_loss = reduce_per_token(kept, inputs.cu_seqlens, config.normalization, weights, normalization)
+        if inputs.weight_total is None:
+            divergence_loss = share * reduce_per_token(
+                kept, inputs.cu_seqlens, config.normalization, weights, normalization
+            )
+        else:
+            divergence_loss = (kept * weights).sum() / inputs.weight_total
 
     negative = contrastive = None
     contrastive_loss = zero
@@ -83,25 +89,24 @@ def unisd_loss(inputs: LossInputs, config: LossConfig) -> UniSDLoss:
             head = inputs.teacher_head if inputs.negative_head is None else inputs.negative_head
             negative = linear_logprobs(inputs.negative_hidden, head, inputs.target_ids, config.temperature).logprobs
         contrastive = contrastive_hinge(student.logprobs, teacher.logprobs, negative, config.contrastive_margin)
-        contrastive_loss = reduce_per_token(contrastive, inputs.cu_seqlens, config.normalization)
+        contrastive_loss = share * reduce_per_token(contrastive, inputs.cu_seqlens, config.normalization)
 
     features = None
     feature_loss = zero
     if config.feature_weight > 0:
         features = feature_distance(inputs.student_hidden, inputs.teacher_hidden)
-        feature_loss = reduce_per_token(features, inputs.cu_seqlens, config.normalization)
+        feature_loss = share * reduce_per_token(features, inputs.cu_seqlens, config.normalization)
 
     loss = (
         config.divergence_weight * divergence_loss
         + config.contrastive_weight * contrastive_loss
         + config.feature_weight * feature_loss
     )
-    share = inputs.share(config.normalization, dtype)
     return UniSDLoss(
-        loss=loss * share,
-        divergence_loss=(divergence_loss * share).detach(),
-        contrastive_loss=(contrastive_loss * share).detach(),
-        feature_loss=(feature_loss * share).detach(),
+        loss=loss,
+        divergence_loss=divergence_loss.detach(),
+        contrastive_loss=contrastive_loss.detach(),
+        feature_loss=feature_loss.detach(),
         divergence=_detach(divergence),
         clipped=clipped,
         weights=weights,

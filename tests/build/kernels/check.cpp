@@ -3,6 +3,7 @@
 //
 // Prints what differs and exits with 1, or prints one line for each instruction set and exits with 0.
 #include "ema.h"
+#include "int8.h"
 #include "products.h"
 #include "rows.h"
 
@@ -57,6 +58,13 @@ int main() {
       ++variant;
     }
   }
+  for (const int64_t rows : {1, 17, 49, 100}) {
+    for (const int64_t columns : {1, 63, 65, 130}) {
+      check_int8(rows, columns, all_widths[variant % 5], kStorages[variant % 3], variant);
+      ++variant;
+    }
+  }
+  check_int8(3, 2200, 5, Storage::kFloat32, 1);  // more than one segment
   check_products(100, 130, 131, Storage::kFloat32, 2);  // several panels, and more than one slice of the width
   check_products(100, 200, 300, Storage::kBFloat16, 1);
   check_streamed_logits();

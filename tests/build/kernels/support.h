@@ -191,6 +191,7 @@ std::vector<const Kernels*> tables() {
   const CpuFeatures has = detect_cpu_features();
   if (has.avx2) found.push_back(&avx2::kernels());
   if (has.avx512) found.push_back(&avx512::kernels());
+  if (has.avx512_vnni) found.push_back(&avx512_vnni::kernels());
   if (has.avx512_bf16) found.push_back(&avx512_bf16::kernels());
   // With tiles in software they need no more.
 #if defined(UNISD_SOFTWARE_TILES)

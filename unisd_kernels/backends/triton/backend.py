@@ -75,13 +75,24 @@ class TritonBackend:
         unit_weights: bool,
     ) -> Divergence:
         """Fused for 16-bit operands through one head. Chunked for everything else: float32 operands, two heads, which
-        share no tile, and in either design a JSD without a gradient, which the fused one would take of rounded
-        numbers."""
+        share no tile, in either design a JSD without a gradient, which the fused one would take of rounded numbers, and
+        slices of a vocabulary, whose statistics the ranks exchange before the gradient.
+
+        Raises:
+            ValueError: the fused design was asked for by name, and the heads are slices of a vocabulary.
+        """
         _check_interpretable(student)
         _check_interpretable(teacher)
         narrow = all(p.hidden.dtype in (torch.float16, torch.bfloat16) for p in (student, teacher))
         one_weight = narrow and student.weight_is(teacher)
         fused = one_weight if self._design is None else self._design == "fused"
+        if student.shard is not None:
+            if self._design == "fused":
+                raise ValueError(
+                    "impl='triton_fused' takes no vocabulary-parallel head: give impl='triton' or 'triton_chunked', "
+                    "which exchange statistics between the products and the gradient"
+                )
+            fused = False
         fused = fused and (beta in (0.0, 1.0) or needs_grad.any)
         design = FusedDivergence if fused else ChunkedDivergence
         return design(student, teacher, beta, workspace_bytes, needs_grad)

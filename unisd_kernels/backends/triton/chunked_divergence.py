@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from unisd_kernels.backends.base import DivergenceRows, NeedsGrad
+from unisd_kernels.backends.base import DivergenceRows, NeedsGrad, ShardRows, WholeRows
 from unisd_kernels.backends.buffers import row_buffer, row_stride
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.triton.divergence import TritonDivergence
@@ -20,14 +20,18 @@ from unisd_kernels.backends.triton.math import COUNTS, tile_block
 from unisd_kernels.backends.triton.mixture import mix
 from unisd_kernels.backends.triton.rows import teacher_rows
 from unisd_kernels.backends.triton.statistics import (
+    DIVERGENCE,
     MASKED,
+    STUDENT_KL,
     Partials,
     chunk_and_block_rows,
     combine,
     divergence_rows,
     load_logits,
     partials_bytes,
+    shard_rows,
     store_partials,
+    take_whole,
 )
 
 # A block of statistics that are taken from logits in memory. Its numbers stay in registers between the passes over them
@@ -80,12 +84,13 @@ class ChunkedDivergence(TritonDivergence):
         self._student, self._teacher, self._beta, self._needs_grad = student, teacher, beta, needs_grad.any
         dtype, device, columns = student.hidden.dtype, student.hidden.device, student.num_columns
         in_place = needs_grad.any and dtype == torch.float32
-        stride = row_stride(columns, ROW_PADDING)
+        sizing = student.sizing_columns
+        stride = row_stride(sizing, ROW_PADDING)
         self.chunk_rows, self.block_rows = _, block = chunk_and_block_rows(
             student,
             workspace_bytes,
             stride * dtype.itemsize if needs_grad.any else 0,
-            stride * torch.float32.itemsize * (1 if in_place else 2) + partials_bytes(columns, STATISTICS_COLUMNS),
+            stride * torch.float32.itemsize * (1 if in_place else 2) + partials_bytes(sizing, STATISTICS_COLUMNS),
         )
         self._teacher_logits = row_buffer(block, columns, ROW_PADDING, torch.float32, device)
         self._student_logits: torch.Tensor | None = None
@@ -97,6 +102,44 @@ class ChunkedDivergence(TritonDivergence):
     def forward(
         self, chunk: None, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
     ) -> tuple[DivergenceRows, Saved | None]:
+        saved = self._take(rows, local, target_ids, want_entropy)
+        if 0.0 < self._beta < 1.0:
+            self._mix(saved)
+        result = divergence_rows(saved.statistics, target_ids is not None, want_entropy)
+        return result, saved if self._needs_grad else None
+
+    def shard_forward(
+        self, chunk: None, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool
+    ) -> tuple[ShardRows, Saved]:
+        saved = self._take(rows, local, target_ids, want_entropy)
+        mixture = 0.0 < self._beta < 1.0
+        return shard_rows(saved.statistics, mixture, target_ids is not None, want_entropy), saved
+
+    def shard_mixture(self, saved: Saved, whole: WholeRows) -> torch.Tensor:
+        take_whole(saved.statistics, whole, self._beta)
+        self._mix(saved)
+        return saved.statistics[[DIVERGENCE.value, STUDENT_KL.value]]
+
+    def shard_backward(
+        self,
+        saved: Saved,
+        whole: WholeRows,
+        target_ids: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        logprob_weight: torch.Tensor | None,
+    ) -> None:
+        take_whole(saved.statistics, whole, self._beta)
+        self.backward(saved, target_ids, weight, logprob_weight)
+
+    def _mix(self, saved: Saved) -> None:
+        """Write the sums of a mixture to the statistics, which have its log-sum-exps."""
+        columns = self._student.num_columns
+        tiles = saved.student, saved.teacher, saved.row_is_delta
+        with on_device(saved.statistics):
+            mix(*tiles, saved.partials, saved.statistics, self._beta, columns, shifted=False)
+
+    def _take(self, rows: slice, local: slice, target_ids: torch.Tensor | None, want_entropy: bool) -> Saved:
+        """Logits and statistics of a block; those of a mixture without its sums."""
         student = self._student.of_rows(self._student.hidden[rows])
         count, columns, device = rows.stop - rows.start, student.num_columns, student.hidden.device
         z = self._gradient[local] if self._student_logits is None else self._student_logits[:count]
@@ -124,9 +167,5 @@ class ChunkedDivergence(TritonDivergence):
                 num_warps=STATISTICS_WARPS,
             )
             statistics = combine(partials, student, teacher, row_is_delta, target_ids, want_entropy, self._beta)
-            if 0.0 < self._beta < 1.0:
-                mix(*tiles, row_is_delta, partials, statistics, self._beta, columns, shifted=False)
-        result = divergence_rows(statistics, target_ids is not None, want_entropy)
-        if not self._needs_grad:
-            return result, None
-        return result, Saved(*tiles, row_is_delta, partials, statistics, self._gradient[local])
+        gradient = self._gradient[local] if self._needs_grad else z[:0]
+        return Saved(*tiles, row_is_delta, partials, statistics, gradient)

@@ -37,7 +37,7 @@ import torch
 import triton
 import triton.language as tl
 
-from unisd_kernels.backends.base import DivergenceRows
+from unisd_kernels.backends.base import DivergenceRows, ShardRows, WholeRows
 from unisd_kernels.backends.buffers import most_rows, split_rows
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.triton.launch import ceil_div
@@ -334,7 +334,7 @@ def chunk_and_block_rows(
     Raises:
         ValueError: the workspace does not hold one row.
     """
-    most_rows(workspace_bytes, chunk_row_bytes + block_row_bytes, student.num_columns)
+    most_rows(workspace_bytes, chunk_row_bytes + block_row_bytes, student.sizing_columns)
     chunk, block = split_rows(student.hidden.shape[0], workspace_bytes, chunk_row_bytes, block_row_bytes)
     return chunk, min(block, _MOST_BLOCK_ROWS)
 
@@ -355,7 +355,8 @@ def combine(
     rows, device = student.hidden.shape[0], student.hidden.device
     statistics = torch.empty(NUM_STATISTICS, rows, dtype=torch.float32, device=device)
     if target_ids is not None:
-        ids = target_ids.contiguous()
+        # Of a slice of a vocabulary -1 where another rank has the target; then any column will do.
+        ids = target_ids.contiguous() if student.shard is None else target_ids.clamp(min=0)
         target_logits(student, None, ids, statistics[STUDENT_LOGPROB.value])
         target_logits(teacher, row_is_delta, ids, statistics[TEACHER_LOGPROB.value])
     combine_kernel[(rows,)](
@@ -381,3 +382,25 @@ def divergence_rows(statistics: torch.Tensor, has_targets: bool, want_entropy: b
         statistics[STUDENT_ENTROPY.value] if want_entropy else None,
         statistics[TEACHER_ENTROPY.value] if want_entropy else None,
     )
+
+
+def shard_rows(statistics: torch.Tensor, mixture: bool, has_targets: bool, want_entropy: bool) -> ShardRows:
+    """Those that the ranks of a vocabulary exchange, if the columns are a slice of it."""
+    rows = divergence_rows(statistics, has_targets, want_entropy)
+    student = statistics[STUDENT_LOGSUMEXP.value].double()
+    # The difference of the log-sum-exps has more digits than either.
+    teacher = student + statistics[LOGSUMEXP_DIFFERENCE.value]
+    return ShardRows(student, teacher, None if mixture else rows.divergence, *rows[1:])
+
+
+def take_whole(statistics: torch.Tensor, whole: WholeRows, beta: float) -> None:
+    """Put what the gradient reads of the whole vocabulary in the place of what is of a slice of it."""
+    difference = whole.teacher_logsumexp - whole.student_logsumexp
+    statistics[STUDENT_LOGSUMEXP.value] = whole.student_logsumexp
+    statistics[TEACHER_LOGSUMEXP.value] = whole.teacher_logsumexp
+    statistics[LOGSUMEXP_DIFFERENCE.value] = difference
+    statistics[DIVERGENCE.value] = whole.rows.divergence
+    if beta == 1.0:
+        statistics[MEAN_DIFFERENCE.value] = difference - whole.rows.divergence  # D = c - r
+    if whole.student_kl is not None:
+        statistics[STUDENT_KL.value] = whole.student_kl

@@ -1,0 +1,90 @@
+"""Vocabulary-parallel heads over gloo: 1 to 4 processes are one process, a model cut by transformers too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.21")
+
+from tests.distributed.gloo_worker import CASES, PROCESSES, options_of, problem_of
+from tests.distributed.slices import joined, loss_of
+from tests.distributed.test_slices import assert_same, exact_and_natives
+from tests.support import assert_accurate
+
+ROOT = Path(__file__).parents[2]
+
+
+def work(folder: Path, *arguments: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tests.distributed.gloo_worker", str(folder), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What one run of the four processes saved, for all tests."""
+    folder = tmp_path_factory.mktemp("gloo")
+    work(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> list[dict]:
+    return saved(folder)
+
+
+def saved(folder: Path) -> list[dict]:
+    """What each process saved."""
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+
+
+@pytest.mark.parametrize("ranks", range(1, PROCESSES + 1))
+@pytest.mark.parametrize("name", CASES)
+def test_losses_are_those_of_one_process(found, ranks, name):
+    parts = joined([each["losses"][ranks, name] for each in found[:ranks]])
+    dtype, problem = CASES[name][0], problem_of(name)
+    options = options_of(name)
+    if dtype == torch.float64:
+        assert_same(parts, loss_of(problem, **options), 1e-12)
+        return
+    del options["impl"]
+    exact, native = exact_and_natives(problem, dtype, options)
+    for field, value in exact.items():
+        if value.dtype != torch.bool:
+            assert_accurate(f"{name}, {field}", parts[field], value, [each[field] for each in native])
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_a_model_that_a_tp_plan_has_cut_trains_as_on_one_process(folder, found, kind):
+    """Two steps: losses and all weights; the slices are DTensor's, of 1009 rows over four ranks."""
+    alone = torch.load(folder / "alone.pt", weights_only=False)[kind]
+    assert alone["slice"] is None
+    assert [each[kind]["slice"] for each in found] == [(0, 253), (253, 253), (506, 253), (759, 250)]
+    for each in found:
+        assert each[kind]["losses"] == found[0][kind]["losses"]
+        torch.testing.assert_close(each[kind]["losses"], alone["losses"], rtol=1e-10, atol=0.0)
+        assert each[kind]["weights"].keys() == alone["weights"].keys()
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(each[kind]["weights"][name], weight, rtol=0.0, atol=1e-10, msg=name)
+    assert alone["losses"][0] != alone["losses"][1]
+
+
+def test_a_cut_head_is_checked_against_the_models_own_logits(found):
+    """On all columns, so with one verdict on all ranks."""
+    messages = {each["scaled"] for each in found}
+    assert len(messages) == 1
+    assert "A logit_scale of 1.7 explains it" in messages.pop()
+
+
+@pytest.mark.exhaustive
+def test_a_head_under_fsdp_is_gathered(tmp_path):
+    """Its ranks have other tokens: their slices are not of one softmax."""
+    work(tmp_path, "fsdp")
+    assert saved(tmp_path) == [{"shape": (1009, 16), "group": None, "is": "DTensor"}] * PROCESSES

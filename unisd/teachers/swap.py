@@ -1,0 +1,97 @@
+"""A model under other weights, meanwhile: put in the place of its own, whole or shard by shard; an average of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from unisd.head import gathered_head
+from unisd.modules import head_is_trained, model_head
+from unisd.sharding import gather_root, is_sharded, local, reshard
+from unisd.teachers.base import EMATeacher, move, named_parameters, trained_parameters, wide
+from unisd_kernels import LMHead
+
+
+@contextmanager
+def swapped(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let the named parameters hold `values` (in their own dtype), then their own weights again, bit for bit.
+
+    Whole weights change their storage. Shards are written in place, since the engine gathers from where they are: that
+    keeps one more copy of the named shards meanwhile, and has to be within the forward pass of the root.
+    """
+    if is_sharded(model):
+        with _swapped_shards(model, values):
+            yield
+        return
+    parameters = named_parameters(model)
+    originals = {name: parameters[name].data for name in values}
+    try:
+        for name, value in values.items():
+            parameters[name].data = value.to(originals[name].dtype)
+        yield
+    finally:
+        for name, original in originals.items():
+            parameters[name].data = original
+
+
+@contextmanager
+def _swapped_shards(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    reshard(model)
+    parameters = named_parameters(model)  # now, while they are the shards
+    parts = {name: local(parameters[name].detach()) for name in values}
+    originals = {name: part.clone() for name, part in parts.items()}
+    try:
+        for name, part in parts.items():
+            part.copy_(local(values[name]))
+        gather_root(model)
+        yield
+    finally:
+        reshard(model)
+        for name, part in parts.items():
+            part.copy_(originals[name])
+        gather_root(model)
+
+
+def swapped_head(model: nn.Module) -> LMHead:
+    """The head under the weights that are in place now, frozen; it keeps them when the student's are back."""
+    with gathered_head(model):
+        head = model_head(model).detach()
+        if not is_sharded(model):
+            return head  # another storage than the student's
+        bias = None if head.bias is None else head.bias.clone()
+        return replace(head, weight=head.weight.clone(), bias=bias)
+
+
+class SwappedEMATeacher(EMATeacher):
+    """Every trained tensor averaged on its own, and put in the place of the student's for scoring."""
+
+    def __init__(self, model: nn.Module, decay: float, *, start: bool = True) -> None:
+        super().__init__(decay)
+        self._averages: dict[str, torch.Tensor] = {}
+        if start:
+            self.start(model)
+
+    def start(self, model: nn.Module) -> None:
+        reshard(model)
+        self._averages = {name: wide(parameter) for name, parameter in trained_parameters(model).items()}
+
+    def follow(self, model: nn.Module) -> None:
+        move(self._averages, named_parameters(model))
+
+    @contextmanager
+    def _weights(self, model: nn.Module) -> Iterator[nn.Module]:
+        with swapped(model, self._averages):
+            yield model
+
+    def head(self, model: nn.Module) -> LMHead | None:
+        return swapped_head(model) if head_is_trained(model) else None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self._averages
+
+    def _update(self, model: nn.Module) -> None:
+        self._average(self._averages, named_parameters(model))
