@@ -10,7 +10,7 @@ that every process does the same work.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,7 @@ class GivenWeights:
 def selected_scores(
     inputs: dict[str, Any],
     mask: torch.Tensor,
-    views: Callable[[dict[str, Any], CompletionRows], Sequence[torch.Tensor]],
-    logprobs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    scores: Callable[[dict[str, Any], CompletionRows], torch.Tensor],
     *,
     num_views: int,
     dtype: torch.dtype,
@@ -78,13 +77,12 @@ def selected_scores(
 
     Args:
         mask: [B, T] of the counted tokens, where the loss is computed.
-        views: from a batch and its n counted tokens to their hidden states [n, H] under each auxiliary context.
-        logprobs: from packed hidden states [n, H] and ids [n] to log-probabilities [n] at temperature 1, which is
-            that of the agreement whatever the training temperature.
+        scores: from a batch and its n counted tokens to their log-probabilities [K, n] under the auxiliary contexts at
+            temperature 1, which is that of the agreement whatever the training temperature.
         num_views: K.
         dtype: of the log-probabilities.
-        always_run: make the passes for one sequence if none is to be scored: with sharded weights a pass is a
-            collective, and another process may have sequences to score.
+        always_run: score one sequence if none is to be scored: with sharded weights a pass is a collective, and
+            another process may have sequences to score.
     """
     chosen = inputs[SCORED].nonzero().flatten()
     is_idle = chosen.numel() == 0
@@ -92,11 +90,11 @@ def selected_scores(
         chosen = torch.zeros(1, dtype=torch.long)
     batch = _selected(inputs, chosen)
     rows = CompletionRows.of(mask[chosen.to(mask.device)], batch["completion_ids"].to(mask.device))
-    hidden = views(batch, rows) if chosen.numel() else ()
-    if is_idle:
+    found = scores(batch, rows) if chosen.numel() else None
+    if found is None or is_idle:
         none = CompletionRows.of(mask[:0], inputs["completion_ids"][:0].to(mask.device))
         return torch.zeros(num_views, 0, dtype=dtype, device=mask.device), none
-    return torch.stack([logprobs(view, rows.ids) for view in hidden]), rows
+    return found, rows
 
 
 def selective_weights(

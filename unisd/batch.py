@@ -10,6 +10,8 @@ import torch
 
 from unisd_kernels import pack_rows
 
+SAMPLER_LOGPROBS = "sampler_logprobs"
+"""Key of a batch: [B, T], log-probabilities that the sampler gave the tokens it drew, at its temperature."""
 SCORED = "agreement_scored"
 """Key of a batch: [B] bool, on the CPU, which sequences are read under the auxiliary contexts."""
 TEACHER_HIDDEN = "teacher_hidden"
@@ -128,7 +130,8 @@ def crop(batch: dict[str, Any]) -> dict[str, Any]:
     for name, length in zip(left, kept, strict=True):
         ids = name.removesuffix("mask") + "ids"
         out[name], out[ids] = batch[name][..., -max(length, 1) :], batch[ids][..., -max(length, 1) :]
-    for name in ("completion_ids", "completion_mask", *_OWN_MASKS, TEACHER_HIDDEN, AGREEMENT_WEIGHTS, DISAGREEMENT):
+    by_place = (*_OWN_MASKS, TEACHER_HIDDEN, AGREEMENT_WEIGHTS, DISAGREEMENT, SAMPLER_LOGPROBS)
+    for name in ("completion_ids", "completion_mask", *by_place):
         if name in batch:
             out[name] = batch[name][:, : max(completion, 1)]
     return out

@@ -13,11 +13,12 @@ from trl.trainer.utils import get_config_model_id
 from unisd.config_ranges import check_ranges
 from unisd.contexts import FRAMES
 from unisd.contexts.template import TeacherTemplate
+from unisd.importance import check_importance
 from unisd.liger import liger_settings
 from unisd.mixture import MIXTURES, SHARPENED
 from unisd.presets import get_preset, preset_fields
 from unisd.rows import OVERLONG
-from unisd.views import VIEW_PASSES
+from unisd.views import VIEW_PASSES, VIEW_SCORERS, check_view_scorer
 from unisd_kernels import available
 from unisd_kernels.config import LossConfig, check_choice, check_number
 
@@ -112,6 +113,15 @@ class UniSDConfig(DistillationConfig):
             "prefix" (and what rows share from their beginning once), "auto" ("prefix" where the model can; says once
             where it cannot). The same states but for rounding (docs/training.md, "Views").
         view_cache_bytes: bound on the keys and values of shared prefixes that are kept between updates of the weights.
+        vllm_importance_sampling_correction: weight the divergence at each place by how much more probable the tokens
+            before it are under the student than under vLLM, which sampled them in another precision (docs/vllm.md).
+        vllm_importance_sampling_clip_max: bound on such a weight.
+        view_scorer: who scores the auxiliary views: "local", or "server": one with the base model and vLLM's
+            `prompt_logprobs`, for `teacher="base"` (docs/vllm.md).
+        view_scorer_url, view_scorer_model: where, and the model's name there; None for the only one.
+        view_scorer_concurrency: requests under way at a time.
+        view_scorer_timeout, view_scorer_patience: seconds until an answer counts as failed, and for which a failed
+            request is tried again (a restart of the server) before the run stops.
         merged_rollouts: sample with the adapter added to a copy of its base's weights, which are put back exactly;
             LoRA, with transformers. None does so on a CPU (docs/training.md, "Rollouts").
         profile: measure where a step's time and memory go (docs/training.md, "What a step costs").
@@ -220,6 +230,28 @@ class UniSDConfig(DistillationConfig):
     )
     view_cache_bytes: int = field(
         default=2**30, metadata={"help": "Bound in bytes on the keys and values of shared prefixes that are kept."}
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False, metadata={"help": "Weight each place by student over vLLM, of the tokens before it."}
+    )
+    vllm_importance_sampling_clip_max: float = field(
+        default=3.0, metadata={"help": "Bound on the weight of the importance correction."}
+    )
+    view_scorer: str = field(
+        default="local", metadata={"help": "Who scores the auxiliary views: local, or server (needs teacher=base)."}
+    )
+    view_scorer_url: str | None = field(
+        default=None, metadata={"help": "The server, such as http://localhost:8000 (`vllm serve` of the base model)."}
+    )
+    view_scorer_model: str | None = field(
+        default=None, metadata={"help": "The model's name there; None for the only one."}
+    )
+    view_scorer_concurrency: int = field(default=16, metadata={"help": "Requests to it that are under way at a time."})
+    view_scorer_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds until an answer of it counts as failed."}
+    )
+    view_scorer_patience: float = field(
+        default=600.0, metadata={"help": "Seconds for which a failed request is tried again before the run stops."}
     )
     merged_rollouts: bool | None = field(
         default=None,
@@ -368,6 +400,7 @@ class UniSDConfig(DistillationConfig):
         check_choice("batch_statistics", self.batch_statistics, ("micro", "global"))
         check_choice("normalization", self.normalization, ("sequence", "token"))
         check_choice("view_passes", self.view_passes, VIEW_PASSES)
+        check_choice("view_scorer", self.view_scorer, VIEW_SCORERS)
         check_choice("overlong", self.overlong, OVERLONG)
         check_choice("prompt_frame", self.prompt_frame, FRAMES)
         for name in ("divergence_weight", "agreement_gamma", "contrastive_weight", "feature_weight", "clip_cap"):
@@ -380,6 +413,8 @@ class UniSDConfig(DistillationConfig):
         if self.drift_budget is not None:
             check_number("drift_budget", self.drift_budget, low=0.0, open_low=True)
         check_number("temperature", self.temperature, low=0.0, open_low=True)
+        check_number("view_scorer_timeout", self.view_scorer_timeout, low=0.0, open_low=True)
+        check_number("view_scorer_patience", self.view_scorer_patience, low=0.0)
         check_ranges(self)
         check_number("top_entropy_quantile", self.top_entropy_quantile, low=0.0, high=1.0, open_low=True)
         TeacherTemplate.of(self)  # refuses what is no template
@@ -389,6 +424,7 @@ class UniSDConfig(DistillationConfig):
             ("drift_probe_every", 0),
             ("skip_first_tokens", 0),
             ("view_cache_bytes", 0),
+            ("view_scorer_concurrency", 1),
             ("max_completion_length", 1),
         ):
             _check_integer(name, getattr(self, name), low)
@@ -422,6 +458,8 @@ class UniSDConfig(DistillationConfig):
             raise ValueError(
                 f"teacher='base' is a fixed teacher and cannot be a moving average (ema={self.ema!r}); set ema='none'"
             )
+        check_view_scorer(self)
+        check_importance(self)
         if not (self.divergence_weight or self.contrastive_weight or self.feature_weight):
             raise ValueError(
                 "divergence_weight, contrastive_weight and feature_weight are all 0: there is nothing to train on"

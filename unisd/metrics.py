@@ -111,13 +111,16 @@ class LossMetrics:
             window,
             loss,
             clips=bool(self._args.clip_cap or self._args.clip_quantile),
-            agreement_weights=loss.weights if self._agrees else None,
+            agreement_weights=_agreement_weights(result) if self._agrees else None,
             disagreement=loss.disagreement if given is None else given.disagreement,
         )
         if self._agrees:
             num_sequences = result.inputs.num_sequences
             spent = num_sequences if given is None else given.num_scored
             window.add("auxiliary_share", torch.tensor(float(spent), device=loss.loss.device), num_sequences)
+        if result.importance is not None:
+            window.add_values("importance_weight", result.importance)
+            window.add_minimum("importance_weight_min", result.importance)
         if self._args.top_entropy_quantile < 1.0:
             kept = torch.tensor(float(result.inputs.num_rows), device=loss.loss.device)
             window.add("top_entropy_share", kept, counted_mask(result.batch).sum())
@@ -155,6 +158,14 @@ class LossMetrics:
                 f"{', '.join(bad) or 'none'}. Check the learning rate, and fp16 overflow in the model",
                 stacklevel=2,
             )
+
+
+def _agreement_weights(result: StepResult) -> torch.Tensor | None:
+    """The weights of the loss without those of an importance correction."""
+    weights = result.loss.weights
+    if weights is None or result.importance is None:
+        return weights
+    return weights / result.importance.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def add_loss_statistics(

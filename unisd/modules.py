@@ -18,6 +18,7 @@ __all__ = [
     "HiddenStates",
     "backbone",
     "evaluating",
+    "has_dropout",
     "head_is_trained",
     "hidden_before",
     "is_peft",
@@ -99,6 +100,12 @@ def hidden_before(
     ).last_hidden_state
     # The state before a token predicts it; the last one predicts nothing that was sampled.
     return hidden[:, -(num_tokens + 1) : -1]
+
+
+def has_dropout(model: Any) -> bool:
+    """Whether a training pass of the model is a random one."""
+    modules = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())
+    return modules or bool(getattr(backbone(model).config, "attention_dropout", 0.0))
 
 
 def model_device(model: Any) -> torch.device:

@@ -17,6 +17,7 @@ from unisd.agreement import GivenWeights, selected_scores, selective_weights, we
 from unisd.batch import (
     AGREEMENT_WEIGHTS,
     CLIP_CAP,
+    SAMPLER_LOGPROBS,
     TEACHER_HIDDEN,
     WEIGHT_TOTAL,
     CompletionRows,
@@ -26,15 +27,16 @@ from unisd.batch import (
 from unisd.config import UniSDConfig
 from unisd.contexts import ContextSpec
 from unisd.head import fitted_head, gathered_head, head_device
+from unisd.importance import prefix_weights
 from unisd.masks import most_entropic
 from unisd.mixture import Part, Views, mixed, parts_of_teacher
-from unisd.modules import HiddenStates, model_head
+from unisd.modules import HiddenStates, evaluating, has_dropout, model_head
 from unisd.profile.phases import NoProfile, StepProfile
 from unisd.sft import supervised_loss
 from unisd.teachers import Teacher
-from unisd.views import ViewScorer
+from unisd.views import LocalScorer, ServerScorer, ViewScorer
 from unisd.views.scorer import View, padded_view
-from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, linear_logprobs, unisd_loss
+from unisd_kernels import LinearLogProbs, LMHead, UniSDLoss, agreement_weights, linear_logprobs, unisd_loss
 from unisd_kernels.config import LossInputs
 from unisd_kernels.dtypes import statistics_dtype
 
@@ -63,8 +65,9 @@ class StepResult:
         batch: ids and masks of all views, cropped.
         inputs: hidden states of the N completion tokens, and the heads.
         loss: as `unisd_loss` returns it.
-        given: the agreement weights that are `inputs.token_weights`, where the loss does not make them itself.
+        given: the agreement weights in `inputs.token_weights`, where the loss does not make them itself.
         parts: the views that are the teacher together (`unisd.mixture`), if it is a mixture.
+        importance: [N] weights for a sampler that is not quite the student (`unisd.importance`), if they are asked for.
     """
 
     batch: dict[str, Any]
@@ -72,6 +75,7 @@ class StepResult:
     loss: UniSDLoss
     given: GivenWeights | None = None
     parts: tuple[Part, ...] = ()
+    importance: torch.Tensor | None = None
 
 
 @dataclass
@@ -84,6 +88,7 @@ class LossStep:
         teacher: scores the views.
         hidden_states: runs a backbone.
         views: scores the views.
+        served: scores the auxiliary views of agreement in place of `views`, if they are scored elsewhere.
         num_processes: data-parallel processes.
         is_sharded: whether a forward pass is a collective.
         fixed_shapes: whether batches keep their padding.
@@ -96,6 +101,7 @@ class LossStep:
     teacher: Teacher
     hidden_states: HiddenStates
     views: ViewScorer
+    served: ServerScorer | None = None
     num_processes: int = 1
     is_sharded: bool = False
     fixed_shapes: bool = False
@@ -124,30 +130,45 @@ class LossStep:
         if AGREEMENT_WEIGHTS in batch:
             given = weights_of_window(batch, rows, mask.to(rows.ids.device), str(self.args.agreement))
         scores_all = self.args.uses_agreement and not self.is_selective and given is None
+        served = self.begin_served(batch, rows) if scores_all else None
         version = self.teacher.version(student)
         with self.profile.phase("other views"), self.teacher.scoring(student) as scorer:
             own_head = self.teacher.head(student)
             views = self.views_of(
-                batch, negative=self.contexts.negative, auxiliary=scores_all or self.args.teacher_mixture == "consensus"
+                batch,
+                negative=self.contexts.negative,
+                auxiliary=(scores_all and served is None) or self.args.teacher_mixture == "consensus",
             )
             hidden_of = dict(zip(views, self.views(scorer, batch, rows, views, version), strict=True))
+            self._compare(student, scorer, own_head, batch, rows, version)
             if self.is_selective and given is None:
                 scores = self.selected_scores(student, scorer, own_head, batch, mask.to(rows.ids.device), version)
                 given = selective_weights(batch, rows, mask.to(rows.ids.device), *scores, **self.agreement_settings)
         read = self.read_views(batch, rows, hidden_of)
         teacher, auxiliary, negative = read.teacher, read.auxiliary, read.negative
         with self.profile.phase("student"):
-            hidden = rows.take(padded_view(self.hidden_states, student, batch, ("prompt", None)))
+            states = padded_view(self.hidden_states, student, batch, ("prompt", None))
+            hidden = rows.take(states)
+        importance = self._importance(student, batch, states, rows) if SAMPLER_LOGPROBS in batch else None
+        scores_served = None
+        if served is not None:
+            with self.profile.phase("other views"):  # what is still waited for
+                scores_served = served()
         num_items = self._num_items(batch, num_items_in_batch)
         if self.args.top_entropy_quantile < 1.0:
             kept = self._most_entropic(student, hidden, rows)
             rows, hidden, teacher = rows.subset(kept), hidden[kept], teacher[kept]
             auxiliary = tuple(view[kept] for view in auxiliary)
             negative = None if negative is None else negative[kept]
+            scores_served = None if scores_served is None else scores_served[:, kept]
+            importance = None if importance is None else importance[kept]
             if given is not None:
                 given = replace(given, weights=given.weights[kept])
             if num_items is not None and self.args.normalization == "token":
                 num_items = num_items * self.args.top_entropy_quantile
+        if scores_served is not None:
+            found = agreement_weights(scores_served, rows.cu_seqlens, **self.agreement_settings)
+            given = GivenWeights(found.weights, found.disagreement, rows.num_sequences)
         with self.profile.phase("head and loss"), gathered_head(student):
             head, teacher_head, parts = self.pair(student, own_head, Views(teacher, auxiliary, negative, hidden))
             inputs = LossInputs(
@@ -160,12 +181,38 @@ class LossStep:
                 # Views that are read for the mixture alone are not scored.
                 auxiliary_hidden=auxiliary if scores_all else (),
                 negative_hidden=negative if self.args.uses_contrastive else None,
-                token_weights=None if given is None else given.weights,
+                token_weights=_product(None if given is None else given.weights, importance),
                 num_items=None if num_items is None else num_items.to(hidden.device),
                 weight_total=self._weight_total(batch, hidden.device),
             )
             loss = self.functions.unisd_loss(**inputs.arguments(), **self._loss_settings(batch))
-        return StepResult(batch, inputs, loss, given, tuple(parts))
+        return StepResult(batch, inputs, loss, given, tuple(parts), importance)
+
+    @torch.no_grad()
+    def _importance(
+        self, student: Any, batch: dict[str, Any], states: torch.Tensor, rows: CompletionRows
+    ) -> torch.Tensor:
+        """Importance weights [N] of the counted tokens, from the student's states [B, T, H] of its training pass."""
+        mask = batch["completion_mask"]
+        if has_dropout(student):  # what was sampled knows of none
+            with evaluating(student):
+                states = padded_view(self.hidden_states, student, batch, ("prompt", None))
+        sampled = CompletionRows.of(mask, batch["completion_ids"]).to(rows.ids.device)
+        hidden = sampled.take(states)
+        with gathered_head(student):
+            found = self.functions.linear_logprobs(
+                hidden,
+                fitted_head(model_head(student).detach(), hidden),
+                sampled.ids,
+                temperature=self.args.temperature,
+                impl=self.args.impl,
+                workspace_bytes=self.args.workspace_bytes,
+            ).logprobs
+        placed = sampled.put(found.unsqueeze(1), mask.shape).squeeze(-1)
+        cap = self.args.vllm_importance_sampling_clip_max
+        sampler, mask = batch[SAMPLER_LOGPROBS].to(placed.device), mask.to(placed.device)
+        weights = prefix_weights(placed, sampler, mask, cap)
+        return weights.flatten().index_select(0, rows.positions)
 
     def views_of(self, batch: dict[str, Any], *, negative: bool, auxiliary: bool, teacher: bool = True) -> list[View]:
         """The views to read of a batch; not the teacher's where it was read with the window."""
@@ -278,14 +325,44 @@ class LossStep:
         version: Hashable,
     ) -> tuple[torch.Tensor, CompletionRows]:
         """Scores of the chosen sequences of a batch, whose counted tokens are `mask` [B, T]."""
+        is_local = self.served is None
+        source = self._local(student, scorer, own_head, version) if self.served is None else self.served
         return selected_scores(
             batch,
             mask,
-            lambda chosen, of_chosen: self.views(scorer, chosen, of_chosen, self.auxiliary, version),
-            lambda hidden, ids: self.score(student, own_head, hidden, ids).logprobs,
+            lambda chosen, of_chosen: source.begin(chosen, of_chosen, self.auxiliary)(),
             num_views=len(self.auxiliary),
-            dtype=statistics_dtype(model_head(student).weight.dtype),
-            always_run=self.is_sharded,
+            dtype=statistics_dtype(model_head(student).weight.dtype) if is_local else torch.float32,
+            always_run=self.is_sharded and is_local,
+        )
+
+    def begin_served(self, batch: dict[str, Any], rows: CompletionRows) -> Callable[[], torch.Tensor] | None:
+        """If a server scores the auxiliary contexts, what waits for its scores [K, N]; it works while the passes here
+        are made."""
+        return None if self.served is None else self.served.begin(batch, rows, self.auxiliary)
+
+    def _compare(
+        self,
+        student: Any,
+        scorer: Any,
+        own_head: LMHead | None,
+        batch: dict[str, Any],
+        rows: CompletionRows,
+        version: Hashable,
+    ) -> None:
+        """Verify once, before anything is learned from it, that the server scores as the teacher here does."""
+        if self.served is None or self.served.is_compared:
+            return
+        # By every process, whatever its rows: with sharded weights a pass is a collective.
+        one = self.auxiliary[:1]
+        local = self._local(student, scorer, own_head, version).begin(batch, rows, one)
+        self.served.compare(local(), self.served.begin(batch, rows, one)())
+
+    def _local(self, student: Any, scorer: Any, own_head: LMHead | None, version: Hashable) -> LocalScorer:
+        """What scores views here; inside `Teacher.scoring`."""
+        return LocalScorer(
+            lambda batch, rows, views: self.views(scorer, batch, rows, views, version),
+            lambda hidden, ids: self.score(student, own_head, hidden, ids).logprobs,
         )
 
     def score(
@@ -298,3 +375,7 @@ class LossStep:
             return self.functions.linear_logprobs(
                 hidden, head, ids, impl=self.args.impl, workspace_bytes=self.args.workspace_bytes, **options
             )
+
+
+def _product(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    return one * other if one is not None and other is not None else one if other is None else other

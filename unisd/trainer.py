@@ -21,12 +21,13 @@ from unisd.config import UniSDConfig, config_for
 from unisd.contexts import CONTEXT_COLUMNS, ContextSpec, collect_views, tokenize_views
 from unisd.drift import DriftProbe
 from unisd.drift.schedule import DriftSchedule, make_drift_probe
-from unisd.generation import own_distribution
+from unisd.generation.colocated import ready_vllm
 from unisd.generation.empty import EmptyCompletions
-from unisd.generation.greedy import greedy_rollouts
-from unisd.generation.merged import merged_adapters, merges_rollouts
+from unisd.generation.merged import merges_rollouts
+from unisd.generation.rollouts import rollout_sampling
 from unisd.guards import check_columns, check_end_token, check_no_teacher_model, check_sharding, check_trainable
 from unisd.head import check_head, check_mixture
+from unisd.importance import SamplerLogprobs
 from unisd.liger import use_liger
 from unisd.masks import mask_rollout
 from unisd.metrics import LossMetrics
@@ -43,7 +44,7 @@ from unisd.step import LossStep
 from unisd.teachers import Teacher, TeacherUpdates, teacher_of_run
 from unisd.text_tokenizer import tokenizer_for
 from unisd.turns import Prompt
-from unisd.views import view_scorer
+from unisd.views import served_scorer, view_scorer
 from unisd.window import check_parallelism, read_window
 
 if TYPE_CHECKING:
@@ -116,10 +117,12 @@ class UniSDTrainer(DistributedTrainer, DistillationTrainer):
         self.recorded_settings = resolved_settings(args)
         self._contexts = ContextSpec.of_run(args)
         self._empty = EmptyCompletions()
+        self._sampler = SamplerLogprobs()
         self._given: list[list[int]] = []
         self._profile: StepProfile | NoProfile = NoProfile()
         check_columns(self._contexts, train_dataset, eval_dataset)
         check_end_token(processing_class)
+        ready_vllm(args)
         super().__init__(
             model=model,
             teacher_model=None,
@@ -162,6 +165,7 @@ class UniSDTrainer(DistributedTrainer, DistillationTrainer):
                 pads=self.pad_to_multiple_of is not None,
                 takes_positions=self._takes_position_ids,
             ),
+            served_scorer(args),
             num_processes=self.accelerator.num_processes,
             is_sharded=self._is_sharded,
             fixed_shapes=self.pad_to_multiple_of is not None,
@@ -233,6 +237,7 @@ class UniSDTrainer(DistributedTrainer, DistillationTrainer):
         with self._profile.phase("rollout"):
             output = super()._generate_and_score_completions(inputs)
         output.update({name: tensor.to(self.accelerator.device) for name, tensor in contexts.items()})
+        self._sampler.put(output)
         self._empty.take_out(output, self.accelerator)
         mask_rollout(self, output)
         if self.step.is_selective or self.args.uses_global_statistics:
@@ -243,14 +248,7 @@ class UniSDTrainer(DistributedTrainer, DistillationTrainer):
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
         if self.args.is_supervised:
             return self._empty.filled(self._given, self._tokenizer.pad_token_id)
-        # The loss scores samples of the model's own distribution (under the settings of the run), so nothing of its
-        # generation config may bend them. Evaluations are greedy, so that two of them can be compared.
-        student = self.accelerator.unwrap_model(self.model)
-        with (
-            own_distribution(student),
-            greedy_rollouts(self, self._mode == "eval"),
-            merged_adapters(student, self._merges),
-        ):
+        with rollout_sampling(self):
             completion_ids = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         return self._empty.filled(completion_ids, self._tokenizer.pad_token_id)
 

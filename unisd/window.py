@@ -157,18 +157,22 @@ def _read_batch(student: Any, step: LossStep, batch: dict[str, Any], window: dic
     args, clips, mixture = step.args, step.args.clip_quantile > 0, step.args.teacher_mixture
     mask = counted_mask(batch)
     rows = CompletionRows.of(mask, batch["completion_ids"]).to(head_device(student))
+    scores_all = args.uses_agreement and not step.is_selective
+    served = step.begin_served(batch, rows) if scores_all else None
     version = step.teacher.version(student)
     with step.profile.phase("other views"), step.teacher.scoring(student) as scorer:
         own_head = step.teacher.head(student)
-        scores_all = args.uses_agreement and not step.is_selective
         views = step.views_of(
             batch,
             teacher=clips,
             negative=clips and mixture == "contrastive",
-            auxiliary=scores_all or (clips and mixture == "consensus"),
+            auxiliary=(scores_all and served is None) or (clips and mixture == "consensus"),
         )
         hidden_of = dict(zip(views, step.views(scorer, batch, rows, views, version), strict=True))
-        if scores_all:
+        if served is not None:
+            read.scores.append(served())
+            read.lengths.append(rows.cu_seqlens.diff())
+        elif scores_all:
             hidden = [hidden_of[view] for view in step.auxiliary]
             read.scores.append(torch.stack([step.score(student, own_head, each, rows.ids).logprobs for each in hidden]))
             read.lengths.append(rows.cu_seqlens.diff())

@@ -67,6 +67,8 @@ VALUES = {
     "teacher_mixture": "pmi",
     "teacher_template": "{demonstration} {prompt} {study}",
     "view_passes": "packed",
+    "view_scorer": "server",
+    "view_scorer_url": "http://somewhere:1",
     "weight_normalization": "count",
 }
 # Flags that a setting is refused without.
@@ -83,18 +85,22 @@ WITH = {
     "load_best_model_at_end": ["--eval_strategy", "steps", "--eval_split", "test", "--eval_steps", "500"],
     "run_name": ["--report_to", "tensorboard"],
     "teacher": ["--ema", "none"],
+    "view_scorer": ["--view_scorer_url", "http://somewhere:1", "--teacher", "base", "--ema", "none"],
 }
+WITH["vllm_importance_sampling_clip_max"] = ["--use_vllm", "--vllm_importance_sampling_correction"]
+WITH["view_scorer_url"] = ["--view_scorer", "server", *WITH["view_scorer"][2:]]
 _BY_PREFIX = {
     ("bnb_", "use_bnb"): ["--load_in_4bit"],
     ("trackio", "project"): ["--report_to", "trackio"],
     ("hub_",): ["--push_to_hub"],
     ("vllm_",): ["--use_vllm", "--vllm_mode", "server"],
+    ("view_scorer_",): [*WITH["view_scorer_url"], *WITH["view_scorer"][:2]],
     ("num_completions", "log_unique"): ["--log_completions"],
     ("dataloader_",): ["--dataloader_num_workers", "2"],
 }
 WITH |= {name: ["--dataset", "someone/rows"] for name in RAW_ROWS}
 for prefixes, switch in _BY_PREFIX.items():
-    WITH |= {name: switch for name in FIELDS if name.startswith(prefixes) and name != switch[0].strip("-")}
+    WITH |= {name: switch for name in FIELDS if name.startswith(prefixes) and name not in {switch[0][2:], *WITH}}
 # Settings that cannot be walked through a parse on this machine, with the reason; each is transformers' own and reaches
 # its `Trainer`, which is all that is promised.
 ELSEWHERE = {

@@ -140,9 +140,7 @@ def server():
 
 
 def test_a_server_is_asked_again_after_a_failure_that_may_pass(server, monkeypatch):
-    from unisd.generation import server as module
-
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("unisd.server._FIRST_WAIT", 0.01)
     generator = make_generator(server.url, "")
     requests = [Request("a", 1), Request([{"role": "user", "content": "b"}], 2)]
     assert replies(generator, requests, Sampling(0.7, 32)) == ["a 1 tiny 32", "b 2 tiny 32"]
@@ -155,8 +153,6 @@ def test_a_server_is_asked_again_after_a_failure_that_may_pass(server, monkeypat
 
 
 def test_a_server_that_is_not_there_is_named(monkeypatch):
-    from unisd.generation import server as module
-
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("unisd.server._AT_FIRST", 0.05)
     with pytest.raises(ValueError, match=r"does not answer .* is the server up"):
         make_generator("http://127.0.0.1:9", "")

@@ -2,67 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
 
 import pytest
 
+from tests import fake_server
 from unisd.generation import Request, Sampling, make_generator
 from unisd.generation.server import ServerGenerator
+from unisd.server import Server
 
 SAMPLING = Sampling(temperature=0.3, max_new_tokens=5, top_p=0.9)
 
 
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        self.answer(200, {"data": [{"id": name} for name in self.server.models]})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server = self.server
-        with server.lock:
-            server.bodies.append((self.path, self.headers.get("Authorization"), body))
-            failure = server.failures.pop() if server.failures else None
-        if failure == "hang up":
-            return
-        if failure == "cut":
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b'{"choices":')
-        elif failure is not None:
-            self.answer(*failure)
-        else:
-            content = f"{body['messages'][-1]['content']} with {body['seed']}"
-            self.answer(200, {"choices": [{"message": {"content": content}}]})
-
-    def answer(self, status, value):
-        text = value.encode() if isinstance(value, str) else json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-
 @pytest.fixture
-def server(monkeypatch) -> Iterator[ThreadingHTTPServer]:
-    monkeypatch.setattr("unisd.generation.server.time.sleep", lambda seconds: None)
+def server(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("no_proxy", "*")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.bodies, server.failures, server.models, server.lock = [], [], ["tiny"], threading.Lock()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    monkeypatch.setattr("unisd.server._FIRST_WAIT", 0.01)
+    with fake_server.running() as server:
+        yield server
 
 
 def test_requests_and_replies(server, monkeypatch):
@@ -80,10 +40,19 @@ def test_requests_and_replies(server, monkeypatch):
 
 
 @pytest.mark.parametrize("failure", [(503, "busy"), (429, "slowly"), "hang up", "cut"])
-def test_what_may_pass_is_tried_again(server, failure):
-    server.failures = [failure] * 2
+def test_what_may_pass_is_tried_again_and_said_once(server, failure, caplog):
+    server.failures = [failure] * 3
     assert dict(ServerGenerator(server.url, "m").replies([Request("p", 1)], SAMPLING)) == {0: "p with 1"}
-    assert len(server.bodies) == 3
+    assert len(server.bodies) == 4
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+    assert "trying again for 600 s" in caplog.messages[0]
+    assert "answers again" in caplog.messages[1]
+
+
+def test_silence_counts_as_a_failure(server):
+    server.failures = ["silence"]
+    generator = ServerGenerator(server.url, "m", timeout=0.2)
+    assert dict(generator.replies([Request("p", 1)], SAMPLING)) == {0: "p with 1"}
 
 
 @pytest.mark.parametrize(
@@ -99,3 +68,35 @@ def test_what_does_not_pass_is_said_at_once(server, failure, said):
     with pytest.raises(ValueError, match=said):
         list(ServerGenerator(server.url, "m").replies([Request("p", 1)], SAMPLING))
     assert len(server.bodies) == 1
+
+
+def test_patience_ends(server):
+    server.failures = [(503, "loading")] * 1000
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"answered 503 Service Unavailable: loading, tried for 0 s: is the server up"):
+        list(ServerGenerator(server.url, "m", patience=0.1).replies([Request("p", n) for n in range(40)], SAMPLING))
+    assert time.monotonic() - started < 3.0  # the requests that had not been sent are not tried one after another
+
+
+def test_a_restart_in_the_middle_loses_nothing(server, caplog):
+    """The server goes down with requests under way and comes back: every reply arrives, and is the right one."""
+    generator = ServerGenerator(server.url, concurrency=4)
+    requests = [Request(f"p{number}", number) for number in range(30)]
+    found = {}
+    for number, (place, reply) in enumerate(generator.replies(requests, SAMPLING)):
+        found[place] = reply
+        if number == 9:
+            server.stop()
+            threading.Timer(1.0, server.start).start()
+    assert found == {number: f"p{number} with {number}" for number in range(30)}
+    assert sum("trying again" in message for message in caplog.messages) >= 1
+    assert "answers again" in caplog.messages[-1]
+
+
+def test_what_is_no_choice_of_models_is_told(server):
+    server.models = ["a", "b"]
+    with pytest.raises(ValueError, match=r"serves 2 models \(a, b\); name one as --model"):
+        make_generator(server.url, "")
+    server.cards = ["nothing"]
+    with pytest.raises(ValueError, match="without models"):
+        Server(server.url)

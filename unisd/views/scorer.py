@@ -91,7 +91,7 @@ class ViewScorer:
     def _packed(
         self, model: Any, batch: dict[str, Any], rows: CompletionRows, views: Sequence[View], version: Hashable
     ) -> list[torch.Tensor]:
-        contexts, completions = _contexts(batch, views), _unpadded(batch["completion_ids"], batch["completion_mask"])
+        contexts, completions = view_contexts(batch, views), unpadded(batch["completion_ids"], batch["completion_mask"])
         size, share = len(completions), self.passes == "prefix"
         # The state after the last token predicts nothing; an empty completion needs no pass.
         items = [context + completions[place % size][:-1] for place, context in enumerate(contexts)]
@@ -178,12 +178,13 @@ def _columns(batch: dict[str, Any], view: View) -> tuple[torch.Tensor, torch.Ten
     return (ids, mask) if k is None else (ids[:, k], mask[:, k])
 
 
-def _contexts(batch: dict[str, Any], views: Sequence[View]) -> list[Ids]:
+def view_contexts(batch: dict[str, Any], views: Sequence[View]) -> list[Ids]:
     """The contexts of all rows under the first view, then under the second, ..."""
-    return [ids for view in views for ids in _unpadded(*_columns(batch, view))]
+    return [ids for view in views for ids in unpadded(*_columns(batch, view))]
 
 
-def _unpadded(ids: torch.Tensor, mask: torch.Tensor) -> list[Ids]:
+def unpadded(ids: torch.Tensor, mask: torch.Tensor) -> list[Ids]:
+    """The rows of ids [B, L] without padding."""
     pairs = zip(ids.tolist(), mask.tolist(), strict=True)
     return [tuple(token for token, used in zip(row, kept, strict=True) if used) for row, kept in pairs]
 
