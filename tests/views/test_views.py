@@ -99,14 +99,19 @@ def pooled_rows():
 @pytest.mark.parametrize(
     ("make", "passes", "fraction"),
     [
-        (tiny_run.llama, "packed", 1.0),
         (tiny_run.llama, "prefix", 0.5),
-        (gemma, "packed", 0.5),
-        (gemma, "prefix", 1.0),
-        pytest.param(tiny_run.llama, "packed", 0.5, marks=pytest.mark.exhaustive),
-        pytest.param(tiny_run.llama, "prefix", 1.0, marks=pytest.mark.exhaustive),
-        pytest.param(gemma, "packed", 1.0, marks=pytest.mark.exhaustive),
-        pytest.param(gemma, "prefix", 0.5, marks=pytest.mark.exhaustive),
+        (gemma, "packed", 1.0),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [
+                (tiny_run.llama, "packed", 1.0),
+                (tiny_run.llama, "packed", 0.5),
+                (tiny_run.llama, "prefix", 1.0),
+                (gemma, "packed", 0.5),
+                (gemma, "prefix", 1.0),
+                (gemma, "prefix", 0.5),
+            ]
+        ),
     ],
 )
 def test_training_with_packed_passes_takes_the_padded_steps(tmp_path, make, passes, fraction):
