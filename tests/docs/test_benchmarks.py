@@ -23,15 +23,16 @@ def test_a_figure_that_differs_is_noticed(tmp_path, monkeypatch, capsys):
     """By one digit of one ratio, in the page and in README.md."""
     results = tmp_path / "results"
     shutil.copytree(pages.RESULTS, results)
-    file = next(path for folder in machine_page.folders(results) if (path := folder / "float32.json").exists())
-    result = json.loads(file.read_text())
-    (row,) = (
-        row
-        for row in result["rows"]
-        if (row["case"], row["divergence"], row["peer"]) == ("unisd_star_cpu", "forward KL", "unisd_kernels")
-    )
-    row["ratio_to_floor"] += 0.01
-    file.write_text(json.dumps(result))
+    # Of every machine: the picture shows the one measured last.
+    for file in [path for folder in machine_page.folders(results) if (path := folder / "float32.json").exists()]:
+        result = json.loads(file.read_text())
+        (row,) = (
+            row
+            for row in result["rows"]
+            if (row["case"], row["divergence"], row["peer"]) == ("unisd_star_cpu", "forward KL", "unisd_kernels")
+        )
+        row["ratio_to_floor"] += 0.01
+        file.write_text(json.dumps(result))
     monkeypatch.setattr(pages, "RESULTS", results)
     assert pages.main(["--check"]) == 1
     said = capsys.readouterr().out
