@@ -73,9 +73,7 @@ def test_what_does_not_pass_is_said_at_once(server, failure, said):
 def test_patience_ends(server):
     server.failures = [(503, "loading")] * 1000
     started = time.monotonic()
-    with pytest.raises(
-        ValueError, match=r"answered 503 Service Unavailable: loading, tried for \d+ s: is the"
-    ):
+    with pytest.raises(ValueError, match=r"answered 503 Service Unavailable: loading, tried for \d+ s: is the"):
         list(ServerGenerator(server.url, "m", patience=0.1).replies([Request("p", n) for n in range(200)], SAMPLING))
     assert time.monotonic() - started < 10.0  # the requests that had not been sent are not tried one after another
 
