@@ -126,9 +126,9 @@ class LossStep:
         rows = CompletionRows.of(mask, batch["completion_ids"]).to(head_device(student))
         if self.args.is_supervised:
             return self._supervised(student, batch, rows, num_items_in_batch)
-        given = None
+        mask, given = mask.to(rows.ids.device), None
         if AGREEMENT_WEIGHTS in batch:
-            given = weights_of_window(batch, rows, mask.to(rows.ids.device), str(self.args.agreement))
+            given = weights_of_window(batch, rows, mask, str(self.args.agreement))
         scores_all = self.args.uses_agreement and not self.is_selective and given is None
         served = self.begin_served(batch, rows) if scores_all else None
         version = self.teacher.version(student)
@@ -142,8 +142,8 @@ class LossStep:
             hidden_of = dict(zip(views, self.views(scorer, batch, rows, views, version), strict=True))
             self._compare(student, scorer, own_head, batch, rows, version)
             if self.is_selective and given is None:
-                scores = self.selected_scores(student, scorer, own_head, batch, mask.to(rows.ids.device), version)
-                given = selective_weights(batch, rows, mask.to(rows.ids.device), *scores, **self.agreement_settings)
+                scores = self.selected_scores(student, scorer, own_head, batch, mask, version)
+                given = selective_weights(batch, rows, mask, *scores, **self.agreement_settings)
         read = self.read_views(batch, rows, hidden_of)
         teacher, auxiliary, negative = read.teacher, read.auxiliary, read.negative
         with self.profile.phase("student"):
@@ -378,4 +378,6 @@ class LossStep:
 
 
 def _product(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
-    return one * other if one is not None and other is not None else one if other is None else other
+    if one is None or other is None:
+        return other if one is None else one
+    return one * other

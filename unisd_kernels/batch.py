@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
+from unisd_kernels.collectives import gathered
 from unisd_kernels.packing import sequence_lengths
 
 
@@ -58,26 +59,26 @@ class Batch:
         device = cu_seqlens.device
         counts_here = True
         if sequence_group is not None:
-            found = _gathered(torch.tensor([num_sequences], device=device), sequence_group).flatten().tolist()
+            found = gathered(torch.tensor([num_sequences], device=device), sequence_group).flatten().tolist()
             if len(set(found)) > 1:
                 raise ValueError(
                     f"the ranks of sequence_group have {found} sequences, and they must hold rows of the same ones: "
                     "cu_seqlens has an entry for each on every rank, also where a rank has no row of it"
                 )
-            lengths = _gathered(lengths, sequence_group).sum(0)
+            lengths = gathered(lengths, sequence_group).sum(0)
             counts_here = distributed.get_rank(sequence_group) == 0  # a sequence counts once
         message = [num_rows, num_sequences if counts_here else 0, zlib.crc32(repr(call).encode())]
-        gathered = _gathered(torch.tensor(message, device=device), row_group).tolist()
-        others = [rank for rank, (_, _, other) in enumerate(gathered) if other != gathered[0][2]]
+        told = gathered(torch.tensor(message, device=device), row_group).tolist()
+        others = [rank for rank, (_, _, other) in enumerate(told) if other != told[0][2]]
         if others:
             raise ValueError(
                 f"rank {others[0]} of row_group was called otherwise than rank 0; settings, dtypes and the number of "
                 f"views must be the same on all ranks. Here: {call}"
             )
-        row_counts = tuple(rows for rows, _, _ in gathered)
+        row_counts = tuple(rows for rows, _, _ in told)
         return cls(
             sum(row_counts),
-            sum(sequences for _, sequences, _ in gathered),
+            sum(sequences for _, sequences, _ in told),
             lengths,
             row_counts,
             row_group,
@@ -90,7 +91,7 @@ class Batch:
             return values
         padded = values.new_zeros(max(self.row_counts))
         padded[: values.numel()] = values.detach()
-        ranks = _gathered(padded, self.row_group)
+        ranks = gathered(padded, self.row_group)
         return torch.cat([rank[:count] for rank, count in zip(ranks, self.row_counts, strict=True)])
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
@@ -98,13 +99,13 @@ class Batch:
         if self.row_group is None:
             return values.sum()
         wide = values.detach().to(torch.float64).sum()
-        return _gathered(wide.reshape(1), self.row_group).sum().to(values.dtype)
+        return gathered(wide.reshape(1), self.row_group).sum().to(values.dtype)
 
     def over_sequences(self, sums: torch.Tensor) -> torch.Tensor:
         """[..., B] sums over whole sequences from those over this rank's rows of them. One message of their size."""
         if self.sequence_group is None:
             return sums
-        return _gathered(sums.detach().to(torch.float64), self.sequence_group).sum(0).to(sums.dtype)
+        return gathered(sums.detach().to(torch.float64), self.sequence_group).sum(0).to(sums.dtype)
 
 
 def check_groups(row_group: object, sequence_group: object) -> None:
@@ -119,11 +120,3 @@ def check_groups(row_group: object, sequence_group: object) -> None:
                 f"{name} must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}; a mesh gives "
                 "one by DeviceMesh.get_group"
             )
-
-
-def _gathered(values: torch.Tensor, group: distributed.ProcessGroup) -> torch.Tensor:
-    """[R, ...] of all ranks, from values of one shape on each."""
-    values = values.contiguous()
-    out = values.new_empty(distributed.get_world_size(group), *values.shape)
-    distributed.all_gather(list(out.unbind()), values, group=group)
-    return out

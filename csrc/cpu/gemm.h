@@ -48,6 +48,8 @@ struct Singles {
   static constexpr int64_t inner = 128;
   // Steps of the gradient's product for which a panel of the weight is packed at a time.
   static constexpr int64_t gradient_block = 96;
+  // Numbers from one row of its copy of the gradient to the next.
+  static constexpr int64_t copy_stride = gradient_block + 16;
   static Vec broadcast(const float* p) { return Vec::set(*p); }
   static Vec add_product(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 };
@@ -64,6 +66,7 @@ struct Pairs {
   static constexpr int vectors = kVectors;
   static constexpr int64_t inner = 128, gradient_block = 96;
 #endif
+  static constexpr int64_t copy_stride = elements * gradient_block;
   static constexpr int panel = vectors * Vec::width;
   static Vec broadcast(const uint16_t* p) {
     int32_t pair;

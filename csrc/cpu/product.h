@@ -166,12 +166,11 @@ inline void pack_panel(Singles, Matrix weight, int64_t first_row, int64_t count,
 // of a register tile fall into the same few sets of the first-level cache.
 inline Broadcast<Singles> gradient_block(Singles, const float* gradient, int64_t stride, int64_t rows, int64_t count,
                                          Buffer* buffer) {
-  constexpr int64_t copy_stride = Singles::gradient_block + 16;
+  constexpr int64_t copy_stride = Singles::copy_stride;
   for (int64_t n = 0; n < rows; ++n)
     std::memcpy(buffer->data() + n * copy_stride, gradient + n * stride, static_cast<size_t>(count) * sizeof(float));
   return {buffer->data(), copy_stride};
 }
-inline int64_t gradient_block_size(Singles, int64_t rows) { return rows * (Singles::gradient_block + 16); }
 // A vector of numbers, at a position in a copy of what is broadcast.
 inline void put_down(Singles, Vec x, float* copy, int64_t position) { x.store(copy + position); }
 
@@ -203,7 +202,7 @@ inline void put_down(Pairs, Vec x, float* copy, int64_t position) {
 // A block of the gradient as it is broadcast: a copy [rows, count], rounded to the weight's 16 bits.
 inline Broadcast<Pairs> gradient_block(Pairs, const float* gradient, int64_t stride, int64_t rows, int64_t count,
                                        Buffer* buffer) {
-  constexpr int64_t copy_stride = 2 * Pairs::gradient_block;
+  constexpr int64_t copy_stride = Pairs::copy_stride;
   for (int64_t n = 0; n < rows; ++n) {
     for (int64_t i = 0; i < count; i += Vec::width) {
       const int lanes = static_cast<int>(at_most(Vec::width, count - i));
@@ -212,7 +211,6 @@ inline Broadcast<Pairs> gradient_block(Pairs, const float* gradient, int64_t str
   }
   return {reinterpret_cast<const uint16_t*>(buffer->data()), copy_stride};
 }
-inline int64_t gradient_block_size(Pairs, int64_t rows) { return rows * Pairs::gradient_block; }
 #endif
 
 // Cache lines of some rows, fetched one at a time in their order.
@@ -250,7 +248,7 @@ inline void backward_of(const float* gradient, int64_t gradient_stride, int64_t 
   const bool in_place = padded == width;  // else the last vector of a row would write past the columns
   constexpr int64_t block = Operand::gradient_block * Operand::elements;
   Buffer packed(Operand::gradient_block * Operand::panel), sums(in_place ? 0 : rows * padded);
-  Buffer narrow(gradient_block_size(Operand(), rows));
+  Buffer copy(rows * Operand::copy_stride / Operand::elements);
   float* total = in_place ? out + begin : sums.data();
   const int64_t total_stride = in_place ? out_stride : padded;
   const int64_t row_bytes = bytes_of(weight.storage);
@@ -268,7 +266,7 @@ inline void backward_of(const float* gradient, int64_t gradient_stride, int64_t 
       for (int64_t i = 0; i < lines && (weight_lines.fetch() || gradient_lines.fetch()); ++i) {
       }
     };
-    const auto g = gradient_block(Operand(), gradient + v, gradient_stride, rows, count, &narrow);
+    const auto g = gradient_block(Operand(), gradient + v, gradient_stride, rows, count, &copy);
     const int64_t steps = (count + Operand::elements - 1) / Operand::elements;
     for (int64_t h = 0; h < padded; h += Operand::panel) {
       const int vectors = vectors_for<Operand>(padded - h);

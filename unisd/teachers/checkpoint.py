@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,20 @@ class SavedAverage:
         entries: dict[str, Any] = sharded_checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
         tensors = {name: (entry.properties.dtype, tuple(entry.size)) for name, entry in entries.items()}
         return cls(path, Average(**json.loads((path / _ABOUT).read_text())), tensors)
+
+    def each(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors by name, whole, one at a time: the average of a large model is twice its size."""
+        from safetensors import safe_open
+
+        if self.path.is_dir():
+            for name, (dtype, shape) in sorted(self.tensors.items()):
+                tensor = torch.empty(shape, dtype=dtype)
+                self.read_into({name: tensor})
+                yield name, tensor
+            return
+        with safe_open(self.path, framework="pt") as reader:
+            for name in sorted(self.tensors):
+                yield name, reader.get_tensor(name)
 
     @torch.no_grad()
     def read_into(self, tensors: dict[str, torch.Tensor]) -> None:

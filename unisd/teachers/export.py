@@ -64,10 +64,7 @@ def put_average(model: Any, folder: str | os.PathLike[str]) -> Any:
     known = names & parameters.keys() if average.mode == "full" else {*deltas, *(names & parameters.keys())}
     missing = parameters.keys() - names if average.mode == "adapter" else deltas.keys() - names
     _check_names([*(names - known), *missing], folder)
-    for name, (dtype, shape) in sorted(saved.tensors.items()):
-        # One tensor at a time: the average of a large model is twice its size.
-        tensor = torch.empty(shape, dtype=dtype)
-        saved.read_into({name: tensor})
+    for name, tensor in saved.each():
         if name in deltas:
             weight = deltas[name].get_base_layer().weight
             _check_shape(name, tensor, weight)

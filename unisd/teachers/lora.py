@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from unisd.modules import head_is_trained, is_peft
+from unisd.modules import is_peft
 from unisd.sharding import reshard
 from unisd.teachers.base import EMATeacher, move, named_parameters, trained_parameters, wide
 from unisd.teachers.swap import SwappedEMATeacher, swapped, swapped_head
@@ -80,7 +80,7 @@ class MergedEMATeacher(EMATeacher):
             yield model
 
     def head(self, model: nn.Module) -> LMHead | None:
-        return swapped_head(model) if head_is_trained(model) else None
+        return swapped_head(model)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {**{f"{name}.delta": delta for name, delta in self._deltas.items()}, **self._others}

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from unisd.modules import head_is_trained
 from unisd.sharding import copy_of, reshard
 from unisd.teachers.base import Teacher, marks, trained_parameters
 from unisd.teachers.full import refuse_peft
@@ -54,4 +53,4 @@ class ShardedBaseTeacher(Teacher):
             yield model
 
     def head(self, model: nn.Module) -> LMHead | None:
-        return swapped_head(model) if head_is_trained(model) else None
+        return swapped_head(model)

@@ -56,8 +56,11 @@ def _swapped_shards(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Ite
         gather_root(model)
 
 
-def swapped_head(model: nn.Module) -> LMHead:
-    """The head under the weights that are in place now, frozen; it keeps them when the student's are back."""
+def swapped_head(model: nn.Module) -> LMHead | None:
+    """The head under the weights that are in place now, frozen; it keeps them when the student's are back. None where
+    it is the student's own, which is not trained."""
+    if not head_is_trained(model):
+        return None
     with gathered_head(model):
         head = model_head(model).detach()
         if not is_sharded(model):
@@ -88,7 +91,7 @@ class SwappedEMATeacher(EMATeacher):
             yield model
 
     def head(self, model: nn.Module) -> LMHead | None:
-        return swapped_head(model) if head_is_trained(model) else None
+        return swapped_head(model)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self._averages

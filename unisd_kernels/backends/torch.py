@@ -232,21 +232,10 @@ class TorchBackend:
         beta: float,
         want_entropy: bool,
         with_gradient: bool,
+        whole: WholeRows | None = None,
     ) -> tuple[DivergenceRows, SavedDivergence]:
-        return self._divergence(logits, student_transform, teacher_transform, target_ids, beta, want_entropy, None)
-
-    def _divergence(
-        self,
-        logits: LogitPair,
-        student_transform: LogitTransform,
-        teacher_transform: LogitTransform,
-        target_ids: torch.Tensor | None,
-        beta: float,
-        want_entropy: bool,
-        whole: WholeRows | None,
-    ) -> tuple[DivergenceRows, SavedDivergence]:
-        """See `divergence_of_logits`. `whole`: the columns are a slice of this vocabulary; then the divergence is the
-        sum over the slice, and the gradient the slice's part of the whole divergence's."""
+        """`base.LogitBackend`'s. `whole`: the columns are a slice of this vocabulary; then the divergence is the sum
+        over the slice, and the gradient the slice's part of the whole divergence's."""
         student, teacher, teacher_is_delta = logits
         assert teacher_is_delta is None
         _apply_softcap(student, student_transform)
@@ -329,13 +318,14 @@ class TorchBackend:
         want_entropy: bool,
     ) -> tuple[ShardRows, SavedShard]:
         mixture = 0.0 < beta < 1.0
+        own_beta = 0.0 if mixture else beta
         uncapped = replace(student, softcap=None), replace(teacher, softcap=None)
         parts = []
         for rows, copy in self._copies(logits):
             student_sum = _partition(copy.student, student, want_moment=False)
             teacher_sum = _partition(copy.teacher, teacher, want_moment=False)
             ids = None if target_ids is None else target_ids[rows].clamp(min=0)
-            statistics, _ = self._divergence(copy, *uncapped, ids, 0.0 if mixture else beta, want_entropy, None)
+            statistics, _ = self.divergence_of_logits(copy, *uncapped, ids, own_beta, want_entropy, False)
             divergence = None if mixture else statistics.divergence
             parts.append(
                 ShardRows(student_sum.wide_logsumexp(), teacher_sum.wide_logsumexp(), divergence, *statistics[1:])
@@ -347,7 +337,9 @@ class TorchBackend:
         parts = []
         for rows, copy in self._copies(saved.logits):
             transforms = saved.student, saved.teacher
-            sums, terms = self._divergence(copy, *transforms, None, saved.beta, False, whole.of_rows(rows))
+            sums, terms = self.divergence_of_logits(
+                copy, *transforms, None, saved.beta, False, False, whole.of_rows(rows)
+            )
             assert terms.student_kl is not None
             parts.append(torch.stack([sums.divergence, terms.student_kl]))
         return torch.cat(parts, 1)
@@ -362,7 +354,9 @@ class TorchBackend:
     ) -> None:
         for rows in self._row_blocks(saved.logits):
             logits, transforms = saved.logits.of_rows(rows), (saved.student, saved.teacher)
-            _, terms = self._divergence(logits, *transforms, None, saved.beta, False, whole.of_rows(rows))
+            _, terms = self.divergence_of_logits(
+                logits, *transforms, None, saved.beta, False, False, whole.of_rows(rows)
+            )
             of_rows = (None if value is None else value[rows] for value in (target_ids, weight, logprob_weight))
             self.divergence_of_logits_backward(terms, *of_rows)
 

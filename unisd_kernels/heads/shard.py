@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import distributed
+
+from unisd_kernels.collectives import gathered
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,8 +75,6 @@ class VocabShard:
         Raises:
             ValueError: the slices do not tile a vocabulary, or are not of one head.
         """
-        from torch import distributed
-
         own = _Slice(
             start,
             weight.shape[0],
@@ -85,9 +86,7 @@ class VocabShard:
             softcap or 0.0,
         )
         told = torch.tensor(own, dtype=torch.float64, device=weight.device)
-        heard = [torch.empty_like(told) for _ in range(group.size())]
-        distributed.all_gather(heard, told, group=group)
-        slices = [_Slice(*row) for row in torch.stack(heard).tolist()]
+        slices = [_Slice(*row) for row in gathered(told, group).tolist()]
         for field, name in _COMMON.items():
             values = [getattr(each, field) for each in slices]
             if len(set(values)) > 1:
@@ -129,8 +128,6 @@ class VocabShard:
 
     def is_like(self, other: VocabShard | None) -> bool:
         """Whether the other head is in the same slices on the same ranks."""
-        from torch import distributed
-
         if other is None or self.bounds != other.bounds:
             return False
         ranks = (distributed.get_process_group_ranks(shard.group) for shard in (self, other))
@@ -138,8 +135,6 @@ class VocabShard:
 
     def all_reduce(self, values: torch.Tensor, maximum: bool = False) -> None:
         """Sums, or maxima, over the ranks, in place: one message."""
-        from torch import distributed
-
         operation = distributed.ReduceOp.MAX if maximum else distributed.ReduceOp.SUM
         distributed.all_reduce(values, operation, group=self.group)
 
@@ -150,13 +145,10 @@ class VocabShard:
 
     def gather_columns(self, values: torch.Tensor, columns: int) -> torch.Tensor:
         """[rows, columns] of all ranks' [rows, `count_below(columns)`], on every rank."""
-        from torch import distributed
-
         counts = [self.count_below(columns, rank) for rank in range(len(self.bounds))]
         padded = values.new_zeros(values.shape[0], max(counts))
         padded[:, : values.shape[1]] = values
-        parts = [torch.empty_like(padded) for _ in counts]
-        distributed.all_gather(parts, padded, group=self.group)
+        parts = gathered(padded, self.group)
         order = sorted(range(len(counts)), key=lambda rank: self.bounds[rank])
         return torch.cat([parts[rank][:, : counts[rank]] for rank in order], 1)
 
