@@ -373,13 +373,13 @@ inline void pack_pairs(Matrix hidden, int64_t rows, int64_t width, float* packed
 #endif
 
 // Products of a block of weight rows with one panel: c[i][lane], i < rows of the block.
-template <class Operand>
+template <class Operand, class Between>
 inline void block_product(const float* panel, int vectors, int64_t steps, const WeightBlock<Operand>& weight,
-                          int64_t rows, bool first_panel, float* c) {
+                          int64_t rows, bool first_panel, float* c, const Between& between) {
   const int64_t height = vectors * Vec::width;
   for (int64_t k = 0; k < steps; k += Operand::inner) {
     multiply_panel(vectors, panel + k * height, height, weight.rows.from(0, k), rows, at_most(Operand::inner, steps - k),
-                   Sums{c, height, k != 0}, first_panel ? weight.ahead : 0, [] {});
+                   Sums{c, height, k != 0}, first_panel ? weight.ahead : 0, between);
   }
 }
 

@@ -33,7 +33,7 @@ inline void logits_of(PackedRows hidden, Matrix weight, const float* bias, float
     for (int64_t start = 0; start < hidden.rows; start += Operand::panel) {
       const int vectors = vectors_for<Operand>(hidden.rows - start);
       const int64_t height = vectors * Vec::width;
-      block_product(panel, vectors, steps, block, columns, start == 0, product.data());
+      block_product(panel, vectors, steps, block, columns, start == 0, product.data(), [] {});
       panel += height * steps;
       // [columns][rows] to [rows][columns], a square of vectors at a time, all columns of a few rows first.
       for (int64_t lane = 0; lane < height && start + lane < hidden.rows; lane += Vec::width) {
@@ -90,7 +90,7 @@ inline void score_of(PackedRows hidden, Matrix weight, const float* bias, float 
     for (int64_t start = 0; start < hidden.rows; start += Operand::panel) {
       const int vectors = vectors_for<Operand>(hidden.rows - start);
       const int64_t height = vectors * Vec::width;
-      block_product(panel, vectors, steps, block, columns, start == 0, product.data());
+      block_product(panel, vectors, steps, block, columns, start == 0, product.data(), [] {});
       panel += height * steps;
       for (int64_t lane = 0; lane < height; lane += Vec::width) {
         float* column = product.data() + lane;
@@ -280,12 +280,16 @@ inline void backward_of(const float* gradient, int64_t gradient_stride, int64_t 
   }
 }
 
+// Numbers from one column of a transposed gradient to the next: a cache line more than it needs, so that those of a
+// register tile do not fall into the same few sets of the first-level cache.
+inline int64_t transposed_stride(int64_t rows) { return packed_size(rows, 1) + 16; }
+
 // Columns of the gradient [rows, V] as rows of what is broadcast, times `scale`: [count, rows], the rows rounded up to
 // whole steps with zeros.
 template <class Operand>
 inline Broadcast<Operand> transposed_gradient(const float* gradient, int64_t stride, int64_t rows, int64_t count,
                                               float scale, Buffer* buffer) {
-  const int64_t padded = (rows + Vec::width - 1) / Vec::width * Vec::width;
+  const int64_t padded = transposed_stride(rows);
   const Vec factor = Vec::set(scale);
   for (int64_t n = 0; n < rows; n += Vec::width) {
     const int64_t down = at_most(Vec::width, rows - n);
@@ -309,15 +313,28 @@ inline void weight_gradient_of(const float* gradient, int64_t gradient_stride, i
                                int64_t out_stride) {
   [[maybe_unused]] const Unit<Operand> unit{};
   const int64_t steps = (rows + Operand::elements - 1) / Operand::elements;
-  Buffer product(kBlock * Operand::panel), narrow(packed_size(rows, kBlock));
+  Buffer product(kBlock * Operand::panel), narrow(transposed_stride(rows) * kBlock);
+  // What is written for the first time goes to memory past the cache, which spares reading it; in whole lines only.
+  constexpr int64_t line = 16;
+  const bool streamed = Vec::width == line && !accumulate && out_stride % line == 0 &&
+                        reinterpret_cast<uintptr_t>(out) % (line * sizeof(float)) == 0;
+  // The next block of the gradient comes from memory while this one is multiplied, some lines at a time.
+  const int64_t calls = (width + Operand::panel - 1) / Operand::panel * ((kBlock + kBroadcast - 1) / kBroadcast) *
+                        ((steps + kBetween - 1) / kBetween);
   for (int64_t v = begin; v < end; v += kBlock) {
-    const int64_t count = at_most(kBlock, end - v);
+    const int64_t count = at_most(kBlock, end - v), next = at_most(kBlock, end - v - count);
+    LinesAhead ahead(gradient + v + count, gradient_stride * sizeof(float), next == 0 ? 0 : rows, next * sizeof(float));
+    const int64_t lines = (ahead.count() + calls - 1) / calls;
+    const auto fetch = [&]() UNISD_INLINE {
+      for (int64_t i = 0; i < lines && ahead.fetch(); ++i) {
+      }
+    };
     const auto block = transposed_gradient<Operand>(gradient + v, gradient_stride, rows, count, scale, &narrow);
     const float* panel = packed;
     for (int64_t h = 0; h < width; h += Operand::panel) {
       const int vectors = vectors_for<Operand>(width - h);
       const int64_t height = vectors * Vec::width;
-      block_product(panel, vectors, steps, WeightBlock<Operand>{block, 0}, count, false, product.data());
+      block_product(panel, vectors, steps, WeightBlock<Operand>{block, 0}, count, false, product.data(), fetch);
       panel += height * steps;
       const int64_t columns = at_most(height, width - h);
       for (int64_t i = 0; i < count; ++i) {
@@ -327,7 +344,13 @@ inline void weight_gradient_of(const float* gradient, int64_t gradient_stride, i
             columns,
             [&](int64_t j) UNISD_INLINE {
               const Vec sum = Vec::load(sums + j);
-              (accumulate ? Vec::load(target + j) + sum : sum).store(target + j);
+              if (accumulate) {
+                (Vec::load(target + j) + sum).store(target + j);
+              } else if (streamed) {
+                sum.stream(target + j);
+              } else {
+                sum.store(target + j);
+              }
             },
             [&](int64_t j, int lanes) UNISD_INLINE {
               const Vec sum = Vec::load(sums + j);
@@ -336,6 +359,7 @@ inline void weight_gradient_of(const float* gradient, int64_t gradient_stride, i
       }
     }
   }
+  if (streamed) order_streams();
 }
 
 // All panels of the columns of hidden states [rows, width], for weight_gradient_of.

@@ -16,6 +16,8 @@ namespace {
 constexpr int64_t kLogitColumns = 512, kScoreColumns = 2048;
 // Slices of the vocabulary in the backward product, and the step in which the hidden width is cut.
 constexpr int64_t kBackwardSlices = 8, kBackwardColumns = 48;
+// Rows whose sums stay in the second-level cache beside the weight's block; a multiple of every register tile.
+constexpr int64_t kBackwardRows = 192;
 
 struct Operands {
   Floats packed;
@@ -103,8 +105,8 @@ void linear_backward(Tensor gradient, Tensor weight, double scale, Tensor out) {
   const int64_t stride = gradient.stride(0), out_stride = out.stride(0);
   STD_TORCH_CHECK(length > 0 && width > 0, "weight must have at least one row and one column");
   if (rows == 0) return;
-  // The sum over the vocabulary is cut into slices, so that a thread reads whole rows of the weight and its part of the
-  // gradient once. With more threads than slices the hidden width is cut as well, which changes no sum.
+  // The sum over the vocabulary is cut into slices, so that a thread reads its part of the gradient once, and whole rows
+  // of the weight once for so many rows. With more threads than slices the hidden width is cut as well, which changes no sum.
   const int64_t slice = ((length + kBackwardSlices - 1) / kBackwardSlices + 15) / 16 * 16;
   const int64_t slices = (length + slice - 1) / slice;
   const int64_t threads = torch::stable::get_num_threads();
@@ -115,8 +117,11 @@ void linear_backward(Tensor gradient, Tensor weight, double scale, Tensor out) {
   for_each_piece(slices * spans, [&](int64_t i) {
     const int64_t first = i / spans * slice, count = first + slice < length ? slice : length - first;
     const int64_t begin = i % spans * columns, end = begin + columns < width ? begin + columns : width;
-    kernels().backward(data + first, stride, rows, count, rows_from(head, first), begin, end,
-                       partial.get() + i / spans * rows * width, width);
+    for (int64_t row = 0; row < rows; row += kBackwardRows) {
+      kernels().backward(data + row * stride + first, stride, row + kBackwardRows < rows ? kBackwardRows : rows - row,
+                         count, rows_from(head, first), begin, end, partial.get() + (i / spans * rows + row) * width,
+                         width);
+    }
   });
   for_each_piece(rows, [&](int64_t n) {
     kernels().sum_rows(partial.get() + n * width, rows * width, slices, width, static_cast<float>(scale),

@@ -141,6 +141,16 @@ def test_a_frozen_head_costs_no_weight_gradient():
     assert p.student_head.weight.grad is None
 
 
+@pytest.mark.parametrize("keeps_graph", [False, True])
+def test_the_last_backward_makes_no_second_weight_gradient(keeps_graph):
+    """A weight's gradient is scaled where it lies, unless the graph may be asked for it again."""
+    p, made = problem(frozen_head=False), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: made.append(x.data_ptr()) or x, lambda x: x):
+        loss = unisd_loss(**p.arguments(), workspace_bytes=WORKSPACE).loss
+    (gradient,) = torch.autograd.grad(loss * 3.0, [p.student_head.weight], retain_graph=keeps_graph)
+    assert (gradient.data_ptr() in made) == (not keeps_graph)
+
+
 def test_no_gradient_no_backward_product():
     p = problem(frozen_head=True, num_auxiliary=0, negative=False)
     with torch.no_grad():

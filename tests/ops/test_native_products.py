@@ -19,7 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CANARY = -12345.0
 # Just above and below where blocks (64), pieces of work (512, 2048) and vectors (8, 16) end.
 COLUMNS = sorted({n + d for n in (8, 16, 48, 64, 96, 128, 512, 1024, 2048, 4096) for d in (-1, 0, 1)} | {1, 2, 5000})
-ROWS = [0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 47, 48, 49, 95, 96, 97, 144, 145, 150]
+# The last two are more than one group of rows of the backward product (192).
+ROWS = [0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 47, 48, 49, 95, 96, 97, 144, 145, 150, 193, 390]
 WIDTHS = [1, 2, 3, 7, 15, 16, 17, 31, 33, 47, 48, 49, 63, 95, 97, 127, 128, 129, 191, 193, 200]
 
 
@@ -192,6 +193,24 @@ def test_streamed_stores(columns, dtype):
     plain = inside(torch.zeros(rows, columns), 1, 1, 0, CANARY)
     extension.operations().linear_logits(hidden, weight, bias, 1.5, plain)
     assert torch.equal(out, plain)
+
+
+@pytest.mark.parametrize("width", [576, 48, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_weight_gradient(width, dtype):
+    """Rows on cache lines are written past the cache the first time; what lies around them is as it was."""
+    rows, columns = 33, 1300
+    hidden, gradient = torch.randn(rows, width).to(dtype), torch.randn(rows, columns).bfloat16().float()
+    whole = torch.full((columns + 2, (width + 15) // 16 * 16 + 16), CANARY)
+    out = whole[1 : 1 + columns, :width]
+    assert out.data_ptr() % 64 == 0
+    plain = inside(torch.zeros(columns, width), 1, 1, 0, CANARY)
+    for target in (out, plain):
+        extension.operations().linear_weight_gradient(gradient, hidden, 0.5, False, target)
+        assert frame_is_untouched(target, CANARY)
+    assert torch.equal(out, plain)
+    exact, native = (0.5 * torch.mm(gradient.to(d).T, hidden.to(d)) for d in (torch.float64, torch.float32))
+    assert_accurate("weight gradient", out, exact, native)
 
 
 def test_strides_that_skip_rows():

@@ -25,7 +25,7 @@ from unisd_kernels.backends.base import (
     Scores,
     ShardDivergence,
 )
-from unisd_kernels.backends.buffers import TILE_ROWS, most_rows, row_buffer, row_stride
+from unisd_kernels.backends.buffers import TILE_ROWS, advise_huge_pages, most_rows, row_buffer, row_stride
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.shards import Backward, shard_forward, whole_scores
 
@@ -46,10 +46,13 @@ class Gradients(NamedTuple):
         hidden_dtype: torch.dtype,
         weight_dtype: torch.dtype,
         backend: Backend | None = None,
+        in_place: bool = False,
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradients for a backward to return: times a 0-dim scale, in the dtypes of what they are the gradients of.
 
-        `backend`: whose kernel multiplies the large ones; None in a graph that a compiler makes.
+        `backend`: whose kernel multiplies the large ones; None in a graph that a compiler makes. `in_place`: nobody
+        needs these any more, so what has the dtype already is scaled where it lies (a weight's gradient is as large as
+        the weight).
         """
 
         def finish(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -57,6 +60,8 @@ class Gradients(NamedTuple):
                 return None
             if scale is None:
                 return gradient.to(dtype)
+            if in_place and gradient.dtype == dtype:
+                return gradient.mul_(scale)
             if backend is not None and gradient.dim() == 2:
                 return backend.scale_rows(gradient, scale.expand(gradient.shape[0]), dtype)
             # Straight into the narrow dtype: a float32 product of a weight's gradient is large.
@@ -73,7 +78,10 @@ def allocate(needs_grad: NeedsGrad, projection: Projection, written: bool) -> Gr
     def make(like: torch.Tensor | None, written: bool) -> torch.Tensor:
         assert like is not None
         function = torch.empty if written else torch.zeros
-        return function(like.shape, dtype=projection.dtype, device=like.device)
+        made = function(like.shape, dtype=projection.dtype, device=like.device)
+        if made.device.type == "cpu":
+            advise_huge_pages(made)
+        return made
 
     return Gradients(
         make(projection.hidden, written) if needs_grad.hidden else None,

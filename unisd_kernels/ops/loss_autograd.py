@@ -72,7 +72,9 @@ class LossFunction(torch.autograd.Function):
             return (None,) * 8
         *gradients, grad_scale = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
-        scaled = Gradients(*gradients).scaled(upstream * grad_scale, hidden_dtype, weight_dtype, ctx.backend)
+        # A graph that is kept may ask for the same again.
+        last = not torch._C._autograd._get_current_graph_task_keep_graph()
+        scaled = Gradients(*gradients).scaled(upstream * grad_scale, hidden_dtype, weight_dtype, ctx.backend, last)
         return (*scaled, *(None,) * 5)
 
 
