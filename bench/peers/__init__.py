@@ -17,8 +17,10 @@ from bench.peers import (
     gemm_floor,
     liger_chunked,
     liger_kl,
+    liger_scaled,
     liger_triton,
     orda,
+    torch_linear_ce,
     trl_kernels,
     unisd,
 )
@@ -121,6 +123,8 @@ PEERS = {
             mean_only=True,
         ),
         Peer("cut-cross-entropy", cce.build, "no temperature, no entropy", ("scoring",), compiles=True),
+        Peer("liger scaled", liger_scaled.build, "LigerFusedLinearScaledCrossEntropyFunction", ("scoring",)),
+        Peer("torch linear_ce", torch_linear_ce.build, "F.linear_cross_entropy, chunked", ("scoring",)),
         Peer(
             FLOOR_FLOAT32,
             gemm_floor.build_float32,

@@ -41,6 +41,12 @@ def test_peers_agree_with_float64(case, name, beta):
     assert max(errors.values()) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["liger scaled", "torch linear_ce"])
+def test_scorers_agree_with_float64(name):
+    case = CASES["smoke.scoring"]
+    assert errors_of(name, case, make_inputs(case, CPU))["value_error"] < 1e-5
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_losses_agree(beta):
     """The value of the UniSD* loss is one of all rows, which the float64 reference of one sequence cannot check."""

@@ -1,0 +1,31 @@
+"""Liger's `LigerFusedLinearScaledCrossEntropyFunction` (liger_kernel.ops, from 0.8.5) for scoring.
+
+Per-token negative log-probabilities at a temperature. On Hopper a CuTe kernel that keeps the logits out of memory, where
+its packages are installed; elsewhere, and on a CPU, products of 512 rows by PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bench.cases import Case
+from bench.peers.step import Outcome, Step
+from bench.records.failures import NotHere
+from unisd_kernels.config import LossInputs
+
+
+def build(case: Case, beta: float, device: torch.device) -> Step:
+    try:
+        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+    except ImportError as error:
+        raise NotHere("it needs liger-kernel 0.8.5 or newer") from error
+
+    temperature = case.options["temperature"]
+
+    def step(inputs: LossInputs) -> Outcome:
+        hidden, weight = inputs.student_hidden.detach(), inputs.student_head.weight.detach()
+        with torch.no_grad():
+            loss = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, inputs.target_ids, temperature)
+            return Outcome(-loss.float(), None)
+
+    return step
