@@ -17,7 +17,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 OLDEST_TRL := 1.15.0
 OLDEST_TRL_DIR := $(CURDIR)/$(VENV)/trl-$(OLDEST_TRL)
 
-.PHONY: demo test test-all machines lint bench figures figures-steps wheel wheels clean install
+.PHONY: demo test test-all machines lint bench figures figures-steps docs wheel wheels clean install
 
 install: $(STAMP)
 
@@ -69,6 +69,14 @@ figures: $(STAMP)
 # The same of whole training steps with every preset; some 40 minutes. Threads wait without spinning, as in the demo.
 figures-steps: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench figures --steps $(FIGURES_ARGS)
+
+# The API reference from the docstrings, build/api/index.html.
+docs: $(VENV)/.docs
+	@$(BIN)/python scripts/api.py
+
+$(VENV)/.docs: $(STAMP)
+	@$(PIP) install -q -c constraints.txt pdoc
+	@touch $@
 
 # One wheel for every Python >= 3.10 and torch >= 2.10, and for machines no older than this (docs/building.md).
 wheel: $(STAMP)

@@ -1,6 +1,6 @@
 """Liger's `LigerFusedLinearScaledCrossEntropyFunction` (liger_kernel.ops, from 0.8.5) for scoring.
 
-Per-token negative log-probabilities at a temperature. On Hopper a CuTe kernel that keeps the logits out of memory, where
+Per-token negative log-probabilities at a temperature. On Hopper a CuTe kernel that keeps the logits out of memory, if
 its packages are installed; elsewhere, and on a CPU, products of 512 rows by PyTorch.
 """
 

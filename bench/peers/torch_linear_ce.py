@@ -1,4 +1,4 @@
-"""PyTorch's own `linear_cross_entropy` (torch.nn.functional, from 2.13) for scoring, in the chunks it chooses itself."""
+"""PyTorch's own `linear_cross_entropy` (torch.nn.functional, from 2.13) for scoring, in chunks of its choice."""
 
 from __future__ import annotations
 

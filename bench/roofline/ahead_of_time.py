@@ -7,19 +7,15 @@ matrix and copy instructions are in the code. Needs no GPU; must not run under t
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.parser import command_parser
-from bench.roofline.assembler import TOOLS, assemble
+from bench.roofline.targets import ARCHITECTURES, MATRIX_INSTRUCTIONS, read, table_of, target
 from unisd.cli.errors import CommandError
 from unisd_kernels.backends.triton import (
     chunked_divergence,
@@ -33,13 +29,6 @@ from unisd_kernels.backends.triton import (
 from unisd_kernels.backends.triton.configs import TABLE, GemmConfig
 from unisd_kernels.backends.triton.gemm import Side
 from unisd_kernels.backends.triton.launch import LogitTile
-
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# What a product kernel must contain to run on the tensor cores at full rate.
-MATRIX_INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
-# Bytes of shared memory a program may have.
-SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
-_REGISTERS_PER_PROCESSOR = 65536
 
 
 @dataclass(frozen=True)
@@ -78,7 +67,7 @@ class Report:
 
 
 def compile_variant(variant: Variant, architecture: str) -> Report:
-    """Raises what Triton or ptxas raises."""
+    """Raises what Triton, or an assembler, raises."""
     constants: dict[tuple[int, ...], Any] = {}
     # As at run time: addresses, sizes and strides that are multiples of 16 let accesses be whole vectors.
     aligned = {}
@@ -97,33 +86,26 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
     signature = {
         name: described(name, variant.arguments[name], (i,)) for i, name in enumerate(variant.kernel.arg_names)
     }
-    capability = int(architecture.removeprefix("sm_"))
     compiled = triton.compile(
         ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", capability, 32),
+        target=target(architecture),
         options={"num_warps": variant.warps, "num_stages": variant.stages},
     )
-    code = compiled.asm["ptx"]
-    used = assemble(code, capability)
-    # Warp specialization adds warps of its own.
-    threads = 32 * compiled.metadata.num_warps
-    shared = compiled.metadata.shared
-    fits = min(_REGISTERS_PER_PROCESSOR // (used.registers * threads), SHARED_MEMORY[architecture] // max(shared, 1))
-    config = variant.config
+    code, config = read(compiled, architecture), variant.config
     return Report(
         architecture,
         variant.name,
         ""
         if config is None
         else f"{config.rows}x{config.columns}x{config.width}, {config.warps} warps, {config.stages} stages",
-        shared,
-        used.registers,
-        used.spilled,
-        _instructions(compiled.asm["cubin"]),
-        code.count(MATRIX_INSTRUCTIONS[architecture]),
-        code.count("cp.async.bulk.tensor"),
-        fits,
-        used.advisories,
+        compiled.metadata.shared,
+        code.registers,
+        code.spilled,
+        code.instructions,
+        code.matrix_instructions,
+        code.bulk_copies,
+        code.programs,
+        code.advisories,
     )
 
 
@@ -131,19 +113,9 @@ def _is_aligned(name: str, kind: str) -> bool:
     return kind.startswith("*") or name.endswith(("_stride", "width")) or name in ("stride", "num_columns")
 
 
-def _instructions(binary: bytes) -> int:
-    """Machine instructions of the kernel, those of a loop counted once."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        command = [str(TOOLS / "cuobjdump"), "-sass", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", listing, re.MULTILINE))
-
-
 def variants(architecture: str, everything: bool = False) -> Iterator[Variant]:
     """The kernels as an architecture runs them; `everything`: also the candidates that only a measurement picks."""
-    table = TABLE[architecture]
+    table = TABLE[table_of(architecture)]
 
     def configs(kind: str) -> tuple[GemmConfig, ...]:
         return table[kind] if everything else table[kind][:1]

@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.roofline.ahead_of_time import ARCHITECTURES, Report, Variant, table, variants
+from bench.roofline.ahead_of_time import Report, Variant, table, variants
+from bench.roofline.targets import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 # No default may spill; a candidate may, because a measurement decides.

@@ -24,7 +24,7 @@ from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import unisd_kernels.backends.triton
-from bench.roofline.ahead_of_time import SHARED_MEMORY
+from bench.roofline.targets import SHARED_MEMORY
 from unisd_kernels.backends.triton import launch
 
 # What a launch may ask for: programs along x, y and z; rows and columns of what TMA fetches at once.

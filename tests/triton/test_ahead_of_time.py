@@ -13,8 +13,9 @@ import sys
 import pytest
 import triton
 
-from bench.roofline.ahead_of_time import ARCHITECTURES, SHARED_MEMORY, main
+from bench.roofline.ahead_of_time import main
 from bench.roofline.assembler import Resources, assemble, resources
+from bench.roofline.targets import ARCHITECTURES, SHARED_MEMORY, is_amd, of_amdgcn
 from unisd.cli.errors import CommandError
 
 
@@ -31,9 +32,11 @@ def reports_of(architecture: str, *options: str) -> list[dict]:
         assert report["programs_per_processor"] >= 1, report
     products = [report for report in reports if report["variant"].startswith(("score", "fused"))]
     for report in products:
-        # Of float32 numbers in full precision there is no matrix instruction.
-        assert (report["matrix_instructions"] > 0) == ("ieee" not in report["variant"]), report
-        addressed = architecture != "sm_80" and not any(word in report["variant"] for word in ("plain", "float32"))
+        # Of float32 numbers in full precision NVIDIA has no matrix instruction.
+        multiplied = is_amd(architecture) or "ieee" not in report["variant"]
+        assert (report["matrix_instructions"] > 0) == multiplied, report
+        has_bulk_copies = architecture in ("sm_90", "sm_100")
+        addressed = has_bulk_copies and not any(word in report["variant"] for word in ("plain", "float32"))
         assert (report["bulk_copies"] > 0) == addressed, report
     return products
 
@@ -69,3 +72,10 @@ ptxas info    : Used 255 registers, used 1 barriers, 8 bytes cumulative stack si
     assert resources(printed) == Resources(255, 40, ("C7515",))
     with pytest.raises(RuntimeError, match="ptxas failed"):
         assemble(".version 8.0\n.target sm_90a\nnonsense", 90)
+
+
+def test_the_notes_behind_amds_assembly_are_read():
+    notes = "\ts_endpgm\n; TotalNumSgprs: 106\n; NumVgprs: 120\n; TotalNumVgprs: 137\n; ScratchSize: 24\n"
+    assert of_amdgcn(notes) == (137, 24)
+    with pytest.raises(ValueError, match="another Triton"):
+        of_amdgcn("\ts_endpgm\n")

@@ -69,7 +69,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(hopper, monkeypatch):
 
 
 def test_other_gpus_get_the_tiles_that_ask_for_the_least(monkeypatch):
-    for name, expected in (("sm_89", "sm_80"), ("sm_103", "sm_100"), ("hip", "sm_80"), ("xpu", "sm_80")):
+    for name, expected in (("sm_89", "sm_80"), ("sm_103", "sm_100"), ("hip", "hip"), ("xpu", "sm_80")):
         monkeypatch.setattr(configs, "architecture", lambda device, name=name: name)
         for kind in TABLE["sm_90"]:
             assert candidates(kind, CUDA) == TABLE[expected][kind]

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from bench.roofline.ahead_of_time import SHARED_MEMORY
+from bench.roofline.targets import SHARED_MEMORY
 
 ALWAYS = ("headline", "one_row", "odd", "many_rows", "jensen_shannon")
 THE_REST = ("odd_vocabulary", "expanded", "float32", "heads", "layouts", "tf32", "candidates")

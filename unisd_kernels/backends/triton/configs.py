@@ -120,6 +120,12 @@ _BLACKWELL: dict[str, tuple[GemmConfig, ...]] = {
     "fused-divergence-float32": _AMPERE["fused-divergence-float32"],
     "fused-divergence-separate-float32": _AMPERE["fused-divergence-separate-float32"],
 }
+# AMD's data centre GPUs, whose programs have 64 KiB of shared memory (MI300) at least.
+_AMD: dict[str, tuple[GemmConfig, ...]] = {
+    **_AMPERE,
+    "score": (GemmConfig(128, 128, 64, 8, 3), GemmConfig(64, 128, 64, 8, 3)),
+    "score-heavy": (GemmConfig(128, 128, 64, 8, 3), GemmConfig(64, 128, 64, 8, 3)),
+}
 # The interpreter's time is per operation and not per element; odd shapes need more than one tile all the same.
 _INTERPRETER: dict[str, tuple[GemmConfig, ...]] = {
     kind: (GemmConfig(16, 32, 16, 4, 1, parts=2 if "fused" in kind else 1),) for kind in _AMPERE
@@ -128,6 +134,7 @@ TABLE: dict[str, dict[str, tuple[GemmConfig, ...]]] = {
     "sm_80": _AMPERE,
     "sm_90": _HOPPER,
     "sm_100": _BLACKWELL,
+    "hip": _AMD,
     "interpreter": _INTERPRETER,
 }
 _ALIASES = {"sm_103": "sm_100"}
