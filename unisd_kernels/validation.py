@@ -127,9 +127,13 @@ def check_target_ids(target_ids: torch.Tensor, num_rows: int, num_columns: int, 
                 "(-100) before packing, and check that tokenizer and head belong together"
             )
     else:
-        torch._assert_async(
-            ((target_ids >= 0) & (target_ids < num_columns)).all(), f"target_ids outside [0, {num_columns})"
-        )
+        assert_ids_async(target_ids, num_columns)
+
+
+def assert_ids_async(target_ids: torch.Tensor, num_columns: int) -> None:
+    """The same without waiting for a device: the error comes with its next operation."""
+    inside = (target_ids.clamp(0, num_columns - 1) == target_ids).all()
+    torch._assert_async(inside, f"target_ids outside [0, {num_columns})")
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, num_rows: int, device: torch.device) -> None:

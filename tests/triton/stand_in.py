@@ -43,8 +43,8 @@ class Launch:
     arguments: tuple[Any, ...]
 
 
-class _Driver(GPUDriver):
-    """What Triton's runtime asks of a driver."""
+class LaunchFreeDriver(GPUDriver):
+    """What Triton's runtime asks of a driver; its launches are recorded."""
 
     def __init__(self, capability: int, stream: int) -> None:  # not the base's, which asks torch for a GPU
         self.capability = capability
@@ -171,10 +171,10 @@ def _check(launch_: Launch) -> None:
 
 
 @contextmanager
-def stand_in(capability: int = 90, stream: int = 0) -> Iterator[_Driver]:
+def stand_in(capability: int = 90, stream: int = 0) -> Iterator[LaunchFreeDriver]:
     """Inside, tensors are made on "cuda" without memory, and Triton's launches go to `launches`. One capability a
     process: Triton keeps what it compiled."""
-    given = _Driver(capability, stream)
+    given = LaunchFreeDriver(capability, stream)
     properties = SimpleNamespace(multi_processor_count=PROCESSORS[capability], name="a stand-in")
     with ExitStack() as stack:
         for target, name, value in (

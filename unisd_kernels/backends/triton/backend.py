@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from unisd_kernels.backends.base import Divergence, NeedsGrad, RunningScores, ScoreGrads, Scores, SoftmaxRows
-from unisd_kernels.backends.buffers import equal_tiles, whole_tiles
+from unisd_kernels.backends.buffers import equal_tiles, rows_of, whole_tiles
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.transform import LogitTransform
 from unisd_kernels.backends.triton.chunked_divergence import ChunkedDivergence
@@ -63,7 +63,7 @@ class TritonBackend:
         self, projection: Projection, rows: slice, target_ids: torch.Tensor, running: RunningScores, tile_bytes: int
     ) -> None:
         _check_interpretable(projection)
-        score(projection.of_rows(projection.hidden[rows]), target_ids, running)
+        score(projection.of_rows(rows_of(projection.hidden, rows)), target_ids, running)
 
     def divergence(
         self,

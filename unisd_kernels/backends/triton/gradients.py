@@ -21,6 +21,7 @@ from unisd_kernels.backends.triton.launch import (
     TILE_COLUMNS,
     TILE_ROWS,
     LogitTile,
+    next_power_of_2,
     on_device,
     tile_grid,
 )
@@ -254,7 +255,7 @@ def softmax_statistics(tile: torch.Tensor, transform: LogitTransform, target_ids
             target_ids.contiguous(),
             *result,
             tile.shape[1],
-            BLOCK_COLUMNS=min(LONG_COLUMNS, triton.next_power_of_2(tile.shape[1])),
+            BLOCK_COLUMNS=min(LONG_COLUMNS, next_power_of_2(tile.shape[1])),
             num_warps=8,
         )
     return result

@@ -125,6 +125,11 @@ def ceil_div(amount: int, step: int) -> int:
     return -(-amount // step)
 
 
+def next_power_of_2(amount: int) -> int:
+    """Of at least one. Not triton.next_power_of_2, for the same reason."""
+    return 1 << (amount - 1).bit_length()
+
+
 def tile_grid(tile: torch.Tensor, rows: int, columns: int) -> tuple[int]:
     """Programs over a tile of logits, those of the same rows one after the other. Along one axis: the second one has
     65535 programs at most, which are few for rows."""

@@ -9,7 +9,7 @@ import triton.language as tl
 from unisd_kernels.backends.buffers import contiguous, row_major
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.triton.gemm import Side
-from unisd_kernels.backends.triton.launch import ceil_div, on_device
+from unisd_kernels.backends.triton.launch import ceil_div, next_power_of_2, on_device
 from unisd_kernels.backends.triton.math import apply_softcap
 
 # A float32 sum of products of 16-bit numbers is off by about this fraction of the rows' norms.
@@ -41,7 +41,7 @@ def scale_rows(rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> t
     out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     if not out.numel():
         return out
-    columns = min(1024, triton.next_power_of_2(rows.shape[1]))
+    columns = min(1024, next_power_of_2(rows.shape[1]))
     with on_device(rows):
         scale_rows_kernel[(rows.shape[0], ceil_div(rows.shape[1], columns))](
             rows, scale.contiguous(), out, rows.shape[1], rows.stride(0), out.stride(0), BLOCK_COLUMNS=columns
@@ -117,7 +117,7 @@ def teacher_rows(student: Projection, teacher: Projection) -> tuple[Projection, 
             t.stride(0),
             out.stride(0),
             _PRODUCT_ROUNDING,
-            BLOCK_COLUMNS=min(1024, triton.next_power_of_2(s.shape[1])),
+            BLOCK_COLUMNS=min(1024, next_power_of_2(s.shape[1])),
         )
     else:
         row_is_delta.zero_()
@@ -181,4 +181,4 @@ def target_logits(
 
 def target_block(width: int) -> int:
     """Elements of a row that `target_logit` takes at a time."""
-    return int(min(1024, triton.next_power_of_2(width)))
+    return min(1024, next_power_of_2(width))

@@ -25,7 +25,7 @@ from unisd_kernels.backends.buffers import contiguous, row_major
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.triton.configs import GemmConfig, choose, with_loads
 from unisd_kernels.backends.triton.gemm import Side, gemm_tile
-from unisd_kernels.backends.triton.launch import ceil_div, gemm_operands, num_sms, on_device
+from unisd_kernels.backends.triton.launch import ceil_div, gemm_operands, next_power_of_2, num_sms, on_device
 from unisd_kernels.backends.triton.math import COUNTS, apply_softcap, exp
 from unisd_kernels.backends.triton.rows import target_block, target_logit
 from unisd_kernels.backends.triton.statistics import MASKED
@@ -183,7 +183,7 @@ def score(projection: Projection, target_ids: torch.Tensor, running: RunningScor
             running.entropy if want_entropy else None,
             running.target_logits,
             block_logsumexp.shape[1],
-            BLOCKS=min(_MERGED_BLOCKS, triton.next_power_of_2(block_logsumexp.shape[1])),
+            BLOCKS=min(_MERGED_BLOCKS, next_power_of_2(block_logsumexp.shape[1])),
             BLOCK_WIDTH=target_block(hidden.shape[1]),
         )
 

@@ -40,7 +40,7 @@ import triton.language as tl
 from unisd_kernels.backends.base import DivergenceRows, ShardRows, WholeRows
 from unisd_kernels.backends.buffers import most_rows, split_rows
 from unisd_kernels.backends.projection import Projection
-from unisd_kernels.backends.triton.launch import ceil_div
+from unisd_kernels.backends.triton.launch import ceil_div, next_power_of_2
 from unisd_kernels.backends.triton.math import (
     COUNTS,
     apply_softcap,
@@ -368,7 +368,7 @@ def combine(
         HAS_TARGETS=target_ids is not None,
         WANT_ENTROPY=want_entropy,
         REVERSE=beta == 1.0,
-        BLOCKS=min(1024, triton.next_power_of_2(partials.num_blocks)),
+        BLOCKS=min(1024, next_power_of_2(partials.num_blocks)),
     )
     return statistics
 
