@@ -124,6 +124,9 @@ def test_log_probabilities():
 
     assert events_of(scored, 4) == "zh" * 3 + "ms" + "SSS..."
     assert events_of(scored, 4, frozen=False).endswith("ms" + "zhSw" * 3 + "...")
+    # A slice without a column walks no chunk in the backward, but sends as many rows.
+    bounds = [0, COLUMNS, COLUMNS]
+    assert events_of(scored, 4, bounds, frozen=False).endswith("zhSw" + "...")
 
 
 def test_without_a_gradient_nothing_of_it_is_sent():
