@@ -43,17 +43,6 @@ if TYPE_CHECKING:
 _CAP_ULPS = 64
 
 
-def check_parallelism(args: UniSDConfig, accelerator: Any) -> None:
-    """Raise ValueError for quantities over all processes where several of them hold the same rows."""
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    copies = 1 if parallelism is None else parallelism.non_data_parallel_size
-    if args.batch_statistics == "global" and copies > 1:
-        raise ValueError(
-            f"batch_statistics='global' needs rows of its own on every process, but {copies} processes share each "
-            "(tensor, context or sequence parallel); use data parallelism only, or batch_statistics='micro'"
-        )
-
-
 def read_window(
     student: Any, step: LossStep, window: dict[str, Any], mode: str, global_step: int
 ) -> dict[str, torch.Tensor]:

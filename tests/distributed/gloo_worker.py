@@ -41,13 +41,8 @@ PLANS = {
     "colwise_rep": {"lm_head": "colwise_rep"},
     "the head alone": {
         "lm_head": "colwise_rep",
-        **{
-            f"model.layers.*.{part}": "replicate"
-            for part in (
-                "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
-                "mlp.gate_proj mlp.up_proj mlp.down_proj"
-            ).split()
-        },
+        **{f"model.layers.*.self_attn.{part}_proj": "replicate" for part in "qkvo"},
+        **{f"model.layers.*.mlp.{part}_proj": "replicate" for part in ("gate", "up", "down")},
     },
 }
 
