@@ -35,7 +35,6 @@ from unisd_kernels.batch import Batch
 from unisd_kernels.ops.quantile import clip_cap
 
 if TYPE_CHECKING:
-    from unisd.config import UniSDConfig
     from unisd.step import LossStep
 
 # The losses compute the divergences again. The token whose divergence is the cap itself must not lose its gradient to
