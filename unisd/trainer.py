@@ -33,6 +33,7 @@ from unisd.masks import mask_rollout
 from unisd.metrics import LossMetrics
 from unisd.modules import hidden_before, takes_position_ids
 from unisd.nonfinite import NonFiniteGuard, on_any_process
+from unisd.parallelism import check_parallelism, copies_of_rows, seed_alike
 from unisd.profile import NoProfile, ProfiledRun, StepProfile
 from unisd.rows import EpochSampler, RowGate
 from unisd.run.distributed import DistributedTrainer
@@ -45,7 +46,7 @@ from unisd.teachers import Teacher, TeacherUpdates, teacher_of_run
 from unisd.text_tokenizer import tokenizer_for
 from unisd.turns import Prompt
 from unisd.views import served_scorer, view_scorer
-from unisd.window import check_parallelism, read_window
+from unisd.window import read_window
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -85,7 +86,8 @@ class UniSDTrainer(DistributedTrainer, DistillationTrainer):
         ValueError: a missing column, rows that cannot be used (all of them in one message, see `unisd.rows`),
             fewer rows than an optimizer step takes, nothing to train, a tokenizer without `eos_token`, a teacher that
             does not fit the model, another model as the teacher, a PEFT adapter on the head, a head that does not agree
-            with the model's own logits, `nn.DataParallel`.
+            with the model's own logits, `nn.DataParallel`, what processes that share rows cannot do
+            (`unisd.parallelism`).
         TypeError: `args` of another class, or a `processing_class` without a tokenizer.
     """
 
@@ -143,7 +145,8 @@ class UniSDTrainer(DistributedTrainer, DistillationTrainer):
             use_liger(student, args.liger_kernel_config or {}, use_cpu=args.use_cpu)
         self._takes_position_ids = takes_position_ids(student)
         check_trainable(student)
-        check_parallelism(args, self.accelerator)
+        check_parallelism(args, self.accelerator, student, self.train_dataset)
+        seed_alike(args, self.accelerator)
         self._merges = merges_rollouts(args, student, is_sharded=self._is_sharded)
         check_sharding(args, student, self._dist, is_deepspeed=self.is_deepspeed_enabled)
         self._check_head(student)
@@ -205,6 +208,8 @@ class UniSDTrainer(DistributedTrainer, DistillationTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         sampler = super()._get_train_sampler(dataset)
         assert isinstance(sampler, RepeatSampler)
+        # TRL counts every process as one with rows of its own.
+        sampler.batch_size //= copies_of_rows(self.accelerator)
         return EpochSampler(
             sampler,
             self.args.seed,

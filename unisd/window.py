@@ -35,23 +35,11 @@ from unisd_kernels.batch import Batch
 from unisd_kernels.ops.quantile import clip_cap
 
 if TYPE_CHECKING:
-    from unisd.config import UniSDConfig
     from unisd.step import LossStep
 
 # The losses compute the divergences again. The token whose divergence is the cap itself must not lose its gradient to
 # their last bits, so the cap is so many units in the last place larger.
 _CAP_ULPS = 64
-
-
-def check_parallelism(args: UniSDConfig, accelerator: Any) -> None:
-    """Raise ValueError for quantities over all processes where several of them hold the same rows."""
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    copies = 1 if parallelism is None else parallelism.non_data_parallel_size
-    if args.batch_statistics == "global" and copies > 1:
-        raise ValueError(
-            f"batch_statistics='global' needs rows of its own on every process, but {copies} processes share each "
-            "(tensor, context or sequence parallel); use data parallelism only, or batch_statistics='micro'"
-        )
 
 
 def read_window(

@@ -25,7 +25,7 @@ import torch
 from bench.cases import ACCELERATOR_CASES, Case
 from bench.parser import command_parser
 from bench.records import results_file
-from unisd_kernels.backends import engine
+from unisd_kernels.backends import buffers, engine
 from unisd_kernels.backends.buffers import row_stride, split_rows
 from unisd_kernels.backends.triton.chunked_divergence import STATISTICS_COLUMNS
 from unisd_kernels.backends.triton.configs import TABLE
@@ -256,7 +256,7 @@ def _pair_columns() -> int:
 
 def _spans(total: int, step: int) -> list[int]:
     """Sizes of the chunks that the engine walks."""
-    return [span.stop - span.start for span in engine.spans(total, step)]
+    return [span.stop - span.start for span in buffers.spans(total, step)]
 
 
 def measured_assumptions(file: Path) -> Assumptions:

@@ -1,7 +1,8 @@
 """`python -m bench tensor-parallel`: bytes and messages of a vocabulary-parallel head, by formula.
 
-With what a rank computes and holds; nothing here is timed. That the formulas are what `unisd_kernels` sends is tested
-with counting ranks (tests/bench/test_tensor_parallel.py). Exchanged numbers and assumptions: docs/tensor-parallel.md.
+With what a rank computes and holds, and times by assumed rates; nothing here is timed. That the formulas are what
+`unisd_kernels` sends is tested with counting ranks (tests/bench/test_tensor_parallel.py). Exchanged numbers and
+assumptions: docs/tensor-parallel.md.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from bench.roofline.expected import FLOAT32, OPERAND, Model
 
 RANKS = (2, 8, 64)
 STATISTIC = 8  # bytes of a float64
+GRADIENT_MESSAGE = 16 << 20  # bytes at most, in whole tiles of rows
+TILE = 128
+# Assumed, not measured: seconds that a small message takes, bytes/s of a ring within a machine and between machines.
+LATENCY = 25e-6
+RINGS = (400e9, 50e9)
 # Of the two designs in gpu.md the one that exchanges statistics between products and gradient.
 DESIGN = "chunked"
 HEADS = ("llama3.1-8b", "gemma3-4b")
@@ -119,8 +125,35 @@ class Plan:
         return self.sent_bytes(FLOAT32 * self.case.num_rows * self.case.hidden_size) if self.is_loss else 0.0
 
     @property
+    def statistics_messages(self) -> int:
+        return sum(exchange.messages * calls for exchange, _, calls in self.exchanges)
+
+    @property
+    def gradient_messages(self) -> int:
+        """Messages of dh: ceil(N / rows of a message), however many blocks there are."""
+        if not self.is_loss:
+            return 0
+        rows = GRADIENT_MESSAGE // (FLOAT32 * self.case.hidden_size)
+        return -(-self.case.num_rows // (rows // TILE * TILE or rows))
+
+    @property
     def messages(self) -> int:
-        return sum(exchange.messages * calls for exchange, _, calls in self.exchanges) + self.is_loss
+        return self.statistics_messages + self.gradient_messages
+
+    @property
+    def pair_products(self) -> float:
+        """Seconds of student's and teacher's product, block by block, at the assumed rates of an H100."""
+        return self._pair_products(self.share.rows(DESIGN).block)
+
+    @property
+    def halves_cost(self) -> float:
+        """Seconds that these products take more in blocks of half the rows, as a second buffer would have them: they
+        read the weight twice as often."""
+        return self._pair_products(self.share.rows(DESIGN).block // 2) - self.pair_products
+
+    def _pair_products(self, rows: int) -> float:
+        product = self.share.product(rows, FLOAT32 * rows * self.columns)
+        return 2 * product * self.case.num_rows / rows
 
     @property
     def head_bytes(self) -> int:
@@ -175,10 +208,25 @@ def count_table(head: str) -> str:
     return _table(titles, (row(operation, ranks) for operation in OPERATIONS for ranks in RANKS))
 
 
+def time_table() -> str:
+    """What messages take beside the products, by assumed rates."""
+    titles = ["head", "R", "pair's products, ms", "statistics, ms", "halves, ms more"]
+    titles += [f"dh at {ring / 1e9:.0f} GB/s, ms" for ring in RINGS]
+
+    def row(head: str, ranks: int) -> list[str]:
+        plan = headline_plan(head, "forward KL", ranks)
+        seconds = [plan.pair_products, LATENCY * plan.statistics_messages, plan.halves_cost]
+        seconds += [plan.gradient_bytes / ring for ring in RINGS]
+        return [head, str(ranks), *(f"{1e3 * each:.2g}" for each in seconds)]
+
+    return _table(titles, (row(head, ranks) for head in HEADS for ranks in RANKS))
+
+
 def report() -> str:
     parts = ["Numbers a row:", exchange_table()]
     for head in HEADS:
         parts += [f"{head}, N = {HEADLINE_ROWS}; a rank's products, what it sends, what it holds:", count_table(head)]
+    parts += [f"forward KL, N = {HEADLINE_ROWS}; times by assumed rates:", time_table()]
     return "\n\n".join(parts)
 
 

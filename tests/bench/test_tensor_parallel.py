@@ -31,7 +31,7 @@ from tests.distributed.ranks import Rank, counted, run
 from tests.distributed.slices import limits, sliced
 from tests.support import make_problem
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs
-from unisd_kernels.backends import engine
+from unisd_kernels.backends import engine, hidden_sum
 from unisd_kernels.backends.base import NeedsGrad
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.triton.chunked_divergence import ChunkedDivergence
@@ -86,9 +86,36 @@ def test_real_losses_send_what_the_formulas_say(operation, ranks):
         assert sent(ranks, rank) == pytest.approx(plan.statistics_bytes + plan.gradient_bytes, rel=1e-12)
         statistics = [message for message in rank.messages if message.dtype == torch.float64]
         assert all(message.shape[-1] % case.num_rows == 0 for message in statistics)
-        # The hidden gradient, once and in float32.
+        # The hidden gradient, once and in float32, on its way meanwhile.
         gradients = [message for message in rank.messages if message.dtype == torch.float32]
         assert [message.shape for message in gradients] == [(case.num_rows, WIDTH)] * plan.is_loss
+        assert {message.kind for message in gradients} <= {"started sum"}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 200, 300, 1000])
+@pytest.mark.parametrize("num_rows", [1, 6, 500])
+def test_the_hidden_gradient_goes_out_in_as_many_messages_as_the_formula_says(monkeypatch, rows, num_rows):
+    """With a limit so small that there are many; 200 and 300 rows are one and two tiles."""
+    limit = rows * WIDTH * 4
+    monkeypatch.setattr(hidden_sum, "MESSAGE_BYTES", limit)
+    monkeypatch.setattr(tensor_parallel, "GRADIENT_MESSAGE", limit)
+    case = replace(CASES["llama3.1-8b.kl.8192"], num_rows=num_rows, hidden_size=WIDTH, vocab_size=COLUMNS)
+    problem = make_problem(
+        lengths=(num_rows,), hidden_size=WIDTH, vocab_size=COLUMNS, frozen_head=True, shared_head=True
+    )
+    problem = problem.to(torch.float32)
+
+    def on(group: Rank) -> list[int]:
+        own = sliced(problem, group.rank(), group, limits(COLUMNS, 2))
+        group.messages.clear()
+        linear_divergence(*list(own.arguments().values())[:4])
+        return [message.bytes for message in group.messages if message.kind == "started sum"]
+
+    found, _ = run(2, on)
+    assert found[0] == found[1]
+    assert len(found[0]) == Plan(case, 2).gradient_messages
+    assert sum(found[0]) == 4 * num_rows * WIDTH
+    assert max(found[0]) <= limit
 
 
 def replace_weights(problem):
@@ -122,7 +149,7 @@ def test_numbers_a_row_of_each_exchange():
 
 
 def test_messages_go_with_the_blocks():
-    """Student's and teacher's statistics once a chunk of rows, views and dh once."""
+    """Student's and teacher's statistics once a chunk of rows; dh once, as it is small."""
     problem = make_problem(lengths=(16, 14), vocab_size=64).to(torch.float64)
 
     def on(group: Rank) -> int:
@@ -171,10 +198,15 @@ def test_bytes_and_messages_by_hand():
     assert total("forward KL, trainable head") == 2 * 7 / 8 * N * (8 * 7 + 4 * H)
     assert total("UniSD*, K = 3") == 2 * 7 / 8 * N * (8 * (4 * 3 + 9) + 4 * H)
     blocks = headline_plan("llama3.1-8b", "forward KL", 8).blocks
-    assert headline_plan("llama3.1-8b", "forward KL", 8).messages == 2 * blocks + 1
-    assert headline_plan("llama3.1-8b", "UniSD*, K = 3", 8).messages == 2 + 2 * blocks + 1
+    # 1024 rows of dh are 16 MiB.
+    assert headline_plan("llama3.1-8b", "forward KL", 8).gradient_messages == 8
+    assert headline_plan("llama3.1-8b", "forward KL", 8).messages == 2 * blocks + 8
+    assert headline_plan("llama3.1-8b", "UniSD*, K = 3", 8).messages == 2 + 2 * blocks + 8
+    assert headline_plan("llama3.1-8b", "scoring", 8).gradient_messages == 0
     jsd = headline_plan("llama3.1-8b", "JSD", 8)
-    assert jsd.messages == 3 * jsd.blocks + 1
+    assert jsd.messages == 3 * jsd.blocks + 8
+    # 12 tiles of 128 rows of Gemma's 2560 numbers are 15.7 MB.
+    assert headline_plan("gemma3-4b", "forward KL", 8).gradient_messages == 6
 
 
 def test_blocks_cover_the_rows():
@@ -236,5 +268,16 @@ def test_what_the_page_says_of_the_numbers():
     held = [(plan.head_bytes + plan.extra_bytes) / 1e9 for plan in (sharded, whole)]
     assert f"holds {held[0]:.1f} GB in place of {held[1]:.1f} GB" in prose()
     assert f"{headline_plan('gemma3-4b', 'JSD', 2).messages} for Gemma's JSD at R = 2" in prose()
+    gemma, llama = (headline_plan(head, "forward KL", 2) for head in reversed(HEADS))
+    assert f"(Gemma: {1e3 * gemma.halves_cost:.0f} ms for {25e-3 * gemma.statistics_messages:.2g})" in prose()
+    assert llama.halves_cost > tensor_parallel.LATENCY * llama.statistics_messages
+    assert (llama.gradient_messages, gemma.gradient_messages) == (8, 6)
+    eights = [headline_plan(head, "forward KL", 8) for head in HEADS]
+    saved, products = (
+        [25e-3 * plan.statistics_messages for plan in eights],
+        [1e3 * plan.flops / plan.share.given.product_flops for plan in eights],
+    )
+    assert f"{saved[0]:.1f} to {saved[1]:.1f} ms beside products of {products[0]:.1f} to {products[1]:.1f}" in prose()
+    assert all(plan.gradient_bytes / 400e9 < 1e-3 * ms / 7 for plan, ms in zip(eights, products, strict=True))
     last = {plan.messages for plan in plans if plan.ranks == 64 and plan.case.operation == "divergence"}
     assert f"{min(last)} to {max(last)} for a loss over one view pair at R = 64" in prose()

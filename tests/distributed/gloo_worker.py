@@ -36,6 +36,17 @@ CASES: dict[str, tuple[torch.dtype, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+# What a plan may say of the head besides transformers' own, and a plan that leaves all but the head whole.
+PLANS = {
+    "colwise_rep": {"lm_head": "colwise_rep"},
+    "the head alone": {
+        "lm_head": "colwise_rep",
+        **{f"model.layers.*.self_attn.{part}_proj": "replicate" for part in "qkvo"},
+        **{f"model.layers.*.mlp.{part}_proj": "replicate" for part in ("gate", "up", "down")},
+    },
+}
+
+
 def options_of(name: str) -> dict[str, Any]:
     return {**EVERYTHING, **CASES[name][2]}
 
@@ -72,8 +83,8 @@ def save_tiny_model(folder: str, tied: bool) -> None:
     LlamaForCausalLM(config).to(torch.float64).save_pretrained(folder)
 
 
-def load(folder: str, parallel: bool):
-    config = {"distributed_config": DistributedConfig(tp_size=PROCESSES)} if parallel else {}
+def load(folder: str, **parallel: Any):
+    config = {"distributed_config": DistributedConfig(**parallel)} if parallel else {}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **config)
 
 
@@ -135,10 +146,61 @@ def fully_sharded(folder: str) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = load(folder, parallel=False)
+    model = load(folder)
     fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)))
     parts = head_parts(model)
     return {"shape": tuple(parts.weight.shape), "group": parts.group, "is": type(model.lm_head.weight).__name__}
+
+
+def tokens_of(copy: int) -> tuple[torch.Tensor, ...]:
+    """Hidden states of student and teacher, and targets: other ones on each copy of the model."""
+    generator = torch.Generator().manual_seed(copy)
+    student, teacher = torch.randn(2, 7, 16, generator=generator, dtype=torch.float64)
+    return student.requires_grad_(), teacher, torch.randint(0, V, (7,), generator=generator)
+
+
+def loss_of_head(head: LMHead, copy: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A loss, whose gradient has been taken, and that of the hidden states."""
+    student, teacher, targets = tokens_of(copy)
+    result = unisd_loss(student, head, teacher, head.detach(), targets, torch.tensor([0, 3, 7]), beta=0.5)
+    result.loss.backward()
+    return result.loss.detach(), student.grad
+
+
+def on_meshes(folder: str, rank: int) -> dict[str, Any]:
+    """Heads on 2 x 2 ranks, of which each pair has the vocabulary and tokens of its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    found: dict[str, Any] = {}
+
+    def describe(name: str, head: LMHead, weight: Any = None) -> None:
+        loss, gradient = loss_of_head(head, copy)
+        found[name] = {
+            "slice": (head.vocab_start, head.weight.detach().clone()),
+            "bias": None if head.bias is None else head.bias.detach().clone(),
+            "ranks": distributed.get_process_group_ranks(head.group),
+            "loss": loss,
+            "hidden": gradient,
+            "weight": None if weight is None else weight.grad.to_local(),
+        }
+
+    copy = rank // 2
+    for names in (("dp", "tp"), None):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+        model = load(folder)
+        for name in ("weight", "bias"):
+            whole = model.lm_head.weight.detach() if name == "weight" else torch.linspace(-1, 1, V, dtype=torch.float64)
+            cut = distribute_tensor(whole, mesh, [Replicate(), Shard(0)])
+            model.lm_head.register_parameter(name, torch.nn.Parameter(cut))
+        describe(f"replicated, {names}", LMHead.from_model(model, verify=False), model.lm_head.weight)
+    # FSDP2 and tensor parallelism, as transformers loads them: in shards, and as modules have it while they run.
+    model = load(folder, tp_size=2, fsdp_size=2)
+    found["placements"] = [type(placement).__name__ for placement in model.lm_head.weight.placements]
+    describe("in shards", LMHead.from_model(model))
+    model.lm_head.unshard()
+    describe("gathered", LMHead.from_model(model, verify=False))
+    return found
 
 
 def process(rank: int, folder: str) -> None:
@@ -146,10 +208,13 @@ def process(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     found: dict[str, Any] = {"losses": losses_on_slices(rank)}
     for kind in ("untied", "tied"):
-        model = load(f"{folder}/{kind}", parallel=True)
+        model = load(f"{folder}/{kind}", tp_size=PROCESSES)
         if kind == "untied":
             found["scaled"] = scaled_behind_the_head(model)
         found[kind] = two_steps(model)
+        for name, plan in PLANS.items():
+            found[f"{kind}, {name}"] = two_steps(load(f"{folder}/{kind}", tp_size=PROCESSES, tp_plan=plan))
+    found["meshes"] = on_meshes(f"{folder}/untied", rank)
     torch.save(found, f"{folder}/rank{rank}.pt")
     distributed.destroy_process_group()
 
@@ -169,7 +234,7 @@ def main(folder: str, what: str = "") -> None:
     alone = {}
     for kind in ("untied", "tied"):
         save_tiny_model(f"{folder}/{kind}", kind == "tied")
-        alone[kind] = two_steps(load(f"{folder}/{kind}", parallel=False))
+        alone[kind] = two_steps(load(f"{folder}/{kind}"))
     torch.save(alone, f"{folder}/alone.pt")
     start_processes(process, (folder,), nprocs=PROCESSES, start_method="fork")
 

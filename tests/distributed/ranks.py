@@ -17,7 +17,7 @@ T = TypeVar("T")
 class Message(NamedTuple):
     """One collective, as a rank called it."""
 
-    kind: str  # "maximum", "sum" or "gather"
+    kind: str  # "maximum", "sum", "started sum" or "gather"
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -32,6 +32,7 @@ class Rank:
     def __init__(self, world: World, rank: int) -> None:
         self.world, self._rank = world, rank
         self.messages: list[Message] = []
+        self.events: list[str] = []  # what was done in which order: messages, waits, and what a test adds
 
     def rank(self) -> int:
         return self._rank
@@ -42,6 +43,7 @@ class Rank:
     def exchange(self, message: Message, value: torch.Tensor) -> list[torch.Tensor]:
         """The values of all ranks, in their order. All must call the same."""
         self.messages.append(message)
+        self.events.append(message.kind)
         self.world.slots[self._rank] = (message, value.detach().clone())
         self.world.wait()
         kinds, values = zip(*self.world.slots, strict=True)
@@ -67,13 +69,31 @@ class World:
             self.turn.acquire()
 
 
-def _all_reduce(tensor: torch.Tensor, op: Any = distributed.ReduceOp.SUM, group: Any = None) -> None:
+class Started:
+    """A sum on its way: nothing of it is in the tensor before the wait, and nobody may have written there."""
+
+    def __init__(self, rank: Rank, tensor: torch.Tensor, total: torch.Tensor) -> None:
+        self.rank, self.tensor, self.total, self.sent = rank, tensor, total, tensor.clone()
+
+    def wait(self) -> None:
+        self.rank.events.append("wait")
+        torch.testing.assert_close(self.tensor, self.sent, rtol=0.0, atol=0.0, equal_nan=True)
+        self.tensor.copy_(self.total)
+
+
+def _all_reduce(
+    tensor: torch.Tensor, op: Any = distributed.ReduceOp.SUM, group: Any = None, async_op: bool = False
+) -> Started | None:
     maximum = op == distributed.ReduceOp.MAX
-    message = Message("maximum" if maximum else "sum", tuple(tensor.shape), tensor.dtype)
+    kind = "maximum" if maximum else "started sum" if async_op else "sum"
+    message = Message(kind, tuple(tensor.shape), tensor.dtype)
     total, *others = group.exchange(message, tensor)
     for other in others:
         total = torch.maximum(total, other) if maximum else total + other
+    if async_op:
+        return Started(group, tensor, total)
     tensor.copy_(total)
+    return None
 
 
 def _all_gather(out: list[torch.Tensor], tensor: torch.Tensor, group: Any = None) -> None:

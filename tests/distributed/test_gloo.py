@@ -12,10 +12,11 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.21")
 
-from tests.distributed.gloo_worker import CASES, PROCESSES, options_of, problem_of
-from tests.distributed.slices import joined, loss_of
+from tests.distributed.gloo_worker import CASES, PLANS, PROCESSES, load, loss_of_head, options_of, problem_of
+from tests.distributed.slices import V, joined, loss_of
 from tests.distributed.test_slices import assert_same, exact_and_natives
 from tests.support import assert_accurate
+from unisd_kernels import LMHead
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,10 +62,13 @@ def test_losses_are_those_of_one_process(found, ranks, name):
             assert_accurate(f"{name}, {field}", parts[field], value, [each[field] for each in native])
 
 
+@pytest.mark.parametrize("plan", ["", *(f", {name}" for name in PLANS)])
 @pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_a_model_that_a_tp_plan_has_cut_trains_as_on_one_process(folder, found, kind):
-    """Two steps: losses and all weights; the slices are DTensor's, of 1009 rows over four ranks."""
+def test_a_model_that_a_tp_plan_has_cut_trains_as_on_one_process(folder, found, kind, plan):
+    """Two steps: losses and all weights; the slices are DTensor's, of 1009 rows over four ranks. The head by
+    transformers' own plan (`colwise_gather_output`), by `colwise_rep`, and cut alone."""
     alone = torch.load(folder / "alone.pt", weights_only=False)[kind]
+    kind += plan
     assert alone["slice"] is None
     assert [each[kind]["slice"] for each in found] == [(0, 253), (253, 253), (506, 253), (759, 250)]
     for each in found:
@@ -74,6 +78,28 @@ def test_a_model_that_a_tp_plan_has_cut_trains_as_on_one_process(folder, found, 
         for name, weight in alone["weights"].items():
             torch.testing.assert_close(each[kind]["weights"][name], weight, rtol=0.0, atol=1e-10, msg=name)
     assert alone["losses"][0] != alone["losses"][1]
+
+
+@pytest.mark.parametrize("name", ["replicated, ('dp', 'tp')", "replicated, None", "in shards", "gathered"])
+def test_a_mesh_of_two_dimensions(folder, found, name):
+    """The slice is of the dimension of tensor parallelism, and the other ranks' tokens stay out of it."""
+    assert found[0]["meshes"]["placements"] == ["_StridedShard", "Shard"]
+    whole = load(f"{folder}/untied").lm_head.weight.detach()
+    bias = torch.linspace(-1, 1, V, dtype=torch.float64) if name.startswith("replicated") else None
+    for rank, each in enumerate(found):
+        seen, copy = each["meshes"][name], rank // 2
+        start, weight = seen["slice"]
+        rows = slice(*((0, 505) if rank % 2 == 0 else (505, V)))
+        assert start == rows.start
+        assert torch.equal(weight, whole[rows])
+        assert bias is None or torch.equal(seen["bias"], bias[rows])
+        assert seen["ranks"] == [2 * copy, 2 * copy + 1]
+        head = LMHead(whole.clone().requires_grad_(), bias)
+        loss, gradient = loss_of_head(head, copy)
+        torch.testing.assert_close(seen["loss"], loss, rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(seen["hidden"], gradient, rtol=0.0, atol=1e-13)
+        if seen["weight"] is not None:
+            torch.testing.assert_close(seen["weight"], head.weight.grad[rows], rtol=0.0, atol=1e-13)
 
 
 def test_a_cut_head_is_checked_against_the_models_own_logits(found):

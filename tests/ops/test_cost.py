@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import make_problem
 from unisd_kernels import linear_divergence, linear_logprobs, mix_hidden, unisd_loss
-from unisd_kernels.backends import engine
+from unisd_kernels.backends import buffers
 
 N, H, V = 96, 8, 509
 WORKSPACE = 64 << 10  # 16 rows of two float32 [V] buffers
@@ -168,13 +168,13 @@ def test_a_tiny_workspace_is_refused():
     ("total", "step"), [(1, 5), (5, 5), (12, 5), (896, 384), (8192, 896), (1000, 256), (128, 256), (0, 3)]
 )
 def test_spans_cover_every_row_once(total, step):
-    spans = list(engine.spans(total, step))
+    spans = list(buffers.spans(total, step))
     assert [row for span in spans for row in range(span.start, span.stop)] == list(range(total))
     assert len(spans) == -(-total // step)
     assert all(span.stop - span.start <= step for span in spans)
 
 
 def test_whole_tiles_are_spread_evenly():
-    sizes = [span.stop - span.start for span in engine.spans(8192, 896)]
+    sizes = [span.stop - span.start for span in buffers.spans(8192, 896)]
     assert set(sizes) == {896, 768}
-    assert [span.stop - span.start for span in engine.spans(896, 384)] == [384, 256, 256]
+    assert [span.stop - span.start for span in buffers.spans(896, 384)] == [384, 256, 256]

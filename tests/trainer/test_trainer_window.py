@@ -7,7 +7,7 @@ import torch
 
 from tests.trainer import tiny_run
 from unisd.batch import CLIP_CAP
-from unisd.window import check_parallelism
+from unisd.parallelism import check_parallelism
 
 EXHAUSTIVE = pytest.mark.exhaustive
 STEP = {"agreement_gamma": 2.0, "batch_statistics": "global"}

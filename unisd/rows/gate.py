@@ -18,6 +18,7 @@ from torch.utils.data import Subset
 
 from unisd.contexts import ContextSpec, LengthLimit, PromptFrame
 from unisd.guards import check_special_ids, check_steps
+from unisd.parallelism import data_parallel_processes
 from unisd.rows import cache
 from unisd.rows.check import Measured, RowChecker
 from unisd.rows.report import RowReport, file_rows
@@ -100,7 +101,7 @@ class RowGate:
         """Raise ValueError if a dataset that was admitted has not the rows of an optimizer step."""
         report = self.reports.get(where)
         if report is not None:
-            processes, log = self._accelerator.num_processes, self._accelerator.is_main_process
+            processes, log = data_parallel_processes(self._accelerator), self._accelerator.is_main_process
             check_steps(len(report.kept), len(report.overlong), self._args, processes, log=log)
 
     def admit(self, dataset: Any, where: str) -> Any:

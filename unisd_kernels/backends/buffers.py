@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -115,3 +115,15 @@ def row_major(matrix: torch.Tensor) -> torch.Tensor:
 
 def contiguous(values: torch.Tensor | None) -> torch.Tensor | None:
     return None if values is None else values.contiguous()
+
+
+def spans(total: int, step: int) -> Iterator[slice]:
+    """Spans of at most `step`. Whole tiles are spread evenly: a last span of one tile would read the weight for it."""
+    in_tiles = step > TILE_ROWS and step % TILE_ROWS == 0
+    start = 0
+    for left in range(-(-total // step), 0, -1):
+        size = step
+        if in_tiles:
+            size = min(step, -(-(total - start) // (left * TILE_ROWS)) * TILE_ROWS)
+        yield slice(start, min(start + size, total))
+        start += size

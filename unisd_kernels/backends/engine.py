@@ -25,7 +25,8 @@ from unisd_kernels.backends.base import (
     Scores,
     ShardDivergence,
 )
-from unisd_kernels.backends.buffers import TILE_ROWS, advise_huge_pages, most_rows, row_buffer, row_stride, rows_of
+from unisd_kernels.backends.buffers import advise_huge_pages, most_rows, row_buffer, row_stride, rows_of, spans
+from unisd_kernels.backends.hidden_sum import HiddenSum
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.shards import Backward, shard_forward, whole_scores
 
@@ -215,6 +216,7 @@ class Engine:
             if projection.shard is not None:
                 local_ids = projection.shard.local_ids(target_ids)
                 grads, target_ids = _of_slice(grads, local_ids >= 0), local_ids.clamp(min=0)
+            total = HiddenSum(projection.shard, gradients.hidden)
             for chunk in self._logits(projection, needs_grad.weight):
                 for block in chunk.blocks:
                     self.backend.score_backward(
@@ -225,8 +227,9 @@ class Engine:
                         scores.of_rows(block.rows),
                         grads.of_rows(block.rows),
                     )
-                self._accumulate(projection, chunk.gradient, chunk.rows, gradients)
-            return self._reduced(projection, gradients)
+                self._accumulate(projection, chunk.gradient, chunk.rows, gradients, total)
+            total.finish()
+            return gradients
 
     def divergence(
         self,
@@ -242,7 +245,7 @@ class Engine:
 
         Two products, one more for the hidden gradient, one more for the weight gradient. `target_ids` is [N], or None
         where no log-probability is asked for. Of a slice of a vocabulary the ranks exchange the statistics of each
-        block (`shards.py`), and add up the hidden gradient at the end.
+        block (`shards.py`), and add up the hidden gradient of rows while the next are made (`hidden_sum.py`).
         """
         num_rows, device = student.hidden.shape[0], student.hidden.device
         names = ["divergence"]
@@ -252,6 +255,7 @@ class Engine:
             names += ["student_entropy", "teacher_entropy"]
         with _exactly(device):
             gradients = allocate(needs_grad, student, written=num_rows > 0)
+            total = HiddenSum(student.shard, gradients.hidden)
             results = {name: torch.zeros(num_rows, dtype=student.dtype, device=device) for name in names}
             if num_rows:
                 unit_weights = row_weights is unit_row_weights
@@ -273,8 +277,10 @@ class Engine:
                         if needs_grad.any:
                             backward(*row_weights(block.rows, statistics))
                     if needs_grad.any and student.num_columns:
-                        self._accumulate(student, pair.gradient(rows.stop - rows.start), rows, gradients)
-            gradients = self._reduced(student, gradients)
+                        self._accumulate(student, pair.gradient(rows.stop - rows.start), rows, gradients, total)
+                    # Of a slice without a column too: ranks send in one order.
+                    total.written(rows.stop)
+            total.finish()
         statistics = DivergenceRows(**{name: results.get(name) for name in DivergenceRows._fields})  # type: ignore[arg-type]
         return statistics, gradients
 
@@ -297,20 +303,19 @@ class Engine:
             self.backend.logits(projection, rows, logits[:count])
             yield _Chunk(rows, logits[:count], gradient[:count], tuple(_blocks(rows, block_rows)))
 
-    def _accumulate(self, projection: Projection, tile: torch.Tensor, rows: slice, gradients: Gradients) -> None:
-        """Multiply a chunk's gradient tile [rows, V] into the gradients."""
+    def _accumulate(
+        self, projection: Projection, tile: torch.Tensor, rows: slice, gradients: Gradients, total: HiddenSum
+    ) -> None:
+        """Multiply a chunk's gradient tile [rows, V] into the gradients; the hidden one, which `total` sends, first."""
         if gradients.hidden is not None:
-            self.backend.hidden_gradient(projection, tile, gradients.hidden[rows])
+            for piece in total.pieces(rows.stop - rows.start):
+                begin, end = rows.start + piece.start, rows.start + piece.stop
+                self.backend.hidden_gradient(projection, tile[piece], gradients.hidden[begin:end])
+                total.written(end)
         if gradients.weight is not None:
             self.backend.add_weight_gradient(projection, tile, rows, gradients.weight, rows.start == 0)
         if gradients.bias is not None:
             projection.add_bias_gradient(tile, gradients.bias)
-
-    def _reduced(self, projection: Projection, gradients: Gradients) -> Gradients:
-        """The hidden gradient summed over the ranks of a vocabulary, of whose slices each has made a part."""
-        if projection.shard is not None and gradients.hidden is not None and gradients.hidden.shape[0]:
-            projection.shard.all_reduce(gradients.hidden)
-        return gradients
 
 
 def _of_slice(grads: ScoreGrads, owned: torch.Tensor) -> ScoreGrads:
@@ -335,18 +340,6 @@ class _Chunk(NamedTuple):
     logits: torch.Tensor  # [rows, V]
     gradient: torch.Tensor  # [rows, V]; the same memory, unless the backend writes gradients in a dtype of their own
     blocks: tuple[_Block, ...]
-
-
-def spans(total: int, step: int) -> Iterator[slice]:
-    """Spans of at most `step`. Whole tiles are spread evenly: a last span of one tile would read the weight for it."""
-    in_tiles = step > TILE_ROWS and step % TILE_ROWS == 0
-    start = 0
-    for left in range(-(-total // step), 0, -1):
-        size = step
-        if in_tiles:
-            size = min(step, -(-(total - start) // (left * TILE_ROWS)) * TILE_ROWS)
-        yield slice(start, min(start + size, total))
-        start += size
 
 
 def _blocks(rows: slice, step: int | None) -> Iterator[_Block]:

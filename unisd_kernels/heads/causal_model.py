@@ -121,8 +121,8 @@ def head_parts(model: Any) -> HeadParts:
     """Weight and bias of the output head as an `LMHead` takes them.
 
     Of a weight that tensor parallelism has cut by rows (a DTensor with `Shard(0)`) this rank's slice, as it lies, and
-    through which gradients reach the DTensor. Every other DTensor, as FSDP makes them, is gathered: its ranks have
-    other tokens.
+    through which gradients reach the DTensor; what the mesh's other dimensions share out is gathered over these. Every
+    other DTensor, as FSDP makes them, is gathered: its ranks have other tokens.
 
     Raises:
         ValueError: as `head_module`; a head that is partitioned (ZeRO-3) or on the meta device.
@@ -130,8 +130,9 @@ def head_parts(model: Any) -> HeadParts:
     head: Any = head_module(model)
     weight, bias = head.weight, getattr(head, "bias", None)
     if is_dtensor(weight):
-        if _is_slice(model, weight):
-            return _slice_of(weight, bias)
+        dimension = _vocabulary_dimension(model, weight)
+        if dimension is not None:
+            return _slice_of(weight, bias, dimension)
         weight = weight.full_tensor()
         bias = bias.full_tensor() if bias is not None else None
     if weight.numel() == 0 and hasattr(weight, "ds_id"):
@@ -144,31 +145,58 @@ def head_parts(model: Any) -> HeadParts:
     return HeadParts(weight, bias)
 
 
-def _is_slice(model: Any, weight: Any) -> bool:
-    """Whether a DTensor is in slices of its rows over ranks that have the same tokens: by tensor parallelism, whose
-    mesh transformers calls "tp", and not by FSDP, whose modules say so."""
-    if [type(placement).__name__ for placement in weight.placements] != ["Shard"] or weight.placements[0].dim != 0:
-        return False
-    if "tp" in (weight.device_mesh.mesh_dim_names or ()):
-        return True
+def _vocabulary_dimension(model: Any, weight: Any) -> int | None:
+    """Which dimension of a DTensor's mesh is of ranks that have the same tokens and slices of the weight's rows: that
+    of tensor parallelism, which transformers calls "tp". In a mesh without such a name the one that has `Shard(0)`, but
+    not where modules say that FSDP has sharded them. None: there is no such dimension."""
+    shards = [place for place, placement in enumerate(weight.placements) if _cuts_rows(placement)]
+    names = weight.device_mesh.mesh_dim_names or ()
+    if "tp" in names:
+        return names.index("tp") if names.index("tp") in shards else None
+    if len(shards) != 1 or any(not placement.is_replicate() for placement in _others(weight.placements, shards[0])):
+        return None
     kinds = {kind.__name__ for module in _modules(model) for kind in type(module).__mro__}
-    return not kinds & {"FSDPModule", "FullyShardedDataParallel"}
+    return None if kinds & {"FSDPModule", "FullyShardedDataParallel"} else shards[0]
 
 
-def _slice_of(weight: Any, bias: Any) -> HeadParts:
-    """This rank's part of a DTensor with one `Shard(0)`, and of the bias, which may also be whole on every rank."""
+def _cuts_rows(placement: Any) -> bool:
+    return type(placement).__name__ == "Shard" and placement.dim == 0
+
+
+def _others(placements: Any, dimension: int) -> list[Any]:
+    return [placement for place, placement in enumerate(placements) if place != dimension]
+
+
+def _slice_of(weight: Any, bias: Any, dimension: int) -> HeadParts:
+    """This rank's part of a DTensor with `Shard(0)` in a dimension of its mesh, and of the bias, which may also be
+    whole on every rank. Over the other dimensions it is gathered, if it is in parts there."""
     mesh, rows = weight.device_mesh, weight.shape[0]
     # As DTensor cuts: ceil(rows / ranks) each, less or nothing at the end.
-    start = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+    start = min(mesh.get_local_rank(dimension) * -(-rows // mesh.size(dimension)), rows)
     # Also under no_grad, where the slice of a trainable weight would pass for a frozen one.
     with torch.enable_grad():
-        local = weight.to_local()
+        local = _gathered_but_in(weight, dimension).to_local()
         if bias is not None and is_dtensor(bias):
-            same = bias.placements == weight.placements
-            bias = bias.to_local() if same else bias.full_tensor()[start : start + local.shape[0]]
+            same = bias.device_mesh == mesh and _cuts_rows(bias.placements[dimension])
+            bias = (
+                _gathered_but_in(bias, dimension).to_local()
+                if same
+                else bias.full_tensor()[start : start + local.shape[0]]
+            )
         elif bias is not None:
             bias = bias[start : start + local.shape[0]]
-    return HeadParts(local, bias, start, mesh.get_group())
+    return HeadParts(local, bias, start, mesh.get_group(dimension))
+
+
+def _gathered_but_in(tensor: Any, dimension: int) -> Any:
+    """The DTensor, whole over every dimension of its mesh but one."""
+    if all(placement.is_replicate() for placement in _others(tensor.placements, dimension)):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    placements = [Replicate()] * tensor.device_mesh.ndim
+    placements[dimension] = tensor.placements[dimension]
+    return tensor.redistribute(placements=placements)
 
 
 def is_sharded(model: Any) -> bool:

@@ -216,7 +216,8 @@ class LMHead:
         A weight that tensor parallelism has cut by rows over a device mesh (a DTensor with `Shard(0)`, as the
         `tp_plan` of transformers makes it: `colwise_gather_output`, `colwise_rep`) gives a vocabulary-parallel head of
         this rank's slice; the call is then a collective of the mesh's group, the check as well, which compares all
-        columns on every rank. Every other DTensor is gathered.
+        columns on every rank. Of a mesh of several dimensions it is the one named "tp", and the weight is gathered over
+        the others. Every other DTensor is gathered.
 
         Args:
             model: has `get_output_embeddings()`, `config`, a backbone, and takes token ids alone.

@@ -12,7 +12,7 @@ from torch import distributed
 from unisd_kernels.collectives import gathered
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
 # Codes of the dtypes in what the ranks tell each other.
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -137,6 +137,12 @@ class VocabShard:
         """Sums, or maxima, over the ranks, in place: one message."""
         operation = distributed.ReduceOp.MAX if maximum else distributed.ReduceOp.SUM
         distributed.all_reduce(values, operation, group=self.group)
+
+    def start_sum(self, values: torch.Tensor) -> Work:
+        """Begin to add up over the ranks, in place: one message. Until its `wait()` nobody reads or writes `values`."""
+        work = distributed.all_reduce(values, distributed.ReduceOp.SUM, group=self.group, async_op=True)
+        assert work is not None  # it is for a rank that is not of the group
+        return work
 
     def count_below(self, columns: int, rank: int | None = None) -> int:
         """How many of the first `columns` columns are on a rank; None for this one."""

@@ -10,6 +10,7 @@ from unisd_kernels import reference
 from unisd_kernels.autocast import autocast_operands
 from unisd_kernels.backends.base import NeedsGrad, ScoreGrads, Scores
 from unisd_kernels.backends.engine import Engine
+from unisd_kernels.backends.hidden_sum import HiddenSum
 from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.registry import resolve
 from unisd_kernels.backends.transform import LogitTransform
@@ -164,12 +165,16 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
             on_logsumexp = on_logsumexp + logsumexp_weight
         if logprob_weight is not None:
             on_logsumexp = on_logsumexp - logprob_weight
-        result = gradient * on_logsumexp.unsqueeze(-1)
         projection = Projection(hidden, weight, None, *ctx.form)
-        if logprob_weight is not None:
-            ids = target_ids if projection.shard is None else projection.shard.local_ids(target_ids)
-            target_gradient = projection.target_gradient(ids, logprobs + logsumexp)
-            result.addcmul_(target_gradient, logprob_weight.unsqueeze(-1))
-        if projection.shard is not None and result.shape[0]:
-            projection.shard.all_reduce(result)
+        ids = target_ids if projection.shard is None else projection.shard.local_ids(target_ids)
+        result = torch.empty_like(gradient)
+        total = HiddenSum(projection.shard, result)
+        for rows in total.pieces(result.shape[0]):
+            torch.mul(gradient[rows], on_logsumexp[rows].unsqueeze(-1), out=result[rows])
+            if logprob_weight is not None:
+                logits = logprobs[rows] + logsumexp[rows]
+                target_gradient = projection.of_rows(hidden[rows]).target_gradient(ids[rows], logits)
+                result[rows].addcmul_(target_gradient, logprob_weight[rows].unsqueeze(-1))
+            total.written(rows.stop)
+        total.finish()
         return (result.to(hidden.dtype), *(None,) * 5)
