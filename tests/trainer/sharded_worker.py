@@ -49,16 +49,26 @@ FSDP = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
 ALONE = ("alone", "long", "masked-alone")
 MASKED = ("masked-alone", "masked")
-ENGINES = {"ddp": {}, "fsdp2": FSDP}
+ENGINES = {"ddp": {}, "fsdp2": FSDP, "zero2": ZERO, "zero3": ZERO, "zero3-kept": ZERO}
+# Of DeepSpeed's config. By default ZeRO-3 keeps all weights of a model this small gathered; with 40 its norms alone.
+STAGES: dict[str, dict[str, Any]] = {
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3, "stage3_param_persistence_threshold": 40},
+    "zero3-kept": {"stage": 3},
+}
 
 
 def trainer(folder: Path, kind: str, processes: int, cls: type = tiny_run.FixedRollouts, **overrides: Any) -> Any:
     settings = {**KINDS[kind]}
     tied, accumulation = settings.pop("tied", False), settings.get("gradient_accumulation_steps", 1)
     model = settings.pop("model", lambda: tiny_run.llama(tie_word_embeddings=tied))()
+    # Accelerate starts DeepSpeed where it is not told of the CPU.
+    zero = {"use_cpu": False, "ddp_backend": "gloo"} if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ else {}
     settings = {
+        **zero,
         "preset": "contrastive",
         "max_steps": STEPS,
         "per_device_train_batch_size": 6 // processes,
@@ -72,6 +82,22 @@ def trainer(folder: Path, kind: str, processes: int, cls: type = tiny_run.FixedR
         **overrides,
     }
     return tiny_run.trainer(folder, model=model, items=tiny_run.rows(count=6 * accumulation), cls=cls, **settings)
+
+
+def deepspeed_config(path: Path, stage: dict[str, Any]) -> dict[str, str]:
+    """Write DeepSpeed's config; the variable that names it."""
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    zero = {**stage, "stage3_gather_16bit_weights_on_model_save": True}
+    config = {**dict.fromkeys(auto, "auto"), "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    path.write_text(json.dumps(config))
+    return {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+
+
+def gloo_alone() -> None:
+    """Keep DeepSpeed from compiling an operation of its own for shared memory, and let gloo do it."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def record(run: Any, path: Path, **more: str) -> None:
@@ -128,6 +154,8 @@ def process(rank: int, processes: int, base: Path, kinds: list[str], part: str) 
     alone = part in ALONE
     os.environ |= {} if alone else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ:
+        gloo_alone()
     with nullcontext() if alone else ending_process_group():
         for kind in kinds:
             folder = base / kind
@@ -166,6 +194,8 @@ def group(part: str, base: Path, kinds: list[str], engine: str) -> None:
             port = free.getsockname()[1]
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **ENGINES[engine]}
         os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        if engine in STAGES:
+            os.environ |= deepspeed_config(base / "deepspeed.json", STAGES[engine])
     try:
         start_processes(process, (processes, base, kinds, part), nprocs=processes, start_method="fork")
     finally:
