@@ -68,7 +68,7 @@ def sharded_product(b: Any, a: Any) -> DTensor:
 def parts_only(model: nn.Module) -> Iterator[None]:
     """Context that writes into parts, on all processes: nothing is gathered meanwhile, and afterwards what the engine
     keeps gathered (small weights, those of modules that run) is gathered anew."""
-    parameters = list(model.parameters())
+    parameters: list[Any] = list(model.parameters())
     running = [(parameter, set(parameter.ds_active_sub_modules)) for parameter in parameters]
     engine = _ENGINES.get(model, lambda: None)()
     kept = [parameter for parameter, modules in running if modules or (engine and parameter.ds_persist)]

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from unisd.partitions import has_parts, is_partitioned, part, parts_only, sharded
 
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a weight or an average, live and detached: the shard of a DTensor, the flat part of a
     weight of ZeRO-3, all of any other."""
@@ -35,12 +36,12 @@ def copy_of(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return parameter.detach().to(dtype, copy=True)
 
 
-def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
+def shape_of(parameter: Any) -> tuple[int, ...]:
     """Shape of a whole weight, also while it lies in parts."""
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
 
 
-def numel_of(tensor: torch.Tensor) -> int:
+def numel_of(tensor: Any) -> int:
     """Numbers of a whole weight, also while it lies in parts."""
     return int(tensor.ds_numel) if is_partitioned(tensor) else tensor.numel()
 

@@ -65,10 +65,7 @@ def trainer(folder: Path, kind: str, processes: int, cls: type = tiny_run.FixedR
     settings = {**KINDS[kind]}
     tied, accumulation = settings.pop("tied", False), settings.get("gradient_accumulation_steps", 1)
     model = settings.pop("model", lambda: tiny_run.llama(tie_word_embeddings=tied))()
-    # Accelerate starts DeepSpeed where it is not told of the CPU.
-    zero = {"use_cpu": False, "ddp_backend": "gloo"} if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ else {}
     settings = {
-        **zero,
         "preset": "contrastive",
         "max_steps": STEPS,
         "per_device_train_batch_size": 6 // processes,

@@ -13,8 +13,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from unisd.drift import DriftProbe
-from unisd.run.checkpointed import CheckpointedTrainer
 from unisd.partitions import remember_engine
+from unisd.run.checkpointed import CheckpointedTrainer
+from unisd.run.deepspeed import check_processes
 from unisd.sharding import is_sharded
 from unisd.teachers import EMATeacher, Teacher, is_sharded_average, load_teacher, save_teacher
 
@@ -111,6 +112,10 @@ class DistributedTrainer(_Base):
             yield
         finally:
             plugin.set_state_dict_type(before)
+
+    def check_resumable(self, checkpoint: str) -> None:
+        if self._deepspeed_config is not None:
+            check_processes(checkpoint, self.accelerator.num_processes, self._deepspeed_config)
 
     def write_beside(self, folder: str) -> None:
         if not isinstance(self.teacher, EMATeacher):

@@ -147,7 +147,7 @@ class SavedAverage:
         return cls(path, Average(**about), tensors, shapes)
 
     def each(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors by name, whole and in their shapes, one at a time: the average of a large model is twice its size."""
+        """The tensors by name, whole, in their shape, one at a time: the average of a large model is twice its size."""
         from safetensors import safe_open
 
         if self.path.is_dir():
