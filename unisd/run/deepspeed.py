@@ -35,6 +35,15 @@ def check_processes(checkpoint: str, processes: int, config: Mapping[str, Any]) 
     )
 
 
+def separate_steps(engine: Any) -> None:
+    """Give each group of weights its own count of steps. Of a universal checkpoint DeepSpeed 0.19 gives all of them one
+    tensor, which Adam then moves once a group, so that its bias correction is of other steps."""
+    optimizer = getattr(engine, "basic_optimizer", None)
+    for state in getattr(optimizer, "state", {}).values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
 class StartsDeepSpeed(_Base):
     """Settings of a trainer that start DeepSpeed with `use_cpu=True` too; stands before the class of `transformers`.
 

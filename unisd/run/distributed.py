@@ -15,7 +15,7 @@ from torch import nn
 from unisd.drift import DriftProbe
 from unisd.partitions import remember_engine
 from unisd.run.checkpointed import CheckpointedTrainer
-from unisd.run.deepspeed import check_processes
+from unisd.run.deepspeed import check_processes, separate_steps
 from unisd.sharding import is_sharded
 from unisd.teachers import EMATeacher, Teacher, is_sharded_average, load_teacher, save_teacher
 
@@ -127,6 +127,8 @@ class DistributedTrainer(_Base):
         # The one hook that every kind of resume passes (DeepSpeed and FSDP load their weights elsewhere), after the
         # trainer state is known and before the first step.
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._deepspeed_config is not None:
+            separate_steps(self.accelerator.deepspeed_engine_wrapped.engine)
         if checkpoint is not None and isinstance(self.teacher, EMATeacher):
             load_teacher(self.teacher, checkpoint, self.state.global_step)
 
