@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Runs of this package under DeepSpeed on a CPU, in an environment of its own: "What was run" of docs/distributed.md.
 #
-#     scripts/deepspeed.sh install        the environment (2 GiB), and DeepSpeed's operation for shared memory compiled
-#     scripts/deepspeed.sh run [ARG ...]  the tests that need DeepSpeed; arguments are pytest's
-#     scripts/deepspeed.sh launch         `unisd launch`, `accelerate launch` and `torchrun` as docs/distributed.md types
-#     scripts/deepspeed.sh all            everything, one after another
+#     scripts/deepspeed.sh install            the environment (2 GiB), and DeepSpeed's operation for shared memory compiled
+#     scripts/deepspeed.sh run [ARG ...]      the tests that need DeepSpeed; arguments are pytest's
+#     scripts/deepspeed.sh launch [NAME ...]  `unisd launch`, `accelerate launch`, `torchrun`, as docs/distributed.md types
+#     scripts/deepspeed.sh all                everything, one after another
 #
 #     DEEPSPEED_ENV  the environment (default .deepspeed-venv); PYTHON the interpreter that makes it (python3)
 #     LOGS           where the runs of `launch` and their output go (default runs/deepspeed)
@@ -13,7 +13,7 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 cd "$root"
 env="${DEEPSPEED_ENV:-$root/.deepspeed-venv}"
 logs="${LOGS:-$root/runs/deepspeed}"
-export PYTHONPATH="$root" PATH="$env/bin:$PATH" HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
+export PYTHONPATH="$root" PATH="$env/bin:$PATH" HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=""
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE TORCH_EXTENSIONS_DIR="$env/extensions"
 
 install() {
@@ -29,7 +29,7 @@ accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)'
 
 run() { "$env/bin/python" -m pytest -q -p no:cacheprovider tests/trainer/test_trainer_deepspeed.py "$@"; }
 
-launch() { "$env/bin/python" scripts/deepspeed_runs.py "$logs"; }
+launch() { "$env/bin/python" scripts/deepspeed_runs.py "$logs" "$@"; }
 
 all() {
     install

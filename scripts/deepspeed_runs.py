@@ -40,7 +40,7 @@ RUNS = {
 }
 LEFT = {
     "ddp": "optimizer.pt",
-    "fsdp2": "pytorch_model_fsdp_0/.metadata",
+    "fsdp2": "pytorch_model_fsdp*",  # in shards, or whole: "torchrun" by default
     "zero2": "global_step2/*zero_pp_rank_1_mp_rank_00_optim_states.pt",
     "zero3": "global_step2/zero_pp_rank_1_mp_rank_00_model_states.pt",
 }

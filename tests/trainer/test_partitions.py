@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import distributed, nn
 from torch.distributed import checkpoint as sharded_checkpoint
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -15,7 +16,7 @@ from unisd.partitions import is_partitioned, part
 from unisd.run.deepspeed import check_processes, separate_steps
 from unisd.run.disk import _bytes
 from unisd.sharding import copy_of, local, numel_of, shape_of
-from unisd.teachers import STATE_FOLDER, put_average
+from unisd.teachers import STATE_FOLDER, make_teacher, put_average
 
 
 @pytest.fixture(params=range(4))
@@ -113,3 +114,15 @@ def test_the_processor_is_not_asked_of_deepspeed_where_it_would_take_the_acceler
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     with pytest.raises(ValueError, match="use_cpu=True does not keep DeepSpeed from the accelerator"):
         _ = tiny_run.config(tmp_path).device
+
+
+def test_before_training_a_sharded_average_scores_as_the_base():
+    """Where the trainer asks for the teacher's head before there are shards (teacher_mixture="pmi")."""
+    model = get_peft_model(tiny_run.llama(), tiny_run.lora())
+    ids = torch.tensor([[5, 6, 7]])
+    teacher = make_teacher(model, teacher="self", ema="merged", decay=0.5, sharded=True)
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(ids).logits
+    tiny_run.perturb(model)
+    with teacher.scoring(model) as scorer:
+        assert torch.equal(scorer(ids).logits, expected)

@@ -74,8 +74,8 @@ class MergedEMATeacher(EMATeacher):
         }
         with ExitStack() as stack:
             stack.enter_context(swapped(model, {**self._others, **silenced}))
-            for name, layer in layers.items():
-                handle = layer.register_forward_hook(_adding(self._deltas[name]))
+            for name, delta in self._deltas.items():  # none before `start`: the adapter adds nothing then
+                handle = layers[name].register_forward_hook(_adding(delta))
                 stack.callback(handle.remove)
             yield model
 
