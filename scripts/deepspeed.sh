@@ -22,7 +22,8 @@ install() {
     grep -v '^torch==\|^#\|^triton' constraints.txt > "$env/constraints.txt"
     "$env/bin/pip" install -q -c "$env/constraints.txt" deepspeed==0.19.8 ninja transformers trl peft accelerate \
         datasets gguf matplotlib pyyaml jinja2 pytest pytest-xdist hypothesis
-    # Every process of a first run would wait for it.
+    # Every process of a first run would wait for it; of a compilation that was cut off, for ever.
+    rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
     "$env/bin/python" -c 'from deepspeed.accelerator import get_accelerator as accelerator
 accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)'
 }
