@@ -18,6 +18,7 @@ from unisd.liger import liger_settings
 from unisd.mixture import MIXTURES, SHARPENED
 from unisd.presets import get_preset, preset_fields
 from unisd.rows import OVERLONG
+from unisd.run.deepspeed import StartsDeepSpeed
 from unisd.views import VIEW_PASSES, VIEW_SCORERS, check_view_scorer
 from unisd_kernels import available
 from unisd_kernels.config import LossConfig, check_choice, check_number
@@ -43,7 +44,7 @@ def _from_preset(help_text: str) -> Any:
 
 
 @dataclass
-class UniSDConfig(DistillationConfig):
+class UniSDConfig(StartsDeepSpeed, DistillationConfig):
     """Settings of `UniSDTrainer`.
 
     `preset` names a recipe (`unisd.presets.PRESETS`). The fields whose default is None take their value from it when

@@ -10,6 +10,7 @@ from torch import nn
 
 from unisd.contexts import ContextSpec
 from unisd.modules import is_peft
+from unisd.partitions import check_engine
 
 if TYPE_CHECKING:
     from unisd.config import UniSDConfig
@@ -40,25 +41,28 @@ def check_columns(contexts: ContextSpec, train_dataset: Any, eval_dataset: Any) 
             contexts.check_columns(columns, where)
 
 
-def check_sharding(args: UniSDConfig, model: nn.Module, engine: Any, *, is_deepspeed: bool) -> None:
+def check_sharding(args: UniSDConfig, model: nn.Module, engine: Any, *, deepspeed: Mapping[str, Any] | None) -> None:
     """Raise ValueError for settings that FSDP or DeepSpeed cannot serve.
 
     Args:
         engine: has `fsdp_version` (None without FSDP) and `is_zero3`.
+        deepspeed: DeepSpeed's config, or None without it.
     """
+    is_deepspeed = deepspeed is not None
     if is_deepspeed and args.on_nonfinite == "skip":
         raise ValueError("on_nonfinite='skip' cannot leave out a step of DeepSpeed; use on_nonfinite='stop'")
     if is_deepspeed and args.drift_budget is not None:
         raise ValueError("drift_budget cannot scale the learning rate of DeepSpeed, which makes its steps by itself")
-    if engine.fsdp_version != 1 and not engine.is_zero3:
-        return
     setting = f"ema={args.ema!r}" if args.ema != "none" else "teacher='base'"
-    if args.ema != "none" or (args.teacher == "base" and not is_peft(model)):
-        name = "ZeRO-3" if engine.is_zero3 else "FSDP1"
+    if args.ema == "none" and (args.teacher != "base" or is_peft(model)):
+        return
+    if engine.fsdp_version == 1:
         raise ValueError(
-            f"{setting} has weights of its own, which are not sharded under {name}: use FSDP2 (unisd launch fsdp2), or "
+            f"{setting} has weights of its own, which are not sharded under FSDP1: use FSDP2 (unisd launch fsdp2), or "
             "ema='none'"
         )
+    if engine.is_zero3:
+        check_engine(deepspeed or {}, setting)
 
 
 def check_trainable(model: nn.Module) -> None:

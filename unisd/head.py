@@ -15,7 +15,8 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from unisd.mixture import check_common_head, check_softcap
 from unisd.modules import model_head, remember_head
-from unisd.sharding import gather_head, is_partitioned
+from unisd.partitions import is_partitioned
+from unisd.sharding import gather_head
 from unisd_kernels import LMHead
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
-"""Weights that lie in shards on several processes (FSDP2): what is here of them, and when it may be written.
+"""Weights that lie in shards on several processes (FSDP2, ZeRO-3): what is here of them, and when it may be written.
 
 FSDP2 keeps a weight as a DTensor and puts the gathered one in its place while modules run. It gathers from the shards,
 so whoever writes into them in place, while nothing is gathered, changes the weight of every process' next pass. Nothing
-here gathers a model. Of ZeRO-3, whose parts are no DTensors, only what it has is told.
+here gathers a model. The same of ZeRO-3, whose parts are no DTensors, is in `unisd.partitions`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,52 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-
-def is_partitioned(parameter: Any) -> bool:
-    """Whether it is a parameter of ZeRO-3, whose weight lies in flat parts."""
-    return hasattr(parameter, "ds_tensor")
+from unisd.partitions import has_parts, is_partitioned, part, parts_only, sharded
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a weight or an average, live: the shard of a DTensor, all of any other."""
+    """What this process holds of a weight or an average, live and detached: the shard of a DTensor, the flat part of a
+    weight of ZeRO-3, all of any other."""
+    if is_partitioned(tensor):
+        return part(tensor)
+    tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_of(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy in `dtype`; of a shard a DTensor of the same placement, which `torch.distributed.checkpoint` saves, and
-    loads onto another number of processes."""
+    """A copy in `dtype`; of a shard a DTensor of the same placement (of a weight of ZeRO-3 a flat one), which
+    `torch.distributed.checkpoint` saves, and loads onto another number of processes."""
+    if is_partitioned(parameter):
+        return sharded(parameter, part(parameter).to(dtype, copy=True))
     return parameter.detach().to(dtype, copy=True)
 
 
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """Shape of a whole weight, also while it lies in parts."""
+    return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
+
+
+def numel_of(tensor: Any) -> int:
+    """Numbers of a whole weight, also while it lies in parts."""
+    return int(tensor.ds_numel) if is_partitioned(tensor) else tensor.numel()
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has sharded the weights of a model, which it does when training begins."""
-    return isinstance(_bare(model), FSDPModule)
+    """Whether FSDP2 or ZeRO-3 has sharded the weights of a model, which they do when training begins, or earlier."""
+    return isinstance(_bare(model), FSDPModule) or has_parts(model)
+
+
+@contextmanager
+def shards_only(model: nn.Module) -> Iterator[None]:
+    """Context that writes into shards in place, on all processes: the model's parameters are the shards, and afterwards
+    what is to be gathered is gathered anew. Within the forward pass of the root."""
+    if has_parts(model):
+        with parts_only(_bare(model)):
+            yield
+        return
+    reshard(model)
+    yield
+    gather_root(model)
 
 
 def reshard(model: nn.Module) -> None:

@@ -148,7 +148,7 @@ class UniSDTrainer(DistributedTrainer, DistillationTrainer):
         check_parallelism(args, self.accelerator, student, self.train_dataset)
         seed_alike(args, self.accelerator)
         self._merges = merges_rollouts(args, student, is_sharded=self._is_sharded)
-        check_sharding(args, student, self._dist, is_deepspeed=self.is_deepspeed_enabled)
+        check_sharding(args, student, self._dist, deepspeed=self._deepspeed_config)
         self._check_head(student)
         self.teacher: Teacher = teacher_of_run(args, student, sharded=self._is_sharded)
         check_mixture(args, student, self.teacher)

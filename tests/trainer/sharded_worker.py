@@ -2,10 +2,11 @@
 
     python -m tests.trainer.sharded_worker FOLDER ENGINE KIND,KIND,... PART,PART,...
 
-A part is "alone" or "long" (one process, no engine; 5 or 7 steps), "train" (2 ranks), "resume1" and
-"resume3" (1 and 3 ranks, from the checkpoint of step 3 of "train"), or "kill-WHEN" (2 ranks, of which the second is
-killed, then 2 that resume), or "masked" and "masked-alone" (no token of the second half of the rows counts; an
-evaluation on three rows). Each part writes FOLDER/KIND/PART.json: losses and drift.
+A part is "alone" or "long" (one process, no engine; 5 or 7 steps), "train" (2 ranks), "resume1", "resume2" and
+"resume3" (so many ranks, from the checkpoint of step 3 of "train"), "universal1" and so on (the same, from what
+DeepSpeed makes of it for any number), "kill-WHEN" (2 ranks, of which the second is killed, then 2 that resume), or
+"masked" and "masked-alone" (no token of the second half of the rows counts; an evaluation on three rows). Each part
+writes FOLDER/KIND/PART.json: losses and drift.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -49,9 +51,16 @@ FSDP = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
 ALONE = ("alone", "long", "masked-alone")
 MASKED = ("masked-alone", "masked")
-ENGINES = {"ddp": {}, "fsdp2": FSDP}
+ENGINES = {"ddp": {}, "fsdp2": FSDP, "zero2": ZERO, "zero3": ZERO, "zero3-kept": ZERO}
+# Of DeepSpeed's config. By default ZeRO-3 keeps all weights of a model this small gathered; with 40 its norms alone.
+STAGES: dict[str, dict[str, Any]] = {
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3, "stage3_param_persistence_threshold": 40},
+    "zero3-kept": {"stage": 3},
+}
 
 
 def trainer(folder: Path, kind: str, processes: int, cls: type = tiny_run.FixedRollouts, **overrides: Any) -> Any:
@@ -72,6 +81,17 @@ def trainer(folder: Path, kind: str, processes: int, cls: type = tiny_run.FixedR
         **overrides,
     }
     return tiny_run.trainer(folder, model=model, items=tiny_run.rows(count=6 * accumulation), cls=cls, **settings)
+
+
+def deepspeed_config(path: Path, stage: dict[str, Any], universal: bool) -> dict[str, str]:
+    """Write DeepSpeed's config; the variable that names it."""
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    zero = {**stage, "stage3_gather_16bit_weights_on_model_save": True}
+    config = {**dict.fromkeys(auto, "auto"), "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    if universal:
+        config["checkpoint"] = {"load_universal": True}
+    path.write_text(json.dumps(config))
+    return {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
 
 
 def record(run: Any, path: Path, **more: str) -> None:
@@ -150,22 +170,39 @@ def process(rank: int, processes: int, base: Path, kinds: list[str], part: str) 
             else:
                 out = folder / ("run" if part == "train" else part)
                 run = trainer(out, kind, processes, max_steps=7 if part == "long" else STEPS)
-                run.train(resume_from_checkpoint=str(folder / f"run/checkpoint-{SAVED}") if "resume" in part else None)
+                run.train(
+                    resume_from_checkpoint=str(folder / f"run/checkpoint-{SAVED}") if part[-1].isdigit() else None
+                )
                 if part in ("alone", "train"):
                     run.save_finished()
                 record(run, folder / f"{part}.json")
             del run
 
 
+def make_universal(checkpoint: Path) -> None:
+    """Convert a checkpoint of DeepSpeed into one that any number of processes resumes, beside it."""
+    if (checkpoint / "latest_universal").is_file():
+        return
+    saved = checkpoint / f"global_step{SAVED}"
+    options = ["--input_folder", saved, "--output_folder", f"{saved}_universal"]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *options, *workers], check=True)
+
+
 def group(part: str, base: Path, kinds: list[str], engine: str) -> None:
-    processes = {"resume1": 1, "resume3": 3}.get(part, 1 if part in ALONE else 2)
+    processes = 1 if part in ALONE else int(part[-1]) if part[-1].isdigit() else 2
     before = dict(os.environ)
+    if part.startswith("universal"):
+        for kind in kinds:
+            make_universal(base / kind / f"run/checkpoint-{SAVED}")
     if part not in ALONE:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **ENGINES[engine]}
         os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        if engine in STAGES:
+            os.environ |= deepspeed_config(base / "deepspeed.json", STAGES[engine], part.startswith("universal"))
     try:
         start_processes(process, (processes, base, kinds, part), nprocs=processes, start_method="fork")
     finally:

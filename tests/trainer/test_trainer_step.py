@@ -324,18 +324,25 @@ def test_nonfinite_loss_of_an_evaluation_is_reported_once_with_its_context(tmp_p
 
 def test_settings_that_an_engine_cannot_serve_are_refused(tmp_path):
     engine, lora = SimpleNamespace(fsdp_version=1, is_zero3=False), get_peft_model(tiny_run.llama(), tiny_run.lora())
-    check = partial(check_sharding, engine=engine, is_deepspeed=False)
+    check = partial(check_sharding, engine=engine, deepspeed=None)
     with pytest.raises(ValueError, match=r"ema='auto' has weights of its own, .* under FSDP1: use FSDP2"):
         check(tiny_run.config(tmp_path, preset="ema"), tiny_run.llama())
     base = tiny_run.config(tmp_path, preset="plain", teacher="base")
     engine.fsdp_version, engine.is_zero3 = None, True
-    with pytest.raises(ValueError, match=r"teacher='base' has weights of its own, .* under ZeRO-3"):
-        check(base, tiny_run.llama())
-    check(base, lora)
+    for setting in ({"offload_param": {"device": "cpu"}}, {"zero_hpz_partition_size": 2}, {"mics_shard_size": 2}):
+        config = {"zero_optimization": {"stage": 3, **setting}}
+        with pytest.raises(
+            ValueError, match=rf"teacher='base' has weights of its own, .* with {next(iter(setting))}: "
+        ):
+            check(base, tiny_run.llama(), deepspeed=config)
+        check(base, lora, deepspeed=config)
+    none = {"offload_param": {"device": "none"}, "zero_hpz_partition_size": 1, "mics_shard_size": -1}
+    check(base, tiny_run.llama(), deepspeed={"zero_optimization": {"stage": 3, **none}})
+    check(base, lora, deepspeed={})
     engine.fsdp_version, engine.is_zero3 = 2, False
     check(base, tiny_run.llama())
     with pytest.raises(ValueError, match="drift_budget cannot scale the learning rate of DeepSpeed"):
-        check(tiny_run.config(tmp_path, drift_budget=0.1, drift_probe_every=1), lora, is_deepspeed=True)
+        check(tiny_run.config(tmp_path, drift_budget=0.1, drift_probe_every=1), lora, deepspeed={})
 
 
 def test_streamed_dataset_trains_and_its_rows_are_checked(tmp_path):

@@ -44,9 +44,9 @@ def make_drift_probe(
     args = trainer.args
     if not args.drift_probe_every:
         return None
-    if (trainer._dist.is_zero3 or trainer._dist.fsdp_version == 1) and not is_peft(student):
+    if trainer._dist.fsdp_version == 1 and not is_peft(student):
         warnings.warn(
-            "the drift from the base model is not measured: ZeRO-3 or FSDP1 shards the weights and full fine-tuning "
+            "the drift from the base model is not measured: FSDP1 shards the weights and full fine-tuning "
             "overwrites the base. Set drift_probe_every=0, or train with LoRA or FSDP2",
             stacklevel=3,
         )

@@ -42,7 +42,12 @@ class CheckpointedTrainer(_Base):
             ValueError: no complete checkpoint, or a folder that is not one.
         """
         checkpoint = resumable(resume_from_checkpoint, str(self.args.output_dir))
+        if checkpoint is not None:
+            self.check_resumable(checkpoint)
         return super().train(checkpoint, *args, **kwargs)
+
+    def check_resumable(self, checkpoint: str) -> None:
+        """Raise ValueError for a whole checkpoint that this run cannot go on from."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `transformers.Trainer` does, once the disk has room: a finished run's weights exist nowhere else."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from unisd.sharding import numel_of
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -106,7 +108,7 @@ def wait_for_room(
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(numel_of(tensor) * tensor.element_size() for tensor in tensors)
 
 
 def shown_size(size: int) -> str:

@@ -13,7 +13,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from unisd.drift import DriftProbe
+from unisd.partitions import remember_engine
 from unisd.run.checkpointed import CheckpointedTrainer
+from unisd.run.deepspeed import check_processes, separate_steps
 from unisd.sharding import is_sharded
 from unisd.teachers import EMATeacher, Teacher, is_sharded_average, load_teacher, save_teacher
 
@@ -72,12 +74,29 @@ class DistributedTrainer(_Base):
         # What is called between the sharding of the weights and the loading of a checkpoint.
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         student: nn.Module = self.accelerator.unwrap_model(self.model)
+        self._remember_engine(student)
         if not self._has_started and is_sharded(student):
             self._has_started = True
             self.teacher.start(student)
             if self.drift is not None and self.drift.loses_base(student):
                 self.run_on_student(self.drift.capture)
         return scheduler
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._remember_engine(self.accelerator.unwrap_model(model))  # of an evaluation without training
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _remember_engine(self, student: nn.Module) -> None:
+        """Tell the weights' parts of the engine of ZeRO-3, and TRL's redirection of a forward pass too: it asks for the
+        wrapped model, which `transformers` sets only after it has made the scheduler."""
+        if self._dist.is_zero3:
+            self.model_wrapped = self.accelerator.deepspeed_engine_wrapped.engine
+            remember_engine(student, self.model_wrapped)
+
+    @property
+    def _deepspeed_config(self) -> dict[str, Any] | None:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return None if plugin is None else plugin.deepspeed_config
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -94,6 +113,10 @@ class DistributedTrainer(_Base):
         finally:
             plugin.set_state_dict_type(before)
 
+    def check_resumable(self, checkpoint: str) -> None:
+        if self._deepspeed_config is not None:
+            check_processes(checkpoint, self.accelerator.num_processes, self._deepspeed_config)
+
     def write_beside(self, folder: str) -> None:
         if not isinstance(self.teacher, EMATeacher):
             return
@@ -104,6 +127,8 @@ class DistributedTrainer(_Base):
         # The one hook that every kind of resume passes (DeepSpeed and FSDP load their weights elsewhere), after the
         # trainer state is known and before the first step.
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._deepspeed_config is not None:
+            separate_steps(self.accelerator.deepspeed_engine_wrapped.engine)
         if checkpoint is not None and isinstance(self.teacher, EMATeacher):
             load_teacher(self.teacher, checkpoint, self.state.global_step)
 

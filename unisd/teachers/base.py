@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from unisd.modules import evaluating
-from unisd.sharding import copy_of, local, reshard
+from unisd.partitions import is_partitioned
+from unisd.sharding import copy_of, local, reshard, shape_of
 from unisd_kernels import LMHead, ema_update_
 
 
@@ -90,11 +91,13 @@ class EMATeacher(Teacher):
     Attributes:
         decay: weight of the old average.
         updates: number of updates so far.
+        shapes: of the weights whose average lies flat, by name (ZeRO-3).
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.updates = 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
     def version(self, model: nn.Module) -> Hashable:
         # Of the student only what the average does not replace; the average itself is a part of a resumed run.
@@ -116,7 +119,7 @@ class EMATeacher(Teacher):
     def _average(self, averages: Mapping[str, torch.Tensor], student: Mapping[str, torch.Tensor]) -> None:
         """Move the averages towards the student's tensors of the same names, in one call, shard by shard."""
         targets = [local(average) for average in averages.values()]
-        ema_update_(targets, [local(student[name].detach()) for name in averages], self.decay)
+        ema_update_(targets, [local(student[name]) for name in averages], self.decay)
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -192,6 +195,11 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _bare_name(name: str) -> str:
     # Wrappers of torch.compile and of activation checkpointing are in the names; an average must not depend on them.
     return name.removeprefix("_orig_mod.").replace("_checkpoint_wrapped_module.", "")
+
+
+def flat_shapes(parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of those parameters of which `wide` makes a flat copy."""
+    return {name: shape_of(parameter) for name, parameter in parameters.items() if is_partitioned(parameter)}
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def save_teacher(teacher: EMATeacher, folder: str | os.PathLike[str], global_ste
             (path / _ABOUT).unlink(missing_ok=True)
         sharded_checkpoint.save(dict(teacher.tensors()), checkpoint_id=path)
         if distributed.get_rank() == 0:
-            write_json(path / _ABOUT, vars(about))
+            write_json(path / _ABOUT, {**vars(about), "shapes": teacher.shapes})
         return path
     path = Path(folder) / STATE_FILE
     state = teacher.state_dict()
@@ -110,12 +110,14 @@ class SavedAverage:
     Attributes:
         path: its file or folder.
         about: what it is.
-        tensors: dtype and shape of each tensor by name.
+        tensors: dtype and shape of each tensor by name, as it lies there.
+        shapes: of those that lie flat, as ZeRO-3 cuts them.
     """
 
     path: Path
     about: Average
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def in_folder(cls, folder: str | os.PathLike[str]) -> SavedAverage | None:
@@ -140,17 +142,19 @@ class SavedAverage:
     def _of_folder(cls, path: Path) -> SavedAverage:
         entries: dict[str, Any] = sharded_checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
         tensors = {name: (entry.properties.dtype, tuple(entry.size)) for name, entry in entries.items()}
-        return cls(path, Average(**json.loads((path / _ABOUT).read_text())), tensors)
+        about = json.loads((path / _ABOUT).read_text())
+        shapes = {name: tuple(shape) for name, shape in about.pop("shapes", {}).items()}
+        return cls(path, Average(**about), tensors, shapes)
 
     def each(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors by name, whole, one at a time: the average of a large model is twice its size."""
+        """The tensors by name, whole, in their shape, one at a time: the average of a large model is twice its size."""
         from safetensors import safe_open
 
         if self.path.is_dir():
             for name, (dtype, shape) in sorted(self.tensors.items()):
                 tensor = torch.empty(shape, dtype=dtype)
                 self.read_into({name: tensor})
-                yield name, tensor
+                yield name, tensor.view(self.shapes.get(name, shape))
             return
         with safe_open(self.path, framework="pt") as reader:
             for name in sorted(self.tensors):

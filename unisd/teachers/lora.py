@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from unisd.modules import is_peft
-from unisd.sharding import reshard
-from unisd.teachers.base import EMATeacher, move, named_parameters, trained_parameters, wide
+from unisd.partitions import is_partitioned, sharded_product
+from unisd.sharding import local, reshard
+from unisd.teachers.base import EMATeacher, flat_shapes, move, named_parameters, trained_parameters, wide
 from unisd.teachers.swap import SwappedEMATeacher, swapped, swapped_head
 from unisd_kernels import LMHead
 
@@ -53,11 +54,10 @@ class MergedEMATeacher(EMATeacher):
         layers = lora_layers(model)
         self._deltas = {name: _product(layer) for name, layer in layers.items()}
         adapter = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
-        self._others = {
-            name: wide(parameter)
-            for name, parameter in trained_parameters(model).items()
-            if id(parameter) not in adapter
-        }
+        trained = trained_parameters(model)
+        others = {name: parameter for name, parameter in trained.items() if id(parameter) not in adapter}
+        self._others = {name: wide(parameter) for name, parameter in others.items()}
+        self.shapes = flat_shapes(others)
 
     def follow(self, model: nn.Module) -> None:
         layers = lora_layers(model)
@@ -68,14 +68,14 @@ class MergedEMATeacher(EMATeacher):
     def _weights(self, model: nn.Module) -> Iterator[nn.Module]:
         layers = lora_layers(model)
         silenced = {
-            f"{name}.lora_B.{adapter}.weight": torch.zeros_like(layer.lora_B[adapter].weight)
+            f"{name}.lora_B.{adapter}.weight": torch.zeros_like(local(layer.lora_B[adapter].weight))
             for name, layer in layers.items()
             for adapter in _adapters(layer)
         }
         with ExitStack() as stack:
             stack.enter_context(swapped(model, {**self._others, **silenced}))
-            for name, layer in layers.items():
-                handle = layer.register_forward_hook(_adding(self._deltas[name]))
+            for name, delta in self._deltas.items():  # none before `start`: the adapter adds nothing then
+                handle = layers[name].register_forward_hook(_adding(delta))
                 stack.callback(handle.remove)
             yield model
 
@@ -136,11 +136,11 @@ def _adapters(layer: Any) -> list[str]:
 @torch.no_grad()
 def _product(layer: Any) -> torch.Tensor:
     """Addition of the active adapters of a LoRA layer to its weight: sum of scaling B A, float32 [out, in]. Where B
-    lies in shards of its rows, A [r, in] is gathered and each process makes its rows of the product."""
+    lies in shards of its rows, A [r, in] is gathered and each process makes its rows of the product; where it lies in
+    flat parts both are gathered."""
     delta = None
     for adapter in _adapters(layer):
-        b, a = layer.lora_B[adapter].weight.detach(), layer.lora_A[adapter].weight.detach()
-        product = _rows_of_product(b.float(), a.float()) * layer.scaling[adapter]
+        product = _rows_of_product(layer.lora_B[adapter].weight, layer.lora_A[adapter].weight) * layer.scaling[adapter]
         delta = product if delta is None else delta + product
     if delta is None:
         raise ValueError("a LoRA layer has no active adapter; activate one with model.set_adapter(name)")
@@ -149,6 +149,9 @@ def _product(layer: Any) -> torch.Tensor:
 
 def _rows_of_product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """B A [out, in] of B [out, r] and A [r, in]; a DTensor where they are."""
+    if is_partitioned(b):
+        return sharded_product(b, a)
+    b, a = b.detach().float(), a.detach().float()
     if not isinstance(b, DTensor):
         return b @ a
     assert isinstance(a, DTensor)

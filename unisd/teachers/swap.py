@@ -11,8 +11,8 @@ from torch import nn
 
 from unisd.head import gathered_head
 from unisd.modules import head_is_trained, model_head
-from unisd.sharding import gather_root, is_sharded, local, reshard
-from unisd.teachers.base import EMATeacher, move, named_parameters, trained_parameters, wide
+from unisd.sharding import is_sharded, local, reshard, shards_only
+from unisd.teachers.base import EMATeacher, flat_shapes, move, named_parameters, trained_parameters, wide
 from unisd_kernels import LMHead
 
 
@@ -40,20 +40,23 @@ def swapped(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[No
 
 @contextmanager
 def _swapped_shards(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    reshard(model)
-    parameters = named_parameters(model)  # now, while they are the shards
-    parts = {name: local(parameters[name].detach()) for name in values}
-    originals = {name: part.clone() for name, part in parts.items()}
+    parts: dict[str, torch.Tensor] = {}
+    originals: dict[str, torch.Tensor] = {}
     try:
-        for name, part in parts.items():
-            part.copy_(local(values[name]))
-        gather_root(model)
+        with shards_only(model):
+            parameters = named_parameters(model)  # now, while they are the shards
+            parts = {name: local(parameters[name]) for name in values}
+            originals = {name: part.clone() for name, part in parts.items()}
+            _write(parts, values)
         yield
     finally:
-        reshard(model)
-        for name, part in parts.items():
-            part.copy_(originals[name])
-        gather_root(model)
+        with shards_only(model):
+            _write(parts, originals)
+
+
+def _write(parts: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        parts[name].copy_(local(value))
 
 
 def swapped_head(model: nn.Module) -> LMHead | None:
@@ -80,7 +83,9 @@ class SwappedEMATeacher(EMATeacher):
 
     def start(self, model: nn.Module) -> None:
         reshard(model)
-        self._averages = {name: wide(parameter) for name, parameter in trained_parameters(model).items()}
+        trained = trained_parameters(model)
+        self._averages = {name: wide(parameter) for name, parameter in trained.items()}
+        self.shapes = flat_shapes(trained)
 
     def follow(self, model: nn.Module) -> None:
         move(self._averages, named_parameters(model))
