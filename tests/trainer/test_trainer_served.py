@@ -9,6 +9,7 @@ import torch
 
 from tests import fake_server
 from tests.trainer import tiny_run
+from unisd.views import served_scorer
 
 BASE = {"teacher": "base", "ema": "none", "agreement_gamma": 2.0, "max_prompt_length": 64}
 
@@ -174,6 +175,15 @@ def test_settings_that_do_not_go_together(tmp_path, overrides, said):
     settings = {"preset": "unisd_star", "view_scorer": "server", "view_scorer_url": "http://h:1", **BASE}
     with pytest.raises(ValueError, match=said):
         tiny_run.config(tmp_path, **{**settings, **overrides})
+
+
+def test_no_process_is_more_patient_than_the_others_wait(tmp_path, server):
+    settings = {**BASE, "preset": "agreement_token", **served(server, view_scorer_patience=30.0)}
+    args = tiny_run.config(tmp_path, ddp_timeout=30, **settings)
+    with pytest.raises(ValueError, match=r"view_scorer_patience=30 is not below ddp_timeout=30.* raise ddp_timeout"):
+        served_scorer(args, num_processes=2)
+    assert served_scorer(args) is not None
+    assert served_scorer(tiny_run.config(tmp_path, ddp_timeout=31, **settings), num_processes=2) is not None
 
 
 def test_what_the_server_does_not_have_is_told_at_construction(tmp_path, server):

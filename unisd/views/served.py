@@ -120,14 +120,23 @@ class ServerScorer:
             ) from None
 
 
-def served_scorer(args: UniSDConfig) -> ServerScorer | None:
+def served_scorer(args: UniSDConfig, num_processes: int = 1) -> ServerScorer | None:
     """The server that scores the auxiliary views of a run, if one does.
 
+    Args:
+        num_processes: of the run; each asks for the sequences that are its own.
+
     Raises:
-        ValueError: it does not answer, has another model than the named one, or takes shorter sequences.
+        ValueError: it does not answer, has another model than the named one, or takes shorter sequences; the other
+            processes would not wait as long as one that asks it again.
     """
     if args.view_scorer == "local":
         return None
+    if num_processes > 1 and args.view_scorer_patience >= args.ddp_timeout:
+        raise ValueError(
+            f"view_scorer_patience={args.view_scorer_patience:g} is not below ddp_timeout={args.ddp_timeout}, after "
+            "which the other processes no longer wait for one whose server is away: raise ddp_timeout, or lower it"
+        )
     server = Server(
         str(args.view_scorer_url),
         args.view_scorer_model,
