@@ -169,17 +169,18 @@ prepare() {
     tail -25 "$logs/prepare.out"
 }
 
-# The same two commands that ask a server or transformers elsewhere; vLLM's engine is a process of its own here, as it
-# is for whoever sets nothing.
+# The rows of `prepare`, and a few replies that transformers writes too. vLLM's engine is a process of its own here, as
+# it is for whoever sets nothing.
 generator() {
     local folder by of_vllm options='{"dtype": "float32", "enforce_eager": true, "max_model_len": 2048}'
     folder="$(model)"
     export VLLM_ENABLE_V1_MULTIPROCESSING=1 UNISD_CACHE
     UNISD_CACHE="$(mktemp -d)"
     say "  unisd prepare"
-    run prepare-vllm "$env/bin/python" -m unisd prepare "$rows" -o "$logs/prepared-vllm" --overwrite --limit 8 \
+    run prepare-vllm "$env/bin/python" -m unisd prepare "$rows" -o "$logs/prepared-vllm" --overwrite --limit 12 \
         --contexts induction --num_auxiliary 2 --negatives other --generator vllm --generator_options "$options" \
         --model "$folder"
+    [ ! -d "$logs/prepared" ] || .venv/bin/python scripts/vllm_runs.py same "$logs/prepared-vllm" "$logs/prepared"
     for by in vllm transformers; do
         say "  unisd eval, by $by"
         of_vllm=()

@@ -5,7 +5,7 @@
     python scripts/vllm_runs.py steps                rollouts by vLLM in the trainer's process
     python scripts/vllm_runs.py server-rollouts URL  rollouts by a server, as far as TRL goes
     python scripts/vllm_runs.py replies URL          the generator vllm, against transformers and a server
-    python scripts/vllm_runs.py same FILE OTHER      replies in two files of `unisd eval` that are the same
+    python scripts/vllm_runs.py same ONE OTHER       texts that two files of `unisd eval` or two prepared folders share
 
 Each prints one JSON object as its last line, and on standard error what it does.
 """
@@ -244,10 +244,11 @@ def scores_killed(options: Any) -> dict[str, Any]:
 class _Answered:
     """A server whose answers are there already: what a step costs when the K contexts are scored on another machine."""
 
-    is_compared = True
-
     def __init__(self, found: torch.Tensor) -> None:
         self._found = found
+
+    def is_compared(self, *, once: bool) -> bool:
+        return True
 
     def begin(self, *args: Any) -> Any:
         return lambda: self._found
@@ -384,14 +385,21 @@ def _equal(texts: dict[str, list[str]], one: str, other: str) -> str:
 
 
 def same(options: Any) -> dict[str, Any]:
-    """Replies in two files of `unisd eval`, by the same items."""
-    one, other = (
-        [json.loads(line) for line in Path(file).read_text().splitlines()] for file in (options.url, options.other)
-    )
-    assert [item["prompt"] for item in one] == [item["prompt"] for item in other]
-    return {
-        "same_replies": _equal({"one": [i["reply"] for i in one], "other": [i["reply"] for i in other]}, "one", "other")
-    }
+    """Texts that are the same in two files of replies, or in the contexts of two folders of prepared rows."""
+    one, other = _texts(options.url), _texts(options.other)
+    assert one.keys() == other.keys()
+    lists = {"one": list(one.values()), "other": [other[prompt] for prompt in one]}
+    return {"same": _equal(lists, "one", "other")}
+
+
+def _texts(path: str) -> dict[str, str]:
+    """By prompt."""
+    if Path(path).is_dir():
+        from datasets import load_from_disk
+
+        return {str(row["prompt"]): "\n".join(map(str, row["auxiliary_prompts"])) for row in load_from_disk(path)}
+    items = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return {item["prompt"]: item["reply"] for item in items}
 
 
 COMMANDS = {

@@ -89,7 +89,7 @@ def test_vllm_gets_prompts_and_seeds(monkeypatch):
     module = types.SimpleNamespace(LLM=LLM, SamplingParams=types.SimpleNamespace)
     monkeypatch.setitem(sys.modules, "vllm", module)
     generator = make_generator("vllm", "someone/model")
-    requests = [Request("a", 1), Request([{"role": "user", "content": "b"}], 2), Request("c", 3)]
+    requests = [Request("a", 1), Request([{"role": "user", "content": "b"}], 2), Request("c", 2**31 + 3)]
     assert replies(generator, requests, Sampling(0.7, 32)) == ["a 1", "b 2", "c 3"]
     assert calls[0][1][0] == {"temperature": 0.7, "top_p": 1.0, "max_tokens": 32, "seed": 1}
     options = {"dtype": "float32", "max_model_len": 64}

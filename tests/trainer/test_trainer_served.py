@@ -106,6 +106,32 @@ def test_a_restart_in_the_middle_is_survived(tmp_path, server, caplog):
     assert "answers again" in caplog.messages[-1]
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_other_weights_after_a_restart_are_noticed(tmp_path, server, is_sharded):
+    """In the step after; not with sharded weights, of which one process alone cannot make a pass."""
+    run = tiny_run.trainer(
+        tmp_path, **BASE, preset="agreement_token", max_steps=3, **served(server, view_scorer_patience=5.0)
+    )
+    run.step.is_sharded = is_sharded
+    score, other = server.score, fake_server.scores_of(tiny_run.llama(seed=1), threading.Lock())
+
+    def goes_down(body):
+        with server.lock:
+            if len(server.bodies) < 20:
+                return score(body)
+            server.score = other  # in the second step
+        return None
+
+    server.score = goes_down
+    if is_sharded:
+        run.train()
+        assert run.state.global_step == 3
+        return
+    with pytest.raises(ValueError, match=r"scores 'tiny' .* nats a token apart from the base model here"):
+        run.train()
+    assert run.state.global_step == 2
+
+
 def test_a_server_that_stays_away_ends_the_run(tmp_path, server):
     run = tiny_run.trainer(tmp_path, **BASE, preset="agreement_token", **served(server, view_scorer_patience=0.1))
     server.stop()

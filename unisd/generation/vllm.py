@@ -83,5 +83,5 @@ class VLLMGenerator:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_new_tokens,
-            seed=request.seed,
+            seed=request.seed % 2**31,  # what a server is given, so that both draw the same
         )

@@ -30,14 +30,17 @@ class ServerScorer:
         server: answers `/completions` with `prompt_logprobs`, which are those of temperature 1.
 
     Attributes:
-        is_compared: whether `compare` has been called.
         requests: sent so far.
     """
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self.is_compared = False
+        self._compared_after: int | None = None  # outages
         self.requests = 0
+
+    def is_compared(self, *, once: bool) -> bool:
+        """Whether `compare` has been called, and unless `once` is enough, since the server was last away."""
+        return self._compared_after == self._server.outages or (once and self._compared_after is not None)
 
     def begin(self, batch: dict[str, Any], rows: CompletionRows, views: Sequence[View]) -> Callable[[], torch.Tensor]:
         contexts, completions = view_contexts(batch, views), unpadded(batch["completion_ids"], batch["completion_mask"])
@@ -74,7 +77,7 @@ class ServerScorer:
         Raises:
             ValueError: they are further apart than another precision explains.
         """
-        self.is_compared = True
+        self._compared_after = self._server.outages
         if not local.numel():
             return
         apart = (local.double() - served.double()).abs()
