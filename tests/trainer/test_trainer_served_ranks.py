@@ -36,18 +36,6 @@ def two_ranks(folder: Path, engine: str, server, kinds: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def said(folder: Path, kind: str) -> list[tuple[int, str]]:
-    """How each rank ended, and what it wrote to its standard error."""
-    files = [folder / kind / f"rank{rank}" for rank in range(served_worker.RANKS)]
-    return [(int(file.with_suffix(".code").read_text()), file.with_suffix(".txt").read_text()) for file in files]
-
-
-def refuses_rank_1(server):
-    """Of the kind that is refused: the other rank is answered, the first time too."""
-    score, scored = server.score, Counter()
-    return score, scored
-
-
 def fails_rank_1_in_its_second_step(server) -> None:
     score, of_rank_1 = server.score, []
     key = f"Bearer {served_worker.key_of('refused', 1)}"
