@@ -1,10 +1,13 @@
 """Runs of this package with a real vLLM on a CPU, one a command; scripts/vllm.sh makes the environment and calls them.
 
-    python scripts/vllm_runs.py scores URL FILE      views scored by a server, against the model here
+    python scripts/vllm_runs.py scores URL           views scored by a server, against the model here
+    python scripts/vllm_runs.py scores-killed URL    a run whose server is killed in a step and started again by another
     python scripts/vllm_runs.py steps                rollouts by vLLM in the trainer's process
     python scripts/vllm_runs.py server-rollouts URL  rollouts by a server, as far as TRL goes
+    python scripts/vllm_runs.py replies URL          the generator vllm, against transformers and a server
+    python scripts/vllm_runs.py same ONE OTHER       texts that two files of `unisd eval` or two prepared folders share
 
-Each prints one JSON object as its last line.
+Each prints one JSON object as its last line, and on standard error what it does.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import torch
 from unisd.batch import CompletionRows, counted_mask, crop
 from unisd.config import UniSDConfig
 from unisd.data.procedural import procedural_dataset
-from unisd.models import load_model, resolve_model
+from unisd.models import load_model
 from unisd.trainer import UniSDTrainer
 from unisd_kernels import agreement_weights
 
@@ -36,18 +39,24 @@ MODEL = "smollm2-135m-instruct"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("scores", "steps", "server-rollouts"))
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("url", nargs="?")
+    parser.add_argument("other", nargs="?")
     parser.add_argument("--model", default=MODEL, help="model or folder")
     parser.add_argument("--batches", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--sampler-dtype", default="auto", help="of vLLM, for steps")
+    parser.add_argument("--prompts", type=int, default=6, help="conversations, for replies")
+    parser.add_argument("--sampler-dtype", default="auto", help="of vLLM, for steps and replies")
     parser.add_argument("--setting", nargs=2, action="append", default=[], metavar=("NAME", "JSON"))
     options = parser.parse_args()
-    command = {"scores": scores, "steps": steps, "server-rollouts": server_rollouts}[options.command]
-    print(json.dumps({"command": " ".join(sys.argv[1:]), **machine(), **command(options)}))
+    found = COMMANDS[options.command](options)
+    print(json.dumps({"command": " ".join(sys.argv), **machine(), **found}))
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def machine() -> dict[str, Any]:
@@ -170,13 +179,76 @@ def scores(options: Any) -> dict[str, Any]:
         }
 
 
+def scores_killed(options: Any) -> dict[str, Any]:
+    """A run with a server that somebody kills in the middle of a step's requests and starts again; then the same
+    rollouts scored here, and by the new server, and the same run with all views scored here."""
+    kept: list[dict[str, Any]] = []
+    settings = {"max_steps": options.steps, "learning_rate": 1e-3}
+    with tempfile.TemporaryDirectory() as folder:
+        run = trainer(
+            options, folder, view_scorer="server", view_scorer_url=options.url, view_scorer_concurrency=2, **settings
+        )
+        step, served = run.step, run.step.served
+        assert served is not None
+        begin = served.begin
+
+        def kept_too(batch: Any, rows: Any, views: Any) -> Any:
+            before, began = served.requests, time.perf_counter()
+            answers = begin(batch, rows, views)
+            say(f"step {run.state.global_step + 1}: {served.requests - before} requests")
+
+            def waited() -> torch.Tensor:
+                found = answers()
+                seconds = time.perf_counter() - began
+                say(f"step {run.state.global_step + 1}: all answered, {seconds:.0f} s after they were sent")
+                if len(views) == len(step.auxiliary):  # else it is the comparison
+                    kept.append({"batch": batch, "rows": rows, "there": found, "seconds": seconds})
+                return found
+
+            return waited
+
+        served.begin = kept_too  # type: ignore[method-assign]
+        run.train()
+        student = run.accelerator.unwrap_model(run.model)
+        by_step = []
+        requests = served.requests
+        for number, each in enumerate(kept, 1):
+            with step.teacher.scoring(student) as scorer:
+                local = step._local(student, scorer, step.teacher.head(student), step.teacher.version(student))
+                here = local.begin(each["batch"], each["rows"], step.auxiliary)()
+            again = begin(each["batch"], each["rows"], step.auxiliary)()
+            by_step.append(
+                {
+                    "step": number,
+                    "tokens": each["there"].shape[1],
+                    "seconds_until_answered": each["seconds"],
+                    "against_local": _spread((here - each["there"]).abs()),
+                    "against_the_server_started_again": _spread((again - each["there"]).abs()),
+                }
+            )
+        say("the same run with views scored here")
+        alone = trainer(options, folder, **settings)
+        alone.train()
+    names = ("loss", "unisd/agreement_weight", "unisd/agreement_weight_min")
+    return {
+        "steps": run.state.global_step,
+        "requests_for_the_run": requests,
+        "scores": by_step,
+        "log": {name: [entry[name] for entry in run.state.log_history if name in entry] for name in names},
+        "log_with_local_scores": {
+            name: [entry[name] for entry in alone.state.log_history if name in entry] for name in names
+        },
+    }
+
+
 class _Answered:
     """A server whose answers are there already: what a step costs when the K contexts are scored on another machine."""
 
-    is_compared = True
-
     def __init__(self, found: torch.Tensor) -> None:
         self._found = found
+
+    def is_compared(self, *, once: bool) -> bool:
+        return True
 
     def begin(self, *args: Any) -> Any:
         return lambda: self._found
@@ -268,6 +340,76 @@ def server_rollouts(options: Any) -> dict[str, Any]:
     return found
 
 
+def replies(options: Any) -> dict[str, Any]:
+    """Greedy replies of the generator vllm, of transformers and of a server; those drawn with a seed, of both vLLMs."""
+    from unisd.generation import Request, Sampling, make_generator
+
+    prompts = [*procedural_dataset(options.prompts)["prompt"], "The capital of France is", "Once upon a time"]
+    requests = [Request(prompt, seed=number) for number, prompt in enumerate(prompts)]
+    in_process = {"dtype": options.sampler_dtype, "enforce_eager": True, "max_model_len": 2048}
+    makers = {
+        "vllm": lambda: make_generator("vllm", options.model, options=in_process),
+        "server": lambda: make_generator(options.url, ""),
+        "transformers": lambda: make_generator("transformers", options.model),
+    }
+    found: dict[str, dict[str, list[str]]] = {"greedy": {}, "drawn": {}}
+    for name, make in makers.items():
+        say(f"{name}: loading")
+        generator = make()
+        for kind, temperature in (("greedy", 0.0), ("drawn", 0.7)):
+            # A server takes conversations alone, so that a string is one there.
+            asked = [r for r in requests if name != "server" or not isinstance(r.prompt, str)]
+            say(f"{name}: {len(asked)} replies, {kind}")
+            written = dict(generator.replies(asked, Sampling(temperature, options.tokens)))
+            found[kind][name] = [written[place] for place in range(len(asked))]
+        del generator
+    return {
+        "conversations": options.prompts,
+        "strings": len(prompts) - options.prompts,
+        "greedy_as_transformers": _equal(found["greedy"], "vllm", "transformers"),
+        "greedy_as_server": _equal(found["greedy"], "vllm", "server"),
+        "drawn_as_server": _equal(found["drawn"], "vllm", "server"),
+        "drawn_as_greedy": sum(a == b for a, b in zip(found["drawn"]["vllm"], found["greedy"]["vllm"], strict=True)),
+        "differing": [
+            {name: texts[place] for name, texts in found["greedy"].items()}
+            for place in range(options.prompts)
+            if len({texts[place] for texts in found["greedy"].values()}) > 1
+        ],
+        "example": found["greedy"]["vllm"][-2],
+    }
+
+
+def _equal(texts: dict[str, list[str]], one: str, other: str) -> str:
+    pairs = list(zip(texts[one], texts[other]))  # the shorter list: a server has no strings
+    return f"{sum(a == b for a, b in pairs)} of {len(pairs)}"
+
+
+def same(options: Any) -> dict[str, Any]:
+    """Texts that are the same in two files of replies, or in the contexts of two folders of prepared rows."""
+    one, other = _texts(options.url), _texts(options.other)
+    assert one.keys() == other.keys()
+    lists = {"one": list(one.values()), "other": [other[prompt] for prompt in one]}
+    return {"same": _equal(lists, "one", "other")}
+
+
+def _texts(path: str) -> dict[str, str]:
+    """By prompt."""
+    if Path(path).is_dir():
+        from datasets import load_from_disk
+
+        return {str(row["prompt"]): "\n".join(map(str, row["auxiliary_prompts"])) for row in load_from_disk(path)}
+    items = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return {item["prompt"]: item["reply"] for item in items}
+
+
+COMMANDS = {
+    "scores": scores,
+    "scores-killed": scores_killed,
+    "steps": steps,
+    "server-rollouts": server_rollouts,
+    "replies": replies,
+    "same": same,
+}
+
 if __name__ == "__main__":
-    resolve_model(MODEL)
     main()

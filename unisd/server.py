@@ -44,6 +44,7 @@ class Server:
     Attributes:
         base: the URL, with /v1.
         model: the name.
+        outages: times that it has answered again after it had not; it may be another server since.
 
     Raises:
         ValueError: no server there, or one that serves several models while none is named.
@@ -65,6 +66,7 @@ class Server:
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="unisd-server")
         self._lock = threading.Lock()
         self._down_since: float | None = None
+        self.outages = 0
         self.model: str = model if model is not None else self._only(setting)
 
     def models(self) -> dict[str, dict[str, Any]]:
@@ -155,4 +157,5 @@ class Server:
         with self._lock:
             if self._down_since is not None:
                 seconds, self._down_since = time.monotonic() - self._down_since, None
+                self.outages += 1
                 logger.warning("%s: answers again, after %.0f s; what had failed is asked again", self.base, seconds)

@@ -350,10 +350,12 @@ class LossStep:
         rows: CompletionRows,
         version: Hashable,
     ) -> None:
-        """Verify once, before anything is learned from it, that the server scores as the teacher here does."""
-        if self.served is None or self.served.is_compared:
+        """Verify, before anything is learned from it, that the server scores as the teacher here does; and again in the
+        first micro-batch after it was away."""
+        # Once by every process, whatever its rows: with sharded weights a pass is a collective, and one process may
+        # not see that the server was away.
+        if self.served is None or self.served.is_compared(once=self.is_sharded):
             return
-        # By every process, whatever its rows: with sharded weights a pass is a collective.
         one = self.auxiliary[:1]
         local = self._local(student, scorer, own_head, version).begin(batch, rows, one)
         self.served.compare(local(), self.served.begin(batch, rows, one)())

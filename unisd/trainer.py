@@ -168,7 +168,7 @@ class UniSDTrainer(DistributedTrainer, DistillationTrainer):
                 pads=self.pad_to_multiple_of is not None,
                 takes_positions=self._takes_position_ids,
             ),
-            served_scorer(args),
+            served_scorer(args, self.accelerator.num_processes),
             num_processes=self.accelerator.num_processes,
             is_sharded=self._is_sharded,
             fixed_shapes=self.pad_to_multiple_of is not None,

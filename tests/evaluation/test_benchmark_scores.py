@@ -170,6 +170,11 @@ def test_which_command_line_it_is(words, of_benchmarks, monkeypatch):
     [
         (["cos_e", "mbpp", "--data", "x.jsonl"], "--data is the file of one benchmark, and 2 are asked for"),
         (["cos_e", "--likelihood", "--generator", "vllm"], "--likelihood needs the model in this process"),
+        (["cos_e", "--adapter", "a", "--generator", "vllm"], "--adapter needs the model in this process"),
+        (["cos_e", "--attn_implementation", "sdpa", "--generator", "vllm"], "--attn_implementation needs the model"),
+        (["cos_e", "--dtype", "float32", "--generator", "http://h:1"], "--dtype needs the model in this process"),
+        (["cos_e", "--generator_options", "[1]"], "must be a JSON object such as"),
+        (["cos_e", "--generator_options", '{"seed": 1}'], "generator_options are of the generator vllm"),
         (["cos_e", "--split", "test"], "cos_e has the splits train, validation, not 'test'"),
         (["toolalpaca"], "toolalpaca is not on the hub"),
         (["cos_e", "poems"], "poems"),
@@ -178,6 +183,23 @@ def test_which_command_line_it_is(words, of_benchmarks, monkeypatch):
 def test_mistakes_are_named(saved, words, message, capsys):
     assert main(["eval", *words, "--model", str(saved / "model")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_vllm_gets_its_options_and_the_dtype(saved, monkeypatch):
+    given = []
+
+    def make(*_, options, **__):
+        given.append(options)
+        raise ValueError("no vLLM here")
+
+    monkeypatch.setattr("unisd.cli.evaluate_benchmarks.make_generator", make)
+    monkeypatch.setattr("unisd.cli.prepare.make_generator", make)
+    of_vllm = ["--generator", "vllm", "--generator_options", '{"max_model_len": 64}', "--model", str(saved / "model")]
+    rows = str(saved / "rows.jsonl")
+    assert main(["eval", "cos_e", *of_vllm, "--data", rows, "--dtype", "float32"]) == 2
+    assert main(["eval", "cos_e", *of_vllm, "--data", rows]) == 2
+    assert main(["prepare", rows, *of_vllm, "-o", str(saved / "prepared")]) == 2
+    assert given == [{"dtype": "float32", "max_model_len": 64}, {"max_model_len": 64}, {"max_model_len": 64}]
 
 
 def test_likelihood_takes_the_most_probable_letter(tokenizer, tmp_path):

@@ -66,11 +66,12 @@ def test_identity_tells_weights_apart():
 
 
 def test_vllm_gets_prompts_and_seeds(monkeypatch):
-    calls = []
+    calls, given = [], []
 
     class LLM:
         def __init__(self, model, **options):
             assert model == "someone/model"
+            given.append(options)
 
         def _answer(self, prompts, parameters):
             calls.append((prompts, [vars(p) for p in parameters]))
@@ -88,9 +89,28 @@ def test_vllm_gets_prompts_and_seeds(monkeypatch):
     module = types.SimpleNamespace(LLM=LLM, SamplingParams=types.SimpleNamespace)
     monkeypatch.setitem(sys.modules, "vllm", module)
     generator = make_generator("vllm", "someone/model")
-    requests = [Request("a", 1), Request([{"role": "user", "content": "b"}], 2), Request("c", 3)]
+    requests = [Request("a", 1), Request([{"role": "user", "content": "b"}], 2), Request("c", 2**31 + 3)]
     assert replies(generator, requests, Sampling(0.7, 32)) == ["a 1", "b 2", "c 3"]
     assert calls[0][1][0] == {"temperature": 0.7, "top_p": 1.0, "max_tokens": 32, "seed": 1}
+    options = {"dtype": "float32", "max_model_len": 64}
+    other = make_generator("vllm", "someone/model", options=options)
+    assert given == [{"trust_remote_code": False}, {"trust_remote_code": False, **options}]
+    # In other portions it writes the same, in another precision it may not.
+    assert generator.identity == make_generator("vllm", "someone/model", options={"max_model_len": 9}).identity
+    assert generator.identity != other.identity
+
+
+def test_vllm_does_not_read_an_adapter(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace())
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is a PEFT adapter, and the generator vllm reads whole models: merge it"):
+        make_generator("vllm", str(tmp_path))
+
+
+def test_options_of_vllm_are_of_no_other_generator():
+    for kind in ("transformers", "http://127.0.0.1:9"):
+        with pytest.raises(ValueError, match=f"generator_options are of the generator vllm, and .* is {kind}"):
+            make_generator(kind, "someone/model", options={"dtype": "float32"})
 
 
 def test_without_vllm_the_way_out_is_named(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 
 from tests import fake_server
 from tests.trainer import tiny_run
+from unisd.views import served_scorer
 
 BASE = {"teacher": "base", "ema": "none", "agreement_gamma": 2.0, "max_prompt_length": 64}
 
@@ -105,6 +106,32 @@ def test_a_restart_in_the_middle_is_survived(tmp_path, server, caplog):
     assert "answers again" in caplog.messages[-1]
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_other_weights_after_a_restart_are_noticed(tmp_path, server, is_sharded):
+    """In the step after; not with sharded weights, of which one process alone cannot make a pass."""
+    run = tiny_run.trainer(
+        tmp_path, **BASE, preset="agreement_token", max_steps=3, **served(server, view_scorer_patience=5.0)
+    )
+    run.step.is_sharded = is_sharded
+    score, other = server.score, fake_server.scores_of(tiny_run.llama(seed=1), threading.Lock())
+
+    def goes_down(body):
+        with server.lock:
+            if len(server.bodies) < 20:
+                return score(body)
+            server.score = other  # in the second step
+        return None
+
+    server.score = goes_down
+    if is_sharded:
+        run.train()
+        assert run.state.global_step == 3
+        return
+    with pytest.raises(ValueError, match=r"scores 'tiny' .* nats a token apart from the base model here"):
+        run.train()
+    assert run.state.global_step == 2
+
+
 def test_a_server_that_stays_away_ends_the_run(tmp_path, server):
     run = tiny_run.trainer(tmp_path, **BASE, preset="agreement_token", **served(server, view_scorer_patience=0.1))
     server.stop()
@@ -174,6 +201,15 @@ def test_settings_that_do_not_go_together(tmp_path, overrides, said):
     settings = {"preset": "unisd_star", "view_scorer": "server", "view_scorer_url": "http://h:1", **BASE}
     with pytest.raises(ValueError, match=said):
         tiny_run.config(tmp_path, **{**settings, **overrides})
+
+
+def test_no_process_is_more_patient_than_the_others_wait(tmp_path, server):
+    settings = {**BASE, "preset": "agreement_token", **served(server, view_scorer_patience=30.0)}
+    args = tiny_run.config(tmp_path, ddp_timeout=30, **settings)
+    with pytest.raises(ValueError, match=r"view_scorer_patience=30 is not below ddp_timeout=30.* raise ddp_timeout"):
+        served_scorer(args, num_processes=2)
+    assert served_scorer(args) is not None
+    assert served_scorer(tiny_run.config(tmp_path, ddp_timeout=31, **settings), num_processes=2) is not None
 
 
 def test_what_the_server_does_not_have_is_told_at_construction(tmp_path, server):

@@ -25,7 +25,7 @@ from unisd.cli import evaluate_lm_eval as by_harness
 from unisd.cli.device import choose_device
 from unisd.cli.dtype import DTYPES, choose_dtype
 from unisd.cli.errors import CommandError, setting_up
-from unisd.cli.parser import CommandParser, natural, positive
+from unisd.cli.parser import CommandParser, named_values, natural, positive
 from unisd.evaluation.benchmark import BenchmarkScores, evaluate_benchmark
 from unisd.evaluation.files import write_result
 from unisd.evaluation.lm_eval import HarnessScores
@@ -42,8 +42,8 @@ def main(arguments: list[str]) -> int:
     if options.data is not None and len(options.names) > 1:
         raise CommandError(f"--data is the file of one benchmark, and {len(options.names)} are asked for")
     in_process = options.generator == "transformers"
-    if options.likelihood and not in_process:
-        raise CommandError(f"--likelihood needs the model in this process, not --generator {options.generator}")
+    if not in_process:
+        _refuse_of_this_process(options)
     # Deprecations between the libraries underneath; nothing a reader of the scores could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with setting_up():
@@ -77,6 +77,7 @@ def main(arguments: list[str]) -> int:
             device=device,
             loaded=loaded,
             trust_remote_code=options.trust_remote_code,
+            options=_generator_options(options),
         )
         rows = {}
         for name in dict.fromkeys(options.names):
@@ -105,6 +106,24 @@ def main(arguments: list[str]) -> int:
         }
         _say(scores, _write(scores, known[name], options, beside, time.perf_counter() - started, device))
     return 0
+
+
+def _refuse_of_this_process(options: argparse.Namespace) -> None:
+    """Raise CommandError for what another generator would leave out without a word."""
+    given = {
+        "likelihood": options.likelihood,
+        "adapter": options.adapter is not None,
+        "attn_implementation": options.attn_implementation is not None,
+        "dtype": options.dtype != "auto" and options.generator != "vllm",
+    }
+    for name in [name for name, is_given in given.items() if is_given]:
+        raise CommandError(f"--{name} needs the model in this process, not --generator {options.generator}")
+
+
+def _generator_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, with the dtype."""
+    dtype = {} if options.dtype == "auto" or options.generator != "vllm" else {"dtype": options.dtype}
+    return {**dtype, **(options.generator_options or {})}
 
 
 def _say(scores: BenchmarkScores | HarnessScores, file: Path) -> None:
@@ -164,6 +183,12 @@ def _parser() -> CommandParser:
     parser.add_argument("--seed", type=natural, default=42, help="of the order of the choices")
     parser.add_argument("--likelihood", action="store_true", help="multiple choice: also by the options' probability")
     parser.add_argument("--generator", default="transformers", help="transformers, vllm, or the URL of a server")
+    parser.add_argument(
+        "--generator_options",
+        type=named_values,
+        metavar="JSON",
+        help="for --generator vllm: arguments of vllm.LLM, such as '{\"max_model_len\": 4096}'",
+    )
     parser.add_argument("--batch_size", type=positive, help="prompts generated together")
     parser.add_argument("--device", default="auto", help="auto (CUDA if it is there, else the CPU), cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights")

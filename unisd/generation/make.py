@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ def make_generator(
     device: torch.device | str = "cpu",
     loaded: Any = None,
     trust_remote_code: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Generator:
     """The generator that `kind` means.
 
@@ -27,10 +29,13 @@ def make_generator(
         device: for "transformers": on the CPU float32 weights, elsewhere those of the checkpoint.
         loaded: `(model, tokenizer)` that are loaded already, for "transformers".
         trust_remote_code: run code that comes with the model.
+        options: further arguments of `vllm.LLM`, for "vllm" alone.
 
     Raises:
-        ValueError: another kind, or one that is not there.
+        ValueError: another kind, one that is not there, or options of another one.
     """
+    if options and kind != "vllm":
+        raise ValueError(f"generator_options are of the generator vllm, and the generator is {kind}: leave them out")
     size: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
     if kind.startswith(("http://", "https://")):
         from unisd.generation.server import ServerGenerator
@@ -40,7 +45,7 @@ def make_generator(
         from unisd.generation.vllm import VLLMGenerator
         from unisd.models import resolve_model
 
-        return VLLMGenerator(resolve_model(model), **size, trust_remote_code=trust_remote_code)
+        return VLLMGenerator(resolve_model(model), **size, trust_remote_code=trust_remote_code, **(options or {}))
     if kind == "transformers":
         from unisd.generation.transformers import TransformersGenerator
         from unisd.models import load_model

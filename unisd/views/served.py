@@ -30,14 +30,17 @@ class ServerScorer:
         server: answers `/completions` with `prompt_logprobs`, which are those of temperature 1.
 
     Attributes:
-        is_compared: whether `compare` has been called.
         requests: sent so far.
     """
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self.is_compared = False
+        self._compared_after: int | None = None  # outages
         self.requests = 0
+
+    def is_compared(self, *, once: bool) -> bool:
+        """Whether `compare` has been called, and unless `once` is enough, since the server was last away."""
+        return self._compared_after == self._server.outages or (once and self._compared_after is not None)
 
     def begin(self, batch: dict[str, Any], rows: CompletionRows, views: Sequence[View]) -> Callable[[], torch.Tensor]:
         contexts, completions = view_contexts(batch, views), unpadded(batch["completion_ids"], batch["completion_mask"])
@@ -74,7 +77,7 @@ class ServerScorer:
         Raises:
             ValueError: they are further apart than another precision explains.
         """
-        self.is_compared = True
+        self._compared_after = self._server.outages
         if not local.numel():
             return
         apart = (local.double() - served.double()).abs()
@@ -120,14 +123,23 @@ class ServerScorer:
             ) from None
 
 
-def served_scorer(args: UniSDConfig) -> ServerScorer | None:
+def served_scorer(args: UniSDConfig, num_processes: int = 1) -> ServerScorer | None:
     """The server that scores the auxiliary views of a run, if one does.
 
+    Args:
+        num_processes: of the run; each asks for the sequences that are its own.
+
     Raises:
-        ValueError: it does not answer, has another model than the named one, or takes shorter sequences.
+        ValueError: it does not answer, has another model than the named one, or takes shorter sequences; the other
+            processes would not wait as long as one that asks it again.
     """
     if args.view_scorer == "local":
         return None
+    if num_processes > 1 and args.view_scorer_patience >= args.ddp_timeout:
+        raise ValueError(
+            f"view_scorer_patience={args.view_scorer_patience:g} is not below ddp_timeout={args.ddp_timeout}, after "
+            "which the other processes no longer wait for one whose server is away: raise ddp_timeout, or lower it"
+        )
     server = Server(
         str(args.view_scorer_url),
         args.view_scorer_model,
