@@ -11,8 +11,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from unisd.daemon_threads import DaemonThreads
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _AT_FIRST = 5.0
@@ -63,7 +64,7 @@ class Server:
         base = url.rstrip("/")
         self.base = base if base.endswith("/v1") else f"{base}/v1"
         self._timeout, self._patience = timeout, patience
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="unisd-server")
+        self._pool = DaemonThreads(concurrency, "unisd-server")
         self._lock = threading.Lock()
         self._down_since: float | None = None
         self.outages = 0
@@ -91,7 +92,7 @@ class Server:
             try:
                 return [future.result() for future in futures]
             except BaseException:
-                # Else the others would go on trying, and a process that ends would wait for them.
+                # Else the others would go on trying.
                 stop.set()
                 for future in futures:
                     future.cancel()

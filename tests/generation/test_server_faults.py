@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from tests import fake_server
+from unisd.daemon_threads import DaemonThreads
 from unisd.generation import Request, Sampling, make_generator
 from unisd.generation.server import ServerGenerator
 from unisd.server import Server
@@ -100,3 +104,33 @@ def test_what_is_no_choice_of_models_is_told(server):
     server.cards = ["nothing"]
     with pytest.raises(ValueError, match="without models"):
         Server(server.url)
+
+
+def test_a_process_that_fails_waits_for_no_server():
+    """An exception between the requests and their answers ends the process, whatever they would still wait for."""
+    script = (
+        "from unisd.server import Server\n"
+        "Server('http://127.0.0.1:9', 'm', patience=600.0).post('/completions', [{}] * 3)\n"
+        "raise SystemExit('failed on its own')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "failed on its own")
+
+
+def test_threads_are_few_and_go_with_their_server():
+    threads = DaemonThreads(2, "few")
+    both = threading.Barrier(3, timeout=10)
+    futures = [threads.submit(both.wait) for _ in range(2)]
+    both.wait()
+    for future in futures:  # two threads have met here
+        future.result(10)
+    names = {threads.submit(lambda: threading.current_thread().name).result(10) for _ in range(8)}
+    assert names <= {"few-1", "few-2"}
+    with pytest.raises(ZeroDivisionError):
+        threads.submit(lambda: 1 // 0).result(10)
+    running = [thread for thread in threading.enumerate() if thread.name.startswith("few-")]
+    del threads
+    gc.collect()
+    for thread in running:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in running)
