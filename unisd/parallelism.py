@@ -59,7 +59,7 @@ def check_parallelism(args: UniSDConfig, accelerator: Any, model: nn.Module | No
             f"TRL repeats the rows of a streamed train_dataset for every process, but {shared}; load it whole, or set "
             "gradient_accumulation_steps=1"
         )
-    if model is None:
+    if model is None or accelerator.parallelism_config.tp_size == 1:
         return
     if is_peft(model):
         raise ValueError(
