@@ -126,7 +126,7 @@ def ceil_div(amount: int, step: int) -> int:
 
 
 def next_power_of_2(amount: int) -> int:
-    """Of at least one. Not triton.next_power_of_2, for the same reason."""
+    """The next power of two, at least one. Not triton.next_power_of_2, for the same reason."""
     return 1 << (amount - 1).bit_length()
 
 
