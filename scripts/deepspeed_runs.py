@@ -36,7 +36,7 @@ RUNS = {
         for engine in ("ddp", "fsdp2", "zero2", "zero3")
     },
     "torchrun-ddp": [*TORCHRUN, "--nproc-per-node", "2", "-m", "unisd", *TRAIN],
-    "torchrun-fsdp2": [*TORCHRUN, "--nproc-per-node", "2", "-m", "unisd", *TRAIN, "--fsdp", "true"],
+    "torchrun-fsdp2": [*TORCHRUN, "--nproc-per-node", "2", "-m", "unisd", "train", "--config", "fsdp.yaml"],
 }
 LEFT = {
     "ddp": "optimizer.pt",
@@ -62,6 +62,7 @@ def prepare(folder: Path) -> None:
         "save_steps": 2,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "fsdp.yaml").write_text(yaml.safe_dump({**settings, "fsdp": True}))
     for engine in LEFT:
         printed = subprocess.run([*UNISD, "launch", engine, "--print"], check=True, capture_output=True, text=True)
         (folder / f"{engine}.yaml").write_text(printed.stdout)
