@@ -15,7 +15,7 @@ import triton
 from triton.compiler import ASTSource
 
 from bench.parser import command_parser
-from bench.roofline.targets import ARCHITECTURES, MATRIX_INSTRUCTIONS, read, table_of, target
+from bench.roofline.targets import ARCHITECTURES, MATRIX_INSTRUCTIONS, is_amd, read, table_of, target
 from unisd.cli.errors import CommandError
 from unisd_kernels.backends.triton import (
     chunked_divergence,
@@ -161,7 +161,7 @@ def variants(architecture: str, everything: bool = False) -> Iterator[Variant]:
     one: dict[str, Any] = {"entropy": True, "width": 1, **uneven}
     yield _score("score, plain loads, width 1", table["score-plain"][0], **one)
     yield _fused("fused divergence, plain loads, width 1", table["fused-divergence-plain"][0], **one)
-    for precision in ("tf32", "ieee"):
+    for precision in ("ieee",) if is_amd(architecture) else ("tf32", "ieee"):
         options: dict[str, Any] = {"element": "fp32", "PRECISION": precision}
         config = table["score-float32"][0]
         yield _score(f"score, float32, {precision}", config, **options)

@@ -23,7 +23,7 @@ def on_cuda(dtype: torch.dtype) -> SimpleNamespace:
     return SimpleNamespace(dtype=dtype, device=torch.device("cuda"))
 
 
-def test_the_precision_of_float32_products_follows_both_of_torchs_settings(matmul_setting):
+def test_the_precision_of_float32_products_follows_both_of_torchs_settings(matmul_setting, monkeypatch):
     """The older one's getter raises after the newer one was used, which TrainingArguments(tf32=True) does."""
     assert product_precision(on_cuda(torch.float32)) == "ieee"
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -33,6 +33,8 @@ def test_the_precision_of_float32_products_follows_both_of_torchs_settings(matmu
     assert product_precision(on_cuda(torch.float32)) == "ieee"
     torch.set_float32_matmul_precision("high")
     assert product_precision(on_cuda(torch.float32)) == "tf32"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert product_precision(on_cuda(torch.float32)) == "ieee"
     torch.set_float32_matmul_precision("highest")
     assert product_precision(on_cuda(torch.float32)) == "ieee"
 

@@ -83,8 +83,11 @@ def descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor
 
 
 def product_precision(matrix: torch.Tensor) -> str:
-    """Precision of a float32 product, which PyTorch is set to; 16-bit operands are exact in the product either way."""
-    if matrix.dtype != torch.float32 or matrix.device.type != "cuda":
+    """Precision of a float32 product, which PyTorch is set to; 16-bit operands are exact in the product either way.
+
+    On AMD's GPUs it is the full one: not all of them have another (MI350 has none).
+    """
+    if matrix.dtype != torch.float32 or matrix.device.type != "cuda" or torch.version.hip:
         return "ieee"
     # Follows torch.set_float32_matmul_precision too, whose own getter raises once this setting was used, as by
     # transformers' TrainingArguments(tf32=True).
