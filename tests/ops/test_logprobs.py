@@ -9,6 +9,10 @@ from hypothesis import strategies as st
 
 from tests.support import assert_accurate, make_problem, natives, problems
 from unisd_kernels import linear_logprobs
+from unisd_kernels.backends import engine
+from unisd_kernels.backends.projection import Projection
+from unisd_kernels.backends.torch import TorchBackend
+from unisd_kernels.backends.transform import LogitTransform
 
 SMALL = 4096  # bytes: a handful of rows a chunk, several columns tiles
 
@@ -116,3 +120,26 @@ def test_gradcheck_of_the_tiled_path():
         )
 
     assert torch.autograd.gradcheck(function, (problem.student_hidden, head.weight, head.bias))
+
+
+@pytest.mark.parametrize("impl", ["torch", None])
+def test_more_rows_than_are_scored_at_a_time(impl, monkeypatch):
+    problem = make_problem(lengths=(20, 0, 21), frozen_head=True)
+    arguments = (problem.student_hidden.detach(), problem.student_head, problem.target_ids)
+    expected = linear_logprobs(*arguments, return_entropy=True, impl="reference")
+    monkeypatch.setattr(engine, "SCORE_ROWS", 8)
+    for ours, exact in zip(linear_logprobs(*arguments, return_entropy=True, impl=impl), expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_a_slice_without_a_column_says_nothing_of_its_rows():
+    """Nor what lay in its memory."""
+    nothing = Projection(torch.randn(5, 4), torch.empty(0, 4), None, LogitTransform(1.0, None, 1.0))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        scores = engine.Engine(TorchBackend(), 1 << 20).score(nothing, torch.zeros(5, dtype=torch.int64), True)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert scores.logsumexp.eq(-torch.inf).all()
+    assert scores.entropy.eq(0).all()
