@@ -18,6 +18,7 @@ from unisd_kernels import (
     unisd_loss,
     validation,
 )
+from unisd_kernels.validation import assert_ids_async
 
 N, V, H = 8, 23, 6
 
@@ -357,3 +358,12 @@ def test_the_other_operations_check_too(operation):
 def test_lm_head(arguments, error, message):
     with pytest.raises(error, match=message):
         LMHead(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_ids_on_an_accelerator_are_checked_without_waiting(dtype):
+    """On a CPU the same check raises at once."""
+    assert_ids_async(torch.tensor([0, 6, 3], dtype=dtype), 7)
+    for wrong in (-1, 7, -100):
+        with pytest.raises(RuntimeError, match=r"target_ids outside \[0, 7\)"):
+            assert_ids_async(torch.tensor([0, wrong], dtype=dtype), 7)
