@@ -85,18 +85,12 @@ def check_one_message(folder: Path) -> None:
     assert "Traceback" not in first + second
 
 
-@pytest.mark.parametrize(
-    ("engine", "kinds"),
-    [
-        ("fsdp2", ["micro", "refused"]),
-        pytest.param("fsdp2", EVERY, marks=pytest.mark.exhaustive),
-        pytest.param("ddp", EVERY, marks=pytest.mark.exhaustive),
-    ],
-)
-def test_two_ranks(tmp_path, server, engine, kinds):
+@pytest.mark.exhaustive  # a group of processes costs as much as a hundred other tests
+@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+def test_two_ranks(tmp_path, server, engine):
     fails_rank_1_in_its_second_step(server)
-    two_ranks(tmp_path, engine, server, kinds)
+    two_ranks(tmp_path, engine, server, EVERY)
     check_one_message(tmp_path)
-    for kind in set(kinds) - {"refused"}:
+    for kind in set(EVERY) - {"refused"}:
         check_equals_one_process(tmp_path, engine, kind)
         check_asks_once(server.bodies, kind)
