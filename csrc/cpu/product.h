@@ -11,6 +11,16 @@
 namespace unisd {
 namespace UNISD_ISA {
 
+// Whether rows begin and end with whole cache lines of vectors, which may then be written past the cache: that spares
+// reading what is overwritten.
+inline bool has_whole_lines(const float* out, int64_t stride) {
+  constexpr int64_t line = 16;
+  return Vec::width == line && stride % line == 0 && reinterpret_cast<uintptr_t>(out) % (line * sizeof(float)) == 0;
+}
+inline UNISD_INLINE void put(Vec value, float* target, bool past_the_cache) {
+  past_the_cache ? value.stream(target) : value.store(target);
+}
+
 // A tile of more floats than this leaves the second-level cache anyway.
 constexpr int64_t kStreamedFloats = 1 << 20;
 
@@ -21,11 +31,8 @@ inline void logits_of(PackedRows hidden, Matrix weight, const float* bias, float
   [[maybe_unused]] const Unit<Operand> unit{};
   Buffer product(kBlock * Operand::panel), wide(widened_size<Operand>(weight, hidden.width));
   const Vec factor = Vec::set(scale);
-  // A tile too large for the cache goes to memory past it, which spares reading what is overwritten; in whole cache
-  // lines only.
-  constexpr int64_t line = 16;
-  const bool streamed = Vec::width == line && hidden.rows * out_stride >= kStreamedFloats && out_stride % line == 0 &&
-                        begin % line == 0 && reinterpret_cast<uintptr_t>(out) % (line * sizeof(float)) == 0;
+  // A tile too large for the cache goes to memory past it.
+  const bool streamed = hidden.rows * out_stride >= kStreamedFloats && has_whole_lines(out + begin, out_stride);
   for (int64_t v = begin; v < end; v += kBlock) {
     const int64_t columns = at_most(kBlock, end - v);
     const auto block = weight_block<Operand>(weight, hidden.width, v, v + columns, end, &wide);
@@ -51,10 +58,8 @@ inline void logits_of(PackedRows hidden, Matrix weight, const float* bias, float
             const Vec value = fma(square[j], factor, offset);
             if (across < Vec::width) {
               value.store_part(target + j * out_stride, across);
-            } else if (streamed) {
-              value.stream(target + j * out_stride);
             } else {
-              value.store(target + j * out_stride);
+              put(value, target + j * out_stride, streamed);
             }
           }
         }
@@ -213,6 +218,14 @@ inline Broadcast<Pairs> gradient_block(Pairs, const float* gradient, int64_t str
 }
 #endif
 
+// Times that a product of one packed block calls `between`: for each panel of `width` columns, register tile of `rows`
+// that are broadcast, and stretch of `steps`.
+template <class Operand>
+inline int64_t pauses(int64_t width, int64_t rows, int64_t steps) {
+  return (width + Operand::panel - 1) / Operand::panel * ((rows + kBroadcast - 1) / kBroadcast) *
+         ((steps + kBetween - 1) / kBetween);
+}
+
 // Cache lines of some rows, fetched one at a time in their order.
 class LinesAhead {
  public:
@@ -253,8 +266,7 @@ inline void backward_of(const float* gradient, int64_t gradient_stride, int64_t 
   const int64_t total_stride = in_place ? out_stride : padded;
   const int64_t row_bytes = bytes_of(weight.storage);
   // The next block of weight and gradient comes from memory while this one is multiplied, some lines at a time.
-  const int64_t calls = (padded + Operand::panel - 1) / Operand::panel * ((rows + kBroadcast - 1) / kBroadcast) *
-                        ((Operand::gradient_block + kBetween - 1) / kBetween);
+  const int64_t calls = pauses<Operand>(padded, rows, Operand::gradient_block);
   for (int64_t v = 0; v < length; v += block) {
     const int64_t count = at_most(block, length - v), next = at_most(block, length - v - count);
     LinesAhead weight_lines(static_cast<const char*>(row_of(weight, v + count)) + begin * row_bytes,
@@ -314,13 +326,10 @@ inline void weight_gradient_of(const float* gradient, int64_t gradient_stride, i
   [[maybe_unused]] const Unit<Operand> unit{};
   const int64_t steps = (rows + Operand::elements - 1) / Operand::elements;
   Buffer product(kBlock * Operand::panel), narrow(transposed_stride(rows) * kBlock);
-  // What is written for the first time goes to memory past the cache, which spares reading it; in whole lines only.
-  constexpr int64_t line = 16;
-  const bool streamed = Vec::width == line && !accumulate && out_stride % line == 0 &&
-                        reinterpret_cast<uintptr_t>(out) % (line * sizeof(float)) == 0;
+  // What is written for the first time goes to memory past the cache.
+  const bool streamed = !accumulate && has_whole_lines(out, out_stride);
   // The next block of the gradient comes from memory while this one is multiplied, some lines at a time.
-  const int64_t calls = (width + Operand::panel - 1) / Operand::panel * ((kBlock + kBroadcast - 1) / kBroadcast) *
-                        ((steps + kBetween - 1) / kBetween);
+  const int64_t calls = pauses<Operand>(width, kBlock, steps);
   for (int64_t v = begin; v < end; v += kBlock) {
     const int64_t count = at_most(kBlock, end - v), next = at_most(kBlock, end - v - count);
     LinesAhead ahead(gradient + v + count, gradient_stride * sizeof(float), next == 0 ? 0 : rows, next * sizeof(float));
@@ -344,13 +353,7 @@ inline void weight_gradient_of(const float* gradient, int64_t gradient_stride, i
             columns,
             [&](int64_t j) UNISD_INLINE {
               const Vec sum = Vec::load(sums + j);
-              if (accumulate) {
-                (Vec::load(target + j) + sum).store(target + j);
-              } else if (streamed) {
-                sum.stream(target + j);
-              } else {
-                sum.store(target + j);
-              }
+              put(accumulate ? Vec::load(target + j) + sum : sum, target + j, streamed);
             },
             [&](int64_t j, int lanes) UNISD_INLINE {
               const Vec sum = Vec::load(sums + j);
