@@ -5,12 +5,13 @@ On an accelerator its Triton kernels, on a CPU the compiled implementation that 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from bench.cases import Case
-from bench.peers.step import Outcome, Step
+from bench.peers.step import Step, scoring
 from bench.records.failures import NotOffered
-from unisd_kernels.config import LossInputs
 
 
 def build(case: Case, beta: float, device: torch.device) -> Step:
@@ -20,10 +21,4 @@ def build(case: Case, beta: float, device: torch.device) -> Step:
 
     impl = "torch_compile" if device.type == "cpu" else "cce"
 
-    def step(inputs: LossInputs) -> Outcome:
-        hidden, weight = inputs.student_hidden.detach(), inputs.student_head.weight.detach()
-        with torch.no_grad():
-            loss = linear_cross_entropy(hidden, weight, inputs.target_ids, reduction="none", impl=impl)
-            return Outcome(-loss.float(), None)
-
-    return step
+    return scoring(partial(linear_cross_entropy, reduction="none", impl=impl))

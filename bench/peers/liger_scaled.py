@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 
 from bench.cases import Case
-from bench.peers.step import Outcome, Step
+from bench.peers.step import Step, scoring
 from bench.records.failures import NotHere
-from unisd_kernels.config import LossInputs
 
 
 def build(case: Case, beta: float, device: torch.device) -> Step:
@@ -21,11 +20,4 @@ def build(case: Case, beta: float, device: torch.device) -> Step:
         raise NotHere("it needs liger-kernel 0.8.5 or newer") from error
 
     temperature = case.options["temperature"]
-
-    def step(inputs: LossInputs) -> Outcome:
-        hidden, weight = inputs.student_hidden.detach(), inputs.student_head.weight.detach()
-        with torch.no_grad():
-            loss = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, inputs.target_ids, temperature)
-            return Outcome(-loss.float(), None)
-
-    return step
+    return scoring(lambda *operands: LigerFusedLinearScaledCrossEntropyFunction.apply(*operands, temperature))

@@ -22,6 +22,17 @@ class Outcome(NamedTuple):
 Step = Callable[[LossInputs], Outcome]
 
 
+def scoring(losses: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> Step:
+    """The step of a scorer that goes from hidden states, weight and ids to negative log-probabilities [N]."""
+
+    def step(inputs: LossInputs) -> Outcome:
+        hidden, weight = inputs.student_hidden.detach(), inputs.student_head.weight.detach()
+        with torch.no_grad():
+            return Outcome(-losses(hidden, weight, inputs.target_ids).float(), None)
+
+    return step
+
+
 def leaves(inputs: LossInputs) -> tuple[torch.Tensor, ...]:
     """Tensors that a backward differentiates: student's hidden states [N, H], then a trainable head's weight [V, H]."""
     weight = inputs.student_head.weight

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from bench.cases import Case
-from bench.peers.step import Outcome, Step
+from bench.peers.step import Step, scoring
 from bench.records.failures import NotHere, NotOffered
-from unisd_kernels.config import LossInputs
 
 
 def build(case: Case, beta: float, device: torch.device) -> Step:
@@ -17,12 +18,4 @@ def build(case: Case, beta: float, device: torch.device) -> Step:
         raise NotHere(f"it needs torch 2.13 or newer, this is {torch.__version__}")
     options = torch.nn.LinearCrossEntropyOptions()
 
-    def step(inputs: LossInputs) -> Outcome:
-        hidden, weight = inputs.student_hidden.detach(), inputs.student_head.weight.detach()
-        with torch.no_grad():
-            loss = torch.nn.functional.linear_cross_entropy(
-                hidden, weight, inputs.target_ids, reduction="none", options=options
-            )
-            return Outcome(-loss.float(), None)
-
-    return step
+    return scoring(partial(torch.nn.functional.linear_cross_entropy, reduction="none", options=options))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processes import run_module
 
 pytest.importorskip("transformers", minversion="5.21")
 
@@ -18,14 +17,9 @@ from tests.distributed.test_slices import assert_same, exact_and_natives
 from tests.support import assert_accurate
 from unisd_kernels import LMHead
 
-ROOT = Path(__file__).parents[2]
-
 
 def work(folder: Path, *arguments: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "tests.distributed.gloo_worker", str(folder), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_module("tests.distributed.gloo_worker", folder, *arguments, timeout=600, TRITON_INTERPRET="0")
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.ops.row_group_worker import CASES, RANKS, Case, call
+from tests.processes import run_module
 from tests.support import max_error
 from unisd_kernels import UniSDLoss, unisd_loss
 from unisd_kernels.batch import Batch
 
-ROOT = Path(__file__).parents[2]
 SCALARS = ("loss", "divergence_loss", "contrastive_loss", "feature_loss")
 # Relative to the largest entry. In float32 and bfloat16 one process makes the same products of other shapes.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}
@@ -27,10 +23,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of four processes got for every case."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tests.ops.row_group_worker", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("tests.ops.row_group_worker", folder, timeout=600, CUDA_VISIBLE_DEVICES="")
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 

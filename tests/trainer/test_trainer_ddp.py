@@ -1,25 +1,18 @@
 """Two processes give the weights and metrics that one process gives with the whole batch."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import run_module
 from tests.trainer import ddp_worker, tiny_run
-
-ROOT = Path(__file__).parents[2]
 
 
 def two_processes(folder: Path) -> None:
-    command = [sys.executable, "-m", "tests.trainer.ddp_worker", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    run_module("tests.trainer.ddp_worker", folder, timeout=1200, **environment)
 
 
 @tiny_run.with_the_newest_trl

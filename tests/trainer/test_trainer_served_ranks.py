@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,9 +9,9 @@ import pytest
 import torch
 
 from tests import fake_server
+from tests.processes import run_module
 from tests.trainer import served_worker, tiny_run
 
-ROOT = Path(__file__).parents[2]
 TYPES = {"ddp": "DistributedType.MULTI_CPU", "fsdp2": "DistributedType.FSDP"}
 EVERY = list(served_worker.KINDS)
 OF_A_RANK = tiny_run.NUM_ROWS // served_worker.RANKS
@@ -30,10 +27,7 @@ def server(monkeypatch):
 
 
 def two_ranks(folder: Path, engine: str, server, kinds: list[str]) -> None:
-    command = [sys.executable, "-m", "tests.trainer.served_worker", str(folder), engine, server.url, *kinds]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("tests.trainer.served_worker", folder, engine, server.url, *kinds, timeout=900, CUDA_VISIBLE_DEVICES="")
 
 
 def fails_rank_1_in_its_second_step(server) -> None:

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import trl
 from safetensors.torch import load_file
 
+from tests.processes import run_module
 from tests.trainer import sharded_worker, tiny_run
 from unisd.run.checkpoints import MANIFEST, fault_of
 from unisd.run.export import export_model
 from unisd.teachers import STATE_FOLDER, ShardedEMATeacher, load_teacher, put_average
 
-ROOT = Path(__file__).parents[2]
 IS_NEWEST_TRL = tuple(map(int, trl.__version__.split(".")[:2])) >= (1, 16)
 
 
 def groups(folder, engine: str, kinds: str, parts: str) -> None:
-    command = [sys.executable, "-m", "tests.trainer.sharded_worker", str(folder), engine, kinds, parts]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("tests.trainer.sharded_worker", folder, engine, kinds, parts, timeout=1800, CUDA_VISIBLE_DEVICES="")
 
 
 def of(folder, kind: str, part: str) -> dict:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from tests.processes import run_module
 
 pytest.importorskip("transformers", minversion="5.21")
 
@@ -19,16 +17,11 @@ from tests.trainer import tiny_run
 from tests.trainer.tensor_parallel_worker import RUNS
 from unisd.parallelism import check_parallelism, data_parallel_processes
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("tensor_parallel")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "tests.trainer.tensor_parallel_worker", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=420)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_module("tests.trainer.tensor_parallel_worker", folder, timeout=420, TRITON_INTERPRET="0")
     return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in ("alone", "rank0", "rank1")}
 
 

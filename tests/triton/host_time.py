@@ -15,9 +15,8 @@ from unittest import mock
 
 import torch
 import triton
-from triton.runtime.driver import driver
 
-from tests.triton.stand_in import PROCESSORS, LaunchFreeDriver
+from tests.triton.stand_in import PROCESSORS, LaunchFreeDriver, active
 from unisd_kernels import LMHead, linear_logprobs
 from unisd_kernels.backends.registry import Implementation
 from unisd_kernels.backends.triton import configs, score
@@ -33,7 +32,6 @@ REPEATS, CALLS = 15, 100
 @contextmanager
 def launch_free() -> Iterator[None]:
     """Inside, operations on CPU tensors take a GPU's path."""
-    given = LaunchFreeDriver(90, stream=0)
     triton_backend = Implementation("triton", "a GPU's path", (), (), lambda: None, TritonBackend)
     with ExitStack() as stack:
         for target, name, value in (
@@ -43,9 +41,7 @@ def launch_free() -> Iterator[None]:
             (logprobs, "check_target_ids", lambda ids, rows, columns, device: assert_ids_async(ids, columns)),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
-        before = driver._active
-        driver.set_active(given)
-        stack.callback(lambda: setattr(driver, "_active", before))
+        stack.enter_context(active(LaunchFreeDriver(90, stream=0)))
         yield
 
 

@@ -171,6 +171,17 @@ def _check(launch_: Launch) -> None:
 
 
 @contextmanager
+def active(given: LaunchFreeDriver) -> Iterator[None]:
+    """Inside, Triton's launches go to this driver."""
+    before = driver._active
+    driver.set_active(given)
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+@contextmanager
 def stand_in(capability: int = 90, stream: int = 0) -> Iterator[LaunchFreeDriver]:
     """Inside, tensors are made on "cuda" without memory, and Triton's launches go to `launches`. One capability a
     process: Triton keeps what it compiled."""
@@ -188,9 +199,7 @@ def stand_in(capability: int = 90, stream: int = 0) -> Iterator[LaunchFreeDriver
         for cached in (launch.architecture, launch.num_sms):
             cached.cache_clear()
             stack.callback(cached.cache_clear)
-        before = driver._active
-        driver.set_active(given)
-        stack.callback(lambda: setattr(driver, "_active", before))
+        stack.enter_context(active(given))
         stack.enter_context(_Pretend())
         yield given
         for launch_ in given.launches:

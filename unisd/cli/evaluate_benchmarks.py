@@ -25,7 +25,7 @@ from unisd.cli import evaluate_lm_eval as by_harness
 from unisd.cli.device import choose_device
 from unisd.cli.dtype import DTYPES, choose_dtype
 from unisd.cli.errors import CommandError, setting_up
-from unisd.cli.parser import CommandParser, named_values, natural, positive
+from unisd.cli.parser import CommandParser, add_generator, natural, positive
 from unisd.evaluation.benchmark import BenchmarkScores, evaluate_benchmark
 from unisd.evaluation.files import write_result
 from unisd.evaluation.lm_eval import HarnessScores
@@ -182,13 +182,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--max_new_tokens", type=positive, help="longest reply (default: 1024)")
     parser.add_argument("--seed", type=natural, default=42, help="of the order of the choices")
     parser.add_argument("--likelihood", action="store_true", help="multiple choice: also by the options' probability")
-    parser.add_argument("--generator", default="transformers", help="transformers, vllm, or the URL of a server")
-    parser.add_argument(
-        "--generator_options",
-        type=named_values,
-        metavar="JSON",
-        help="for --generator vllm: arguments of vllm.LLM, such as '{\"max_model_len\": 4096}'",
-    )
+    add_generator(parser)
     parser.add_argument("--batch_size", type=positive, help="prompts generated together")
     parser.add_argument("--device", default="auto", help="auto (CUDA if it is there, else the CPU), cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights")

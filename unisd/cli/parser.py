@@ -86,6 +86,17 @@ def positive_number(text: str) -> float:
     return value
 
 
+def add_generator(parser: argparse._ActionsContainer) -> None:
+    """The arguments that say who writes replies."""
+    parser.add_argument("--generator", default="transformers", help="transformers, vllm, or the URL of a server")
+    parser.add_argument(
+        "--generator_options",
+        type=named_values,
+        metavar="JSON",
+        help="for --generator vllm: arguments of vllm.LLM, such as '{\"max_model_len\": 4096}'",
+    )
+
+
 def named_values(text: str) -> dict[str, Any]:
     """Type of an argument: a JSON object."""
     try:

@@ -22,7 +22,7 @@ from typing import Any
 from unisd.benchmarks import is_benchmark, rows_to_train_on
 from unisd.cli.device import choose_device
 from unisd.cli.errors import CommandError, setting_up
-from unisd.cli.parser import CommandParser, named_values, natural, positive
+from unisd.cli.parser import CommandParser, add_generator, natural, positive
 from unisd.contexts import LengthLimit
 from unisd.contexts.template import TeacherTemplate
 from unisd.generation import make_generator
@@ -138,13 +138,7 @@ def _parser() -> CommandParser:
     model.add_argument(
         "--model", default=SMOLLM2, help=f"model id, {', '.join(FETCHED)}, local folder, or folder of a PEFT adapter"
     )
-    model.add_argument("--generator", default="transformers", help="transformers, vllm, or the URL of a server")
-    model.add_argument(
-        "--generator_options",
-        type=named_values,
-        metavar="JSON",
-        help="for --generator vllm: arguments of vllm.LLM, such as '{\"max_model_len\": 4096}'",
-    )
+    add_generator(model)
     model.add_argument("--served_model", help="the model's name at the server (default: the only one there)")
     model.add_argument("--device", default="auto", help="of the model, for --generator transformers")
     model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")

@@ -74,7 +74,7 @@ class DistributedTrainer(_Base):
         # What is called between the sharding of the weights and the loading of a checkpoint.
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         student: nn.Module = self.accelerator.unwrap_model(self.model)
-        self._remember_engine(student)
+        self._remember_engine(self.model)
         if not self._has_started and is_sharded(student):
             self._has_started = True
             self.teacher.start(student)
@@ -83,15 +83,15 @@ class DistributedTrainer(_Base):
         return scheduler
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self._remember_engine(self.accelerator.unwrap_model(model))  # of an evaluation without training
+        self._remember_engine(model)  # of an evaluation without training
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _remember_engine(self, student: nn.Module) -> None:
+    def _remember_engine(self, model: Any) -> None:
         """Tell the weights' parts of the engine of ZeRO-3, and TRL's redirection of a forward pass too: it asks for the
         wrapped model, which `transformers` sets only after it has made the scheduler."""
         if self._dist.is_zero3:
             self.model_wrapped = self.accelerator.deepspeed_engine_wrapped.engine
-            remember_engine(student, self.model_wrapped)
+            remember_engine(self.accelerator.unwrap_model(model), self.model_wrapped)
 
     @property
     def _deepspeed_config(self) -> dict[str, Any] | None:

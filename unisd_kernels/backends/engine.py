@@ -80,8 +80,7 @@ def allocate(needs_grad: NeedsGrad, projection: Projection, written: bool) -> Gr
         assert like is not None
         function = torch.empty if written else torch.zeros
         made = function(like.shape, dtype=projection.dtype, device=like.device)
-        if made.device.type == "cpu":
-            advise_huge_pages(made)
+        advise_huge_pages(made)
         return made
 
     return Gradients(
@@ -310,7 +309,7 @@ class Engine:
         if gradients.hidden is not None:
             for piece in total.pieces(rows.stop - rows.start):
                 begin, end = rows.start + piece.start, rows.start + piece.stop
-                self.backend.hidden_gradient(projection, tile[piece], gradients.hidden[begin:end])
+                self.backend.hidden_gradient(projection, rows_of(tile, piece), gradients.hidden[begin:end])
                 total.written(end)
         if gradients.weight is not None:
             self.backend.add_weight_gradient(projection, tile, rows, gradients.weight, rows.start == 0)

@@ -9,6 +9,7 @@ import torch
 from unisd_kernels import reference
 from unisd_kernels.autocast import autocast_operands
 from unisd_kernels.backends.base import NeedsGrad, ScoreGrads, Scores
+from unisd_kernels.backends.buffers import rows_of
 from unisd_kernels.backends.engine import Engine
 from unisd_kernels.backends.hidden_sum import HiddenSum
 from unisd_kernels.backends.projection import Projection
@@ -170,11 +171,13 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         result = torch.empty_like(gradient)
         total = HiddenSum(projection.shard, result)
         for rows in total.pieces(result.shape[0]):
-            torch.mul(gradient[rows], on_logsumexp[rows].unsqueeze(-1), out=result[rows])
+            out = rows_of(result, rows)
+            torch.mul(rows_of(gradient, rows), rows_of(on_logsumexp, rows).unsqueeze(-1), out=out)
             if logprob_weight is not None:
-                logits = logprobs[rows] + logsumexp[rows]
-                target_gradient = projection.of_rows(hidden[rows]).target_gradient(ids[rows], logits)
-                result[rows].addcmul_(target_gradient, logprob_weight[rows].unsqueeze(-1))
+                logits = rows_of(logprobs, rows) + rows_of(logsumexp, rows)
+                part = projection.of_rows(rows_of(hidden, rows))
+                target_gradient = part.target_gradient(rows_of(ids, rows), logits)
+                out.addcmul_(target_gradient, rows_of(logprob_weight, rows).unsqueeze(-1))
             total.written(rows.stop)
         total.finish()
         return (result.to(hidden.dtype), *(None,) * 5)
