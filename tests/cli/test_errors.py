@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("train --config nowhere.yaml", "there is no such file"),
         ("train stray", "'stray' belongs to no flag"),
         ("train --model_name_or_path ./nowhere --output_dir {tmp}/a", "'./nowhere' is not a folder here"),
+        ("train --output_dir {tmp}/file/a", "cannot be written to (Not a directory): give another --output_dir"),
+        ("prepare {tmp}/file -o {tmp}/file/a", "cannot be written to (File exists): give another -o FOLDER"),
         ("eval --devcie cpu", "there is no --devcie; did you mean --device?"),
         ("eval prodecural", "did you mean procedural?"),
         ("eval procedural --count x", "must be a whole number >= 1, got 'x'"),
@@ -57,6 +60,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ],
 )
 def test_a_mistake_is_a_line(arguments: str, said: str, tmp_path: Path, capsys):
+    (tmp_path / "file").write_text("")
     assert said in refusal(capsys, *arguments.format(tmp=tmp_path).split())
 
 
@@ -163,6 +167,17 @@ def test_a_file_that_cannot_be_written_is_the_users(tmp_path: Path, capsys):
 
     assert run("unisd train", command, traceback=False) == 2
     assert "Not a directory" in capsys.readouterr().err
+
+
+def test_a_folder_that_takes_no_file_is_told_before_anything_is_loaded(tmp_path: Path, monkeypatch, capsys):
+    """Also one that exists; root may write into any, so the system's answer is made up."""
+
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert "(Permission denied): give another --output_dir" in refusal(capsys, "train", "--output_dir", str(tmp_path))
+    assert "(Permission denied): give another -o FOLDER" in refusal(capsys, "prepare", "x", "-o", str(tmp_path / "a"))
 
 
 def test_interrupted(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -184,6 +185,15 @@ def test_a_split_of_the_hub_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch
     data.training_rows(settings.data, settings.config, "model")
     data.evaluation_rows(settings.data, settings.config, "model")
     assert asked == [("someone/rows", "small", "a"), ("someone/rows", "small", "b")]
+
+
+def test_a_packed_file_is_read_as_by_prepare(tmp_path: Path):
+    from unisd.cli import data
+
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"prompt": "a", "teacher_prompt": "b"}\n'))
+    settings = parse(["--dataset", str(file)])
+    assert data.training_rows(settings.data, settings.config, "model")[0] == {"prompt": "a", "teacher_prompt": "b"}
 
 
 def test_eval_loads_as_asked(base: Path, monkeypatch: pytest.MonkeyPatch, capsys):

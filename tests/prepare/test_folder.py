@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,7 @@ from tests.prepare.test_prepare import Writer, _own_cache  # noqa: F401
 from tests.trainer import tiny_run
 from unisd.contexts import LengthLimit
 from unisd.generation import Request, Sampling
-from unisd.prepare.folder import is_prepared, load_prepared, record_of, save_prepared
+from unisd.prepare.folder import RECORD, is_prepared, load_prepared, save_prepared
 from unisd.prepare.pipeline import prepare
 from unisd.prepare.replies import ReplyStore
 from unisd.prepare.settings import PrepareSettings
@@ -50,8 +51,9 @@ def test_a_kill_while_saving_leaves_what_was_there(tmp_path, monkeypatch):
     assert is_prepared(folder)
     save_prepared(new, folder, {"which": "new"})
     assert load_prepared(folder).to_list() == new.rows
-    assert record_of(folder)["settings"] == {"which": "new"}
-    assert record_of(folder)["report"]["kept"] == len(ROWS)
+    record = json.loads((folder / RECORD).read_text())
+    assert record["settings"] == {"which": "new"}
+    assert record["report"]["kept"] == len(ROWS)
 
 
 def test_too_long_views_are_dropped_with_their_number_and_the_maximum():

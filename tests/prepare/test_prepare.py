@@ -13,6 +13,7 @@ import torch
 
 from tests.trainer import tiny_run
 from unisd.cli import main
+from unisd.contexts import LengthLimit
 from unisd.generation import Request, Sampling
 from unisd.prepare import embeddings
 from unisd.prepare.pipeline import prepare
@@ -97,6 +98,31 @@ def test_negatives_are_validated_counted_and_drawn():
         "colour" in row["negative_prompt"] and row["answer"] not in row["negative_prompt"] for row in result.rows
     )
     assert 4 not in [row["row"] for row in result.rows]
+
+
+def test_what_no_view_can_hold_is_dropped_before_anybody_reads_it():
+    asked = []
+
+    def reply(prompt, seed):
+        asked.append(prompt)
+        return json.dumps({"answer": f"It is a stone of {seed % 1000} grams."})
+
+    rows = [*ROWS[:6], {"question": "What is long?", "answer": "so long " * 300}, *ROWS[6:]]
+    result = prepare(
+        rows,
+        PrepareSettings(),
+        generator=lambda: Writer(reply),
+        tokenizer=tiny_run.tokenizer(),
+        limit=LengthLimit(400, None),
+        every_view=False,
+        progress=False,
+    )
+    [(reason, count)] = result.report.dropped.items()
+    assert re.fullmatch(r"a view is too long \(more than max_prompt_length=400; the longest has 6\d\d tokens\)", reason)
+    assert count == 1
+    assert [row["row"] for row in result.rows] == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]
+    assert asked
+    assert not any("so long" in text for row in result.rows for text in (*row["auxiliary_prompts"], *asked))
 
 
 def test_another_rows_answer_is_a_negative_that_differs():
@@ -217,6 +243,8 @@ def test_columns_that_cannot_be_told_are_asked_for(tmp_path, capsys):
 def test_train_takes_raw_rows(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     words = [{"question": tiny_run.words(5 * i, 4), "answer": tiny_run.words(9 * i, 3)} for i in range(8)]
+    # One that the model has no positions for, and that nobody is to be shown.
+    words.insert(3, {"question": tiny_run.words(1, 4), "answer": tiny_run.words(2, 600)})
     file.write_text("\n".join(map(json.dumps, words)))
     tiny_run.llama(max_position_embeddings=512).save_pretrained(tmp_path / "model")
     tiny_run.tokenizer().save_pretrained(tmp_path / "model")
@@ -238,7 +266,8 @@ def test_train_takes_raw_rows(tmp_path, capsys):
         assert f"unisd eval retention drift behaviour --model {tmp_path / preset}" in said.out
         assert "8 rows are fewer than a step of 4 x 4 takes: it is 4 x 2 here" in said.err
         # Neither baseline reads more than the gold answer: the second one finds the rows of the first.
-        assert ("the rows were prepared before" if preset == "gkd" else "8 of 8 rows kept") in said.err
+        assert ("the rows were prepared before" if preset == "gkd" else "8 of 9 rows kept") in said.err
+        assert "rows are dropped" not in said.err  # by the trainer, which checks every view
     # The same rows again are not prepared again.
     assert main(["train", *flags, "--preset", "unisd_star", "--output_dir", str(tmp_path / "again")]) == 0
     assert "the rows were prepared before" in capsys.readouterr().err

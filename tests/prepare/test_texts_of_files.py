@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 
 import pytest
@@ -59,9 +60,34 @@ def test_every_source_gives_the_rows(tmp_path, monkeypatch, name):
         ("a.jsonl", "\n", "has no rows"),
         ("a.txt", "x", "is not one of .json"),
         ("a.csv", "question,answer\na,b\nc,d,e\n", "line 3: more values than the first line has columns"),
+        (
+            "a.csv",
+            "question;answer\nOne, two?;b\n",
+            "has ';' between its names, 'question;answer', but commas are read",
+        ),
+        ("a.csv", "question\tanswer\na\tb\n", "between its names"),
+        ("a.csv", "question,answer,answer\na,b,c\n", "names the column 'answer' twice"),
+        ("a.csv", "question,answer\nWo?,im Caf\xe9\n".encode("latin-1"), "line 2: byte 0xe9 is not UTF-8"),
+        ("a.jsonl", '{"question": "\xfc"}\n'.encode("latin-1"), "line 1: byte 0xfc is not UTF-8"),
+        ("a.jsonl", '{"question": "a"}'.encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:-4], "is not whole or not packed by gzip"),
+        ("a.jsonl.gz", "{}", "is not whole or not packed by gzip"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, name, text, said):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=said):
         load_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("a.jsonl", ['{"question": "a", "answer": "b"}', '{"question": "c", "answer": "d"}', ""]),
+        ("a.csv", ["question,answer", "a,b", "c,d", ""]),
+    ],
+)
+def test_line_ends_of_every_system(tmp_path, name, lines, end):
+    (tmp_path / name).write_bytes(end.join(lines).encode())
+    assert load_rows(str(tmp_path / name)) == [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]

@@ -47,6 +47,14 @@ def test_questions_and_answers_under_their_own_names():
     assert (example.question, example.prompt, example.answer, example.demonstration) == ("q?", "q?", "a", "a")
 
 
+def test_usual_names_however_they_are_written():
+    """In capitals, or with the blanks of a first line "Question, Answer"; as they are usually written comes first."""
+    example = one({"QUESTION": "q?", " Answer": "a"})
+    assert (example.question, example.answer) == ("q?", "a")
+    example = one({"Prompt": "no", "query": "q?", "ANSWER": "no", "answer": "a"})
+    assert (example.question, example.answer) == ("q?", "a")
+
+
 def test_messages():
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q?"}]
     example = one({"prompt": turns, "completion": [{"role": "assistant", "content": "a"}]})

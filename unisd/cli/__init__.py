@@ -15,7 +15,7 @@ COMMANDS = {
     "train": ("unisd.cli.train", "train a model; settings from a YAML file and the command line"),
     "launch": ("unisd.cli.launch", "a command on several processes: DDP, FSDP2, ZeRO-2 or ZeRO-3, by shipped configs"),
     "presets": ("unisd.cli.presets", "every recipe by name, and what it sets"),
-    "export": ("unisd.cli.export", "the moving-average teacher of a run as a model or an adapter"),
+    "export": ("unisd.cli.export", "the student of a run, or its moving-average teacher, as a model for others"),
     "eval": ("unisd.cli.evaluate", "evaluate a model or an adapter: benchmarks, procedural tasks, retention, drift"),
     "compare": ("unisd.cli.compare", "runs side by side: scores, drift, cost, curves, completions, as one page"),
     "sweep": ("unisd.cli.sweep", "presets x seeds x data by one command, which goes on after a kill"),

@@ -16,7 +16,6 @@ from transformers.integrations import get_available_reporting_integrations
 from unisd.cli.errors import CommandError
 from unisd.liger import why_no_liger
 from unisd.models import FETCHED
-from unisd.run.checkpoints import is_checkpoint
 
 _NO_PREDICTIONS = "an evaluation computes losses only; use `unisd eval` for scores of replies"
 _OWN_LOSS = "the loss is UniSD's own"
@@ -234,28 +233,4 @@ def _check_model(settings: Mapping[str, Any]) -> None:
         raise CommandError(
             f"model_revision={settings['model_revision']} has no effect on {name}, which is a folder here: only "
             "model ids have revisions"
-        )
-
-
-def claim_output_dir(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise CommandError if `folder` holds anything that the run would write over unasked.
-
-    Args:
-        resume: the run goes on from a checkpoint in it.
-        overwrite: write over it. Checkpoints of the earlier run would be taken for this one's at the next resume, and
-            its evaluations for this one's wherever runs are shown, so the caller removes them.
-    """
-    if resume and overwrite:
-        raise CommandError("--resume and --overwrite_output_dir exclude each other")
-    if folder.exists() and not folder.is_dir():
-        raise CommandError(f"output_dir {folder} is a file")
-    entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    checkpoints = [entry for entry in entries if is_checkpoint(folder / entry)]
-    if resume:
-        return
-    if entries and not overwrite:
-        held = f"{len(checkpoints)} checkpoints" if checkpoints else f"{entries[0]!r}"
-        raise CommandError(
-            f"output_dir {folder} is not empty (it holds {held}): give --resume to go on from its newest checkpoint, "
-            "--overwrite_output_dir to replace the run, or another --output_dir"
         )

@@ -12,12 +12,12 @@ from datasets import Dataset, load_dataset
 from unisd.benchmarks import is_benchmark, rows_to_train_on
 from unisd.cli.checks import GENERATED, RAW_ROWS
 from unisd.cli.errors import CommandError
-from unisd.cli.rows_to_prepare import prepared_rows
+from unisd.cli.rows_to_prepare import Lengths, prepared_rows
 from unisd.config import UniSDConfig
 from unisd.data.diagnostic import DiagnosticSettings, diagnostic_dataset
 from unisd.data.procedural import procedural_dataset
 from unisd.prepare.folder import is_prepared, load_prepared
-from unisd.prepare.sources import FORMATS, is_local, load_rows
+from unisd.prepare.sources import FORMATS, format_of, is_local, load_rows
 
 
 @dataclass
@@ -103,19 +103,23 @@ def has_evaluation(data: DataArguments) -> bool:
     return data.eval_split is not None or data.eval_file is not None
 
 
-def training_rows(data: DataArguments, config: UniSDConfig, model: str) -> Dataset:
-    """The rows to train on; `model` writes what they lack."""
-    return _rows(data, data.dataset, data.train_split, config, model)
+def training_rows(data: DataArguments, config: UniSDConfig, model: str, lengths: Lengths | None = None) -> Dataset:
+    """The rows to train on; `model` writes what they lack (see `prepared_rows`)."""
+    return _rows(data, data.dataset, data.train_split, config, model, lengths)
 
 
-def evaluation_rows(data: DataArguments, config: UniSDConfig, model: str) -> Dataset | None:
+def evaluation_rows(
+    data: DataArguments, config: UniSDConfig, model: str, lengths: Lengths | None = None
+) -> Dataset | None:
     """The rows to evaluate on, if any."""
     if data.eval_file is not None:
-        return _rows(data, data.eval_file, "train", config, model)
-    return None if data.eval_split is None else _rows(data, data.dataset, data.eval_split, config, model)
+        return _rows(data, data.eval_file, "train", config, model, lengths)
+    return None if data.eval_split is None else _rows(data, data.dataset, data.eval_split, config, model, lengths)
 
 
-def _rows(data: DataArguments, source: str, split: str, config: UniSDConfig, model: str) -> Any:
+def _rows(
+    data: DataArguments, source: str, split: str, config: UniSDConfig, model: str, lengths: Lengths | None
+) -> Any:
     if source == "procedural":
         return procedural_dataset(
             data.procedural_rows,
@@ -137,7 +141,7 @@ def _rows(data: DataArguments, source: str, split: str, config: UniSDConfig, mod
         _check_idle(data, source)
         return load_prepared(source)
     if is_benchmark(source):
-        return prepared_rows(rows_to_train_on(source, split), data, config, model)
+        return prepared_rows(rows_to_train_on(source, split), data, config, model, lengths)
     if not is_local(source):
         rows = load_dataset(source, data.dataset_config, split=split)
         if _have_views(rows.column_names):
@@ -147,7 +151,7 @@ def _rows(data: DataArguments, source: str, split: str, config: UniSDConfig, mod
     if _have_views({name for row in raw for name in row}):
         _check_idle(data, source)
         return Dataset.from_list(raw)
-    return prepared_rows(raw, data, config, model)
+    return prepared_rows(raw, data, config, model, lengths)
 
 
 def _have_views(columns: Collection[str]) -> bool:
@@ -167,12 +171,12 @@ def _check_idle(data: DataArguments, source: str) -> None:
 
 def _is_file(source: str) -> bool:
     path = Path(source).expanduser()
-    return path.suffix.lower() in FORMATS or path.is_file()
+    return format_of(path) is not None or path.is_file()
 
 
 def _check_file(name: str, file: str) -> None:
     path = Path(file).expanduser()
-    if path.suffix.lower() not in FORMATS:
+    if format_of(path) is None:
         raise CommandError(f"{name}={file} is not one of {', '.join(FORMATS)}")
     if not path.is_file():
         raise CommandError(f"{name}={file}: there is no such file")

@@ -34,10 +34,12 @@ class ModelToTrain:
 
     Attributes:
         source: folder or model id, which the trainer loads with `config.model_init_kwargs`.
+        config: of the model, as transformers has it.
         quantization_config, peft_config: or None.
     """
 
     source: str
+    config: Any
     tokenizer: PreTrainedTokenizerBase
     quantization_config: Any
     peft_config: Any
@@ -66,7 +68,7 @@ def model_to_train(arguments: ModelArguments, config: UniSDConfig) -> ModelToTra
         # Text alone leaves the vision tower without gradients.
         config.ddp_find_unused_parameters = True
     tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=config.trust_remote_code)
-    return ModelToTrain(source, tokenizer, get_quantization_config(arguments), get_peft_config(arguments))
+    return ModelToTrain(source, loaded, tokenizer, get_quantization_config(arguments), get_peft_config(arguments))
 
 
 def _set_loading(arguments: ModelArguments, config: UniSDConfig) -> None:

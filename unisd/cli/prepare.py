@@ -19,14 +19,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from unisd.benchmarks import is_benchmark, rows_to_train_on
 from unisd.cli.device import choose_device
 from unisd.cli.errors import CommandError, setting_up
+from unisd.cli.output_folder import make_writable
 from unisd.cli.parser import CommandParser, add_generator, natural, positive
 from unisd.contexts import LengthLimit
 from unisd.contexts.template import TeacherTemplate
 from unisd.generation import make_generator
-from unisd.models import FETCHED, SMOLLM2, resolve_model
+from unisd.models import FETCHED, SMOLLM2, base_of, is_adapter, resolve_model
 from unisd.prepare.folder import is_prepared, save_prepared
 from unisd.prepare.pipeline import prepare
 from unisd.prepare.settings import CONTEXTS, NEGATIVES, PrepareSettings
@@ -43,6 +46,7 @@ def main(arguments: list[str]) -> int:
         raise CommandError(f"{folder} exists: give --overwrite to replace it, or another -o FOLDER")
     if folder.exists() and not is_prepared(folder):
         raise CommandError(f"{folder} was not written by unisd prepare and is not replaced; give another -o FOLDER")
+    make_writable(folder.parent, "-o FOLDER")
     with setting_up():
         settings = settings_of(options)
         if is_benchmark(options.data):
@@ -65,7 +69,7 @@ def main(arguments: list[str]) -> int:
             ),
             chats=options.generator != "transformers" or getattr(tokenizer, "chat_template", None) is not None,
             tokenizer=tokenizer,
-            limit=LengthLimit(options.max_prompt_length, None),
+            limit=LengthLimit(options.max_prompt_length, _positions(options)),
         )
         given = {name: value for name, value in vars(options).items() if name not in ("output", "overwrite")}
         save_prepared(prepared, folder, given)
@@ -144,8 +148,19 @@ def _parser() -> CommandParser:
     model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     model.add_argument("--batch_size", type=positive, help="prompts generated together")
     model.add_argument("--unsafe_code", action="store_true", help="run a model's code without bubblewrap")
-    model.add_argument("--max_prompt_length", type=positive, help="rows with a longer view are dropped, in tokens")
+    model.add_argument(
+        "--max_prompt_length",
+        type=positive,
+        help="rows with a view of more tokens are dropped (default: the model's positions)",
+    )
     return parser
+
+
+def _positions(options: argparse.Namespace) -> int | None:
+    """Positions of the model, the most tokens that a view can have."""
+    base = base_of(options.model) if is_adapter(options.model) else options.model
+    config = AutoConfig.from_pretrained(resolve_model(base), trust_remote_code=options.trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _served_name(options: argparse.Namespace) -> str:

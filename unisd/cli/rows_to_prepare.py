@@ -7,13 +7,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from datasets import Dataset
 
 from unisd.cli.errors import CommandError
 from unisd.config import UniSDConfig
+from unisd.contexts import LengthLimit
 from unisd.contexts.template import TeacherTemplate
 from unisd.generation import make_generator
 from unisd.models import load_model, weights_stamp
@@ -28,19 +29,34 @@ if TYPE_CHECKING:
     from unisd.cli.data import DataArguments
 
 
-def prepared_rows(raw: Sequence[dict[str, Any]], data: DataArguments, config: UniSDConfig, model: str) -> Dataset:
+class Lengths(NamedTuple):
+    """What decides which rows are too long."""
+
+    tokenizer: Any
+    limit: LengthLimit
+
+
+def prepared_rows(
+    raw: Sequence[dict[str, Any]],
+    data: DataArguments,
+    config: UniSDConfig,
+    model: str,
+    lengths: Lengths | None = None,
+) -> Dataset:
     """The rows with the views that the preset reads.
 
     Args:
         raw: rows of questions and answers.
         model: writes the negatives: the model before training.
+        lengths: to drop what is too long before anything is made of it; None leaves all of it to the trainer.
 
     Raises:
         CommandError: another process than the first, which has failed.
         ValueError: see `unisd.prepare.pipeline.prepare`.
     """
     settings = settings_of_run(data, config)
-    folder = cached_folder(raw, settings, model if settings.needs_model else "", data.generator)
+    limit = lengths.limit if lengths else None
+    folder = cached_folder(raw, settings, model if settings.needs_model else "", data.generator, limit)
     # The others wait for the first process, `ddp_timeout` seconds at most.
     with config.main_process_first(local=False, desc="preparing rows"):
         if is_prepared(folder):
@@ -51,7 +67,7 @@ def prepared_rows(raw: Sequence[dict[str, Any]], data: DataArguments, config: Un
                 f"the first process has not put the prepared rows into {folder}; on several machines, let all share "
                 "UNISD_CACHE, or give --dataset a folder of `unisd prepare`"
             )
-        rows = _prepare_and_keep(raw, settings, data, config, model, folder)
+        rows = _prepare_and_keep(raw, settings, data, config, model, lengths, folder)
         if config.device.type != "cpu":
             torch.accelerator.empty_cache()  # the model that wrote is gone; vLLM counts what is free
         return rows
@@ -63,6 +79,7 @@ def _prepare_and_keep(
     data: DataArguments,
     config: UniSDConfig,
     model: str,
+    lengths: Lengths | None,
     folder: Path,
 ) -> Dataset:
     made = [f"{settings.num_auxiliary} {settings.contexts} contexts"] if settings.num_auxiliary else []
@@ -79,6 +96,9 @@ def _prepare_and_keep(
         settings,
         generator=lambda: make_generator(data.generator, model, loaded=loaded, trust_remote_code=trust),
         chats=chats,
+        tokenizer=lengths.tokenizer if lengths else None,
+        limit=lengths.limit if lengths else None,
+        every_view=False,  # the trainer does
         progress=not config.disable_tqdm,
     )
     for line in prepared.report.lines():
@@ -104,9 +124,11 @@ def settings_of_run(data: DataArguments, config: UniSDConfig) -> PrepareSettings
     )
 
 
-def cached_folder(raw: Sequence[dict[str, Any]], settings: PrepareSettings, model: str, generator: str) -> Path:
+def cached_folder(
+    raw: Sequence[dict[str, Any]], settings: PrepareSettings, model: str, generator: str, limit: LengthLimit | None
+) -> Path:
     """Folder of the prepared rows in the user's cache, by all that decides them."""
-    parts = [raw, repr(settings), weights_stamp(model), generator, __version__]
+    parts = [raw, repr(settings), weights_stamp(model), generator, repr(limit), __version__]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
     return cache_directory() / "prepared" / digest
 

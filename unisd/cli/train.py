@@ -18,14 +18,17 @@ from typing import Any
 
 import torch
 
-from unisd.cli.checks import check_settings, claim_output_dir
+from unisd.cli.checks import check_settings
 from unisd.cli.data import DataArguments, check_data, evaluation_rows, has_evaluation, training_rows
 from unisd.cli.errors import CommandError, setting_up
 from unisd.cli.model import ModelArguments, model_to_train
+from unisd.cli.output_folder import claim_output_dir, make_writable
 from unisd.cli.preset_defaults import preset_defaults
+from unisd.cli.rows_to_prepare import Lengths
 from unisd.cli.settings import SettingsParser
 from unisd.cli.summary import summary
 from unisd.config import UniSDConfig
+from unisd.contexts import LengthLimit
 from unisd.evaluation.folder import EVALUATIONS
 from unisd.prepare.folder import folder_of
 from unisd.run.checkpoints import is_checkpoint
@@ -105,13 +108,14 @@ def build(settings: Settings) -> UniSDTrainer:
         del recorded[name]  # so that the file serves on another machine too
     model = model_to_train(settings.model, settings.config)
     name = str(settings.model.model_name_or_path)
-    rows = training_rows(settings.data, settings.config, name)
+    lengths = Lengths(model.tokenizer, LengthLimit.of_run(settings.config, model.config))
+    rows = training_rows(settings.data, settings.config, name, lengths)
     fit_step(settings, rows)
     trainer = UniSDTrainer(
         model=model.source,
         args=settings.config,
         train_dataset=rows,
-        eval_dataset=evaluation_rows(settings.data, settings.config, name),
+        eval_dataset=evaluation_rows(settings.data, settings.config, name, lengths),
         processing_class=model.tokenizer,
         quantization_config=model.quantization_config,
         peft_config=model.peft_config,
@@ -187,4 +191,4 @@ def _prepare_output_dir(settings: Settings) -> None:
             shutil.rmtree(entry)
         for name in (STATE_FILE, "trainer_state.json", FINISHED):
             (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_writable(folder, "--output_dir")

@@ -56,7 +56,8 @@ class LengthLimit:
         if self.prompt is not None and length > self.prompt:
             return f"more than max_prompt_length={self.prompt}"
         if self.total is not None and length + self.completion > self.total:
-            return f"with max_completion_length={self.completion} more than the model's {self.total} positions"
+            completion = f"with max_completion_length={self.completion} " if self.completion else ""
+            return f"{completion}more than the model's {self.total} positions"
         if self.rollout is not None and view == "prompt" and length + self.completion > self.rollout:
             return f"with max_completion_length={self.completion} more than vllm_max_model_length={self.rollout}"
         return None

@@ -63,8 +63,3 @@ def folder_of(rows: Any) -> Path | None:
     files = getattr(rows, "cache_files", None) or [{"filename": ""}]
     folder = Path(files[0]["filename"]).parent
     return folder if is_prepared(folder) else None
-
-
-def record_of(folder: str | Path) -> dict[str, Any]:
-    """The record in a prepared folder."""
-    return json.loads((Path(folder).expanduser() / RECORD).read_text(encoding="utf-8"))

@@ -11,22 +11,20 @@ from typing import Any
 
 import torch
 
-from unisd.contexts import ContextSpec, LengthLimit, PromptFrame
+from unisd.contexts import LengthLimit
 from unisd.generation import Generator
 from unisd.peak_memory import peak_memory_gib
 from unisd.prepare.induction import drawn_instructions, induce
+from unisd.prepare.lengths import Rows, fitting_examples, fitting_rows
 from unisd.prepare.negatives import Negatives, model_negatives, other_negatives
 from unisd.prepare.neighbours import drawn_sets, fixed_sets, random_contexts, retrieved_contexts
 from unisd.prepare.questions import question_groups
 from unisd.prepare.replies import ReplyStore
 from unisd.prepare.report import PrepareReport
 from unisd.prepare.settings import PrepareSettings
-from unisd.rows.check import RowChecker
 from unisd.tasks import Example, Reading, Task, read_rows
 from unisd.tasks.views import auxiliary_view, induction_view, negative_view, teacher_view
-from unisd.turns import Prompt, as_prompt, encode_prompt
-
-Rows = list[dict[str, Any]]
+from unisd.turns import Prompt, as_prompt
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ def prepare(
     chats: bool = True,
     tokenizer: Any = None,
     limit: LengthLimit | None = None,
+    every_view: bool = True,
     progress: bool = True,
 ) -> Prepared:
     """Prepared rows of raw ones.
@@ -54,8 +53,10 @@ def prepare(
         settings: what is made.
         generator: makes the model that writes, when it is first needed.
         chats: whether that model is asked in messages (it has a chat template) or in plain text.
-        tokenizer: to measure lengths; None leaves them to the trainer.
-        limit: rows with a longer view are dropped.
+        tokenizer: to measure lengths; None leaves all of them to the trainer.
+        limit: rows with a longer view are dropped, before anything is made of them where question and gold answer alone
+            are longer.
+        every_view: measure all views in the end; False leaves that to the trainer.
 
     Raises:
         ValueError: rows that nothing can be made of, or settings that these rows cannot serve.
@@ -76,6 +77,9 @@ def prepare(
             faults = reading.task.faults(reading.examples, progress=progress)
             report.dropped.update(str(fault) for fault in faults if fault is not None)
             _keep(reading, [fault is None for fault in faults])
+        limit = limit or LengthLimit(None, None)
+        if tokenizer is not None:
+            _keep(reading, fitting_examples(reading, settings.template, tokenizer, limit, report))
     if not reading.examples:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in report.dropped.most_common(5))
         raise ValueError(f"none of the {report.read} rows can be used: {reasons}")
@@ -102,9 +106,9 @@ def prepare(
         _row(number, reading.task, example, view, settings)
         for number, example, view in zip(reading.numbers, reading.examples, views, strict=True)
     ]
-    if tokenizer is not None:
+    if tokenizer is not None and every_view:
         with _timed(report, "lengths"):
-            rows = _fitting(rows, settings, tokenizer, limit or LengthLimit(None, None), report, progress)
+            rows = fitting_rows(rows, settings, tokenizer, limit, report, progress)
     if not rows:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in report.dropped.most_common(5))
         raise ValueError(f"no row is left of {report.read}: {reasons}")
@@ -227,42 +231,6 @@ def _row(number: int, task: Task, example: Example, view: dict[str, Any], settin
 def _keep(reading: Reading, kept: Sequence[bool]) -> None:
     reading.examples = [example for example, keep in zip(reading.examples, kept, strict=True) if keep]
     reading.numbers = [number for number, keep in zip(reading.numbers, kept, strict=True) if keep]
-
-
-def _fitting(
-    rows: Rows,
-    settings: PrepareSettings,
-    tokenizer: Any,
-    limit: LengthLimit,
-    report: PrepareReport,
-    progress: bool,
-) -> Rows:
-    """The rows whose every view is short enough."""
-    spec = ContextSpec(settings.num_auxiliary, settings.negatives != "none", "prepare")
-    checker = RowChecker(
-        spec,
-        PromptFrame.of("auto", tokenizer),
-        lambda prompts: [encode_prompt(tokenizer, prompt) for prompt in prompts],
-    )
-    measured = checker.measure_all(rows, "lengths", progress)
-    kept = []
-    too_long: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        if place in measured.faults:
-            report.dropped[measured.faults[place]] += 1
-            continue
-        lengths = dict(zip(checker.views, map(int, measured.lengths[place]), strict=True))
-        excess = next((text for view, size in lengths.items() if (text := limit.excess(view, size))), None)
-        if excess is not None:
-            too_long.setdefault(excess, []).append(max(lengths.values()))
-            continue
-        kept.append(row)
-        for view, size in lengths.items():
-            name = view.partition(" prompt")[0] if view != "prompt" else "student"
-            report.longest[name] = max(report.longest.get(name, 0), size)
-    for excess, sizes in too_long.items():
-        report.dropped[f"a view is too long ({excess}; the longest has {max(sizes)} tokens)"] = len(sizes)
-    return kept
 
 
 @contextmanager

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import sys
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,15 @@ FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "cs
 def is_local(source: str) -> bool:
     """Whether the source is a file or a folder here, or looks like one."""
     path = Path(source).expanduser()
-    return _ending(path) in FORMATS or path.exists()
+    return format_of(path) is not None or path.exists()
+
+
+def format_of(path: Path) -> str | None:
+    """The ending in `FORMATS` that tells a file's format, `.jsonl` of rows.jsonl.gz; None for a file of another one."""
+    endings = [ending.lower() for ending in path.suffixes]
+    packed = len(endings) > 1 and endings[-1] == ".gz" and FORMATS.get(endings[-2]) == "json"
+    ending = endings[-2] if packed else path.suffix.lower()
+    return ending if ending in FORMATS else None
 
 
 def load_rows(source: str, *, split: str = "train", config: str | None = None) -> list[dict[str, Any]]:
@@ -36,7 +46,7 @@ def load_rows(source: str, *, split: str = "train", config: str | None = None) -
         ValueError: no such file, another format, no rows, a split that is not there.
     """
     path = Path(source).expanduser()
-    if path.is_file() or _ending(path) in FORMATS:
+    if path.is_file() or format_of(path):
         rows = _of_file(path)
     elif path.is_dir():
         rows = _of_folder(path, split)
@@ -49,48 +59,67 @@ def load_rows(source: str, *, split: str = "train", config: str | None = None) -
     return rows
 
 
-def _ending(path: Path) -> str:
-    """The ending that tells the format: `.jsonl` of rows.jsonl.gz."""
-    endings = [ending.lower() for ending in path.suffixes]
-    packed = len(endings) > 1 and endings[-1] == ".gz" and FORMATS.get(endings[-2]) == "json"
-    return endings[-2] if packed else path.suffix.lower()
-
-
 def _of_file(path: Path) -> list[dict[str, Any]]:
-    if _ending(path) not in FORMATS:
+    ending = format_of(path)
+    if ending is None:
         raise ValueError(f"{path} is not one of {', '.join(FORMATS)}")
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
-    if _ending(path) in (".json", ".jsonl"):
-        # Not through `datasets`, which wants one type in a column: an answer may be a text here and messages there.
-        return _of_json(path)
-    if path.suffix.lower() == ".csv":
+    # Neither through `datasets`: it wants one type in a column, where an answer may be a text here and messages there,
+    # and it guesses types, so that the answers 007, None and NA would be 7 and two missing ones.
+    if ending == ".csv":
         return _of_csv(path)
+    if ending != ".parquet":
+        return _of_json(path)
     from datasets import load_dataset
 
-    return _listed(load_dataset(FORMATS[path.suffix.lower()], data_files=str(path), split="train"))
+    return _listed(load_dataset(FORMATS[ending], data_files=str(path), split="train"))
+
+
+def _text(path: Path) -> str:
+    """The text of a file, unpacked, with every line end as it is."""
+    content = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is not whole or not packed by gzip ({error})") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file in that encoding "
+            "(from Excel: as 'CSV UTF-8')"
+        ) from None
 
 
 def _of_csv(path: Path) -> list[dict[str, Any]]:
-    # Not through `datasets`, which guesses types: the answers 007, None and NA would be 7 and two missing ones.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        rows = []
-        for row in reader:
-            if None in row:
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: more values than the first line has columns "
-                    f"({len(reader.fieldnames or ())}); put texts with commas into double quotes"
-                )
-            rows.append(dict(row))
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    names = list(reader.fieldnames or ())
+    if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        raise ValueError(
+            f"{path}: the first line has {other!r} between its names, {names[0]!r}, but commas are read; save the file "
+            "with commas, or as .jsonl"
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path}: the first line names the column {twice[0]!r} twice; rename one")
+    rows = []
+    for row in reader:
+        if None in row:
+            raise ValueError(
+                f"{path}, line {reader.line_num}: more values than the first line has columns ({len(names)}); put "
+                "texts with commas into double quotes"
+            )
+        rows.append(dict(row))
     return rows
 
 
 def _of_json(path: Path) -> list[dict[str, Any]]:
-    packed = path.suffix.lower() == ".gz"
-    text = gzip.decompress(path.read_bytes()).decode("utf-8-sig") if packed else path.read_text(encoding="utf-8-sig")
-    if _ending(path) == ".json":
+    text = _text(path)
+    if format_of(path) == ".json":
         try:
             value = json.loads(text)
         except ValueError:
@@ -102,7 +131,7 @@ def _of_json(path: Path) -> list[dict[str, Any]]:
             return _checked(value, path)
     rows = []
     # Not `splitlines`, which also breaks at characters that may stand inside of a text (U+2028, U+0085).
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -128,7 +157,7 @@ def _of_folder(path: Path, split: str) -> list[dict[str, Any]]:
                 raise ValueError(f"{path} has the splits {', '.join(saved)}, not {split!r}")
             saved = saved[split]
         return _listed(saved)
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in FORMATS)
+    files = sorted(file for file in path.iterdir() if format_of(file))
     named = [file for file in files if file.stem == split or file.stem.startswith((f"{split}-", f"{split}_"))]
     if not files:
         raise ValueError(f"{path} holds no {', '.join(FORMATS)} file, and `datasets` did not save it")

@@ -75,8 +75,10 @@ class Columns:
             if given is not None and given not in present:
                 raise ValueError(f"there is no column {given!r} ({role}): the rows have {_listed(present)}")
             taken = {name for name in found.values() if name is not None}
-            known = (name for name in _KNOWN[role] if name in present and name not in taken)
-            found[role] = given if given is not None else next(known, None)
+            known = [usual for usual in _KNOWN[role] if usual in present and usual not in taken]
+            # Then "Answer", or the " answer" of a first line with blanks behind its commas.
+            known += [name for usual in _KNOWN[role] for name in present if _plain(name) == usual and name not in taken]
+            found[role] = given if given is not None else next(iter(known), None)
         conversation = any(name in present for name in CONVERSATIONS)
         for role in ("prompt", "answer"):
             if found[role] is None and not conversation:
@@ -96,6 +98,10 @@ def kind_of(columns: Columns, row: Mapping[str, Any]) -> str:
     if columns.choices is not None or "choices" in row or WRONG_ANSWERS[0] in row:
         return "choice"
     return "open"
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold()
 
 
 def _listed(names: Iterable[str]) -> str:
