@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.records import machine
-from bench.records.verdict import Row
 from bench.report import plots, spread, tables
 from bench.report.provenance import where
 from bench.studies import certificate, ema, mixtures, numerics, scaling, steps, threads
@@ -158,33 +157,3 @@ def _two_runs(folder: Path, results: Path) -> list[str]:
         spread.page_section(a, b),
         f"`python -m bench repeat --compare {first} {second}`: {where(b['environment'])}",
     ]
-
-
-def readme_table(folders: Sequence[Path]) -> str:
-    """README.md: the UniSD* loss, a column of times for each machine; memory and error are of the one measured last."""
-    found: dict[tuple[str, str, str], dict[str, Row]] = {}
-    sources: list[Mapping[str, Any]] = []
-    for folder in folders:
-        for name in ("float32", "bfloat16"):
-            result = load(folder, name)
-            if result is not None:
-                sources.append(result["environment"])
-                for row in result["rows"]:
-                    if row["operation"] == "unisd_loss" and "failure" not in row:
-                        key = (row["dtype"], row["divergence"], row["peer"])
-                        found.setdefault(key, {})[f"{machine.title(result['environment'])}, N = {row['num_rows']}"] = (
-                            row
-                        )
-    titles = list(dict.fromkeys(title for rows in found.values() for title in rows))
-    latest = max(sources, key=lambda environment: environment["date"])
-    newest = next(title for title in titles if title.startswith(machine.title(latest)))
-    heads = ["operands", "divergence", "peer", *(f"time / floor, {title}" for title in titles)]
-    heads += [f"extra peak memory, {latest['cpu']}", f"gradient error, {latest['cpu']}"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for key, rows in found.items():
-        ratios = [f"{rows[title]['ratio_to_floor']:.2f}" if title in rows else "" for title in titles]
-        row = rows.get(newest, {})
-        memory = f"{row['extra_peak_bytes'] / 1e6:.0f} MB" if "extra_peak_bytes" in row else ""
-        error = f"{row['gradient_error']:.0e}" if "gradient_error" in row else ""
-        lines.append(f"| {' | '.join([*key, *ratios, memory, error])} |")
-    return "\n\n".join(["\n".join(lines), *map(where, sources)])

@@ -16,7 +16,9 @@ from typing import Any
 
 from bench.parser import command_parser
 from bench.report import machine_page, peers_figure, plots
+from bench.report import readme as readme_tables
 from bench.report import study as study_page
+from bench.report.contents import contents
 from bench.report.provenance import where
 from bench.studies.study_methods import PARTS
 
@@ -75,46 +77,39 @@ def _accelerators() -> str:
     for name in names:
         result = load(name)
         assert result is not None
+        environment = result["environment"]
         parts.append(
-            f"{machine_page.case_tables(result)}\n\n`bench/results/{name}.json`: {where(result['environment'])}"
+            f"### {environment['device']}, {name}, {environment['date'][:10]}\n\n{machine_page.case_tables(result)}\n\n"
+            f"`bench/results/{name}.json`: {where(environment)}"
         )
     return "\n\n".join(parts)
 
 
 def page() -> str:
     """docs/benchmarks.md."""
+    introduction, how = INTRODUCTION.strip().split("\n\n## ", 1)
     sections = [
-        INTRODUCTION.strip(),
+        f"## {how}",
         *(machine_page.page(folder, RESULTS) for folder in machine_page.folders(RESULTS)),
         "## GPUs",
         _accelerators(),
         "## Vocabulary-parallel heads, by count",
         "Bytes on the wire, messages and FLOPs for 2 to 64 ranks: [tensor-parallel.md](tensor-parallel.md).",
     ]
-    return "\n\n".join(sections) + "\n"
+    text = "\n\n".join(sections)
+    return f"{introduction}\n\n{contents(text)}\n\n{text}\n"
 
 
 def main_table() -> str:
     """README.md: the UniSD* loss on every machine's CPU."""
-    return machine_page.readme_table(machine_page.folders(RESULTS))
+    return readme_tables.loss_tables(machine_page.folders(RESULTS))
 
 
 def demo_table() -> str:
     """README.md: before and after the demo."""
     result = load("demo_cpu")
     assert result is not None
-    lines = [
-        "| seed | perplexity of the correct reply | accuracy | KL from the base on chat | minutes |",
-        "|---" * 5 + "|",
-    ]
-    for run in result["runs"]:
-        before, after = run["before"], run["after"]
-        lines.append(
-            f"| {run['seed']} | {before['perplexity']:.3f} -> {after['perplexity']:.3f} "
-            f"| {before['accuracy']:.0%} -> {after['accuracy']:.0%} "
-            f"| {run['retention']['kl']:.3f} nats a token | {run['minutes']:.1f} |"
-        )
-    return "\n".join(lines)
+    return readme_tables.demo_table(result)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {"unisd_star": main_table, "demo": demo_table}
