@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -11,9 +10,7 @@ from unisd.cli.parser import CommandParser
 
 
 def command_parser(name: str, description: str | None) -> CommandParser:
-    return CommandParser(
-        prog=f"python -m bench {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return CommandParser(prog=f"python -m bench {name}", description=description)
 
 
 def gpu_command_parser(name: str, description: str | None) -> CommandParser:

@@ -86,7 +86,7 @@ def _folded(paragraphs: Sequence[str]) -> str:
 def demo_table(result: Mapping[str, Any]) -> str:
     """Before and after the demo, a line for each seed."""
     lines = [
-        "| seed | perplexity of the correct reply | accuracy | KL from the base on chat | minutes |",
+        "| seed | perplexity of the correct reply | accuracy | KL from the base on chat, nats a token | minutes |",
         "|---" * 5 + "|",
     ]
     for run in result["runs"]:
@@ -94,6 +94,6 @@ def demo_table(result: Mapping[str, Any]) -> str:
         lines.append(
             f"| {run['seed']} | {before['perplexity']:.3f} -> {after['perplexity']:.3f} "
             f"| {before['accuracy']:.0%} -> {after['accuracy']:.0%} "
-            f"| {run['retention']['kl']:.3f} nats a token | {run['minutes']:.1f} |"
+            f"| {run['retention']['kl']:.3f} | {run['minutes']:.1f} |"
         )
     return "\n".join(lines)

@@ -36,6 +36,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("train --config nowhere.yaml", "there is no such file"),
         ("train stray", "'stray' belongs to no flag"),
         ("train --model_name_or_path ./nowhere --output_dir {tmp}/a", "'./nowhere' is not a folder here"),
+        ("train --dataset {tmp}/a.jsonl.gz --output_dir {tmp}/a", "a.jsonl.gz: there is no such file"),
         ("train --output_dir {tmp}/file/a", "cannot be written to (Not a directory): give another --output_dir"),
         ("prepare {tmp}/file -o {tmp}/file/a", "cannot be written to (File exists): give another -o FOLDER"),
         ("eval --devcie cpu", "there is no --devcie; did you mean --device?"),

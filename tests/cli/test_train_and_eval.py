@@ -179,7 +179,7 @@ def test_a_split_of_the_hub_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch
 
     asked = []
     rows = Dataset.from_list([{"prompt": "a", "teacher_prompt": "b"}])
-    monkeypatch.setattr(data, "load_dataset", lambda *names, split: asked.append((*names, split)) or rows)
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, split: asked.append((*names, split)) or rows)
     flags = ["--dataset", "someone/rows", "--dataset_config", "small", "--train_split", "a", "--eval_split", "b"]
     settings = parse(flags)
     data.training_rows(settings.data, settings.config, "model")

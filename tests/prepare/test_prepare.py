@@ -13,6 +13,7 @@ import torch
 
 from tests.trainer import tiny_run
 from unisd.cli import main
+from unisd.cli.rows_to_prepare import cached_folder
 from unisd.contexts import LengthLimit
 from unisd.generation import Request, Sampling
 from unisd.prepare import embeddings
@@ -271,6 +272,14 @@ def test_train_takes_raw_rows(tmp_path, capsys):
     # The same rows again are not prepared again.
     assert main(["train", *flags, "--preset", "unisd_star", "--output_dir", str(tmp_path / "again")]) == 0
     assert "the rows were prepared before" in capsys.readouterr().err
+
+
+def test_what_decides_the_rows_decides_their_folder():
+    plain, other = PrepareSettings(), PrepareSettings(seed=1)
+    asked = [(ROWS, plain, None), (ROWS[1:], plain, None), (ROWS, other, None), (ROWS, plain, LengthLimit(9, None))]
+    folders = {cached_folder(rows, settings, "model", "vllm", limit) for rows, settings, limit in asked}
+    folders |= {cached_folder(ROWS, plain, "other", "vllm", None), cached_folder(ROWS, plain, "model", "url", None)}
+    assert len(folders) == 6
 
 
 def test_a_reply_store_asks_for_nothing_twice(tmp_path):

@@ -72,12 +72,22 @@ def test_every_source_gives_the_rows(tmp_path, monkeypatch, name):
         ("a.jsonl", '{"question": "a"}'.encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b"{}")[:-4], "is not whole or not packed by gzip"),
         ("a.jsonl.gz", "{}", "is not whole or not packed by gzip"),
+        ("a.parquet", "no parquet", "a.parquet cannot be read: Parquet magic bytes not found"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, name, text, said):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=said):
         load_rows(str(tmp_path / name))
+
+
+def test_a_name_that_is_nothing_here(tmp_path, monkeypatch):
+    def load_dataset(name, config, split):
+        raise FileNotFoundError(f"{name} was not found")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"no file or folder here, and no dataset of the hub: .*rows was not found"):
+        load_rows(str(tmp_path / "rows"))
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

@@ -33,6 +33,25 @@ def test_the_terminal_holds_its_width_and_every_word():
     assert "| Solved:" in side_by_side(views, 40)
 
 
+def test_columns_stand_straight_where_characters_are_wide():
+    """日本 takes four columns of a terminal; what is too long for a line is cut where the column ends."""
+    row = {"prompt": "日本の首都は", "teacher_prompt": "日本の首都は\n\n" + "東京です" * 20 + "\n" + "END"}
+    lines = side_by_side(views_to_show(row), 80).splitlines()
+    widths = [sum(2 if ord(one) > 0x2E7F else 1 for one in line) for line in lines]
+    assert max(widths) <= 80
+    assert max(widths) >= 79  # the long line fills it but for half a character
+    # The second column begins at one place: 39 columns and two blanks before it.
+    begins = {
+        sum(2 if ord(one) > 0x2E7F else 1 for one in line[: line.index(mark)])
+        for line in lines
+        for mark in ("日本の首都は", "| END", "TEACHER")
+        if mark in line and not line.startswith(mark)
+    }
+    assert begins == {2, 41}
+    assert "\0" not in "".join(lines)
+    assert "".join(lines).count("東") == 20
+
+
 def test_the_page_escapes_and_needs_nothing_else():
     text = page(views_to_show(ROW), "Row 0 of <mine>")
     assert "<b>" not in text

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from unisd.cli.errors import CommandError, run, wants_traceback
+from unisd.cli.help import width, wrapped
 from unisd.cli.parser import nearest
 
 COMMANDS = {
@@ -31,14 +32,10 @@ _EXTRA_TRAIN = ("accelerate", "datasets", "jinja2", "matplotlib", "peft", "trans
 
 def usage() -> str:
     lines = ["usage: unisd COMMAND [options]", ""]
-    lines += [f"  {name:<8} {description}" for name, (_, description) in COMMANDS.items()]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "unisd COMMAND --help says more. --traceback (or UNISD_TRACEBACK=1) shows where an error comes from.",
-        ]
-    )
+    for name, (_, description) in COMMANDS.items():
+        lines.append(wrapped(description, width(), f"  {name:<8} "))
+    end = "unisd COMMAND --help says more. --traceback (or UNISD_TRACEBACK=1) shows where an error comes from."
+    return "\n".join([*lines, "", wrapped(end, width())])
 
 
 def main(arguments: list[str] | None = None) -> int:

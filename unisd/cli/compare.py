@@ -1,8 +1,8 @@
 """`unisd compare RUN ...`: runs side by side, as one page.
 
-unisd eval cos_e --model runs/a -o runs/a/eval
-unisd eval procedural drift behaviour retention --model runs/a -o runs/a/eval
-unisd compare runs/base runs/a runs/b -o comparison
+    unisd eval cos_e --model runs/a -o runs/a/eval
+    unisd eval procedural drift behaviour --model runs/a -o runs/a/eval
+    unisd compare runs/base runs/a runs/b -o comparison
 
 Each RUN is a folder of `unisd train` with its evaluations in RUN/eval, or a folder of `unisd eval` alone. The first is
 what the others are compared with, item by item. Runs whose settings differ only by the seed are one row, with mean and
@@ -11,7 +11,6 @@ range. The folder gets compare.html, which needs nothing else, and compare.md.
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from pathlib import Path
 
@@ -23,9 +22,7 @@ from unisd_kernels.files import replacing
 
 
 def main(arguments: list[str]) -> int:
-    parser = CommandParser(
-        prog="unisd compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="unisd compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("-o", "--output", type=Path, default=Path("comparison"), help="folder for the page")
     parser.add_argument("--title", default="Runs side by side")

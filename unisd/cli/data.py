@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from unisd.benchmarks import is_benchmark, rows_to_train_on
 from unisd.cli.checks import GENERATED, RAW_ROWS
@@ -17,7 +17,7 @@ from unisd.config import UniSDConfig
 from unisd.data.diagnostic import DiagnosticSettings, diagnostic_dataset
 from unisd.data.procedural import procedural_dataset
 from unisd.prepare.folder import is_prepared, load_prepared
-from unisd.prepare.sources import FORMATS, format_of, is_local, load_rows
+from unisd.prepare.sources import FORMATS, format_of, from_hub, is_local, load_rows
 
 
 @dataclass
@@ -143,7 +143,7 @@ def _rows(
     if is_benchmark(source):
         return prepared_rows(rows_to_train_on(source, split), data, config, model, lengths)
     if not is_local(source):
-        rows = load_dataset(source, data.dataset_config, split=split)
+        rows = from_hub(source, split, data.dataset_config)
         if _have_views(rows.column_names):
             _check_idle(data, source)
             return rows

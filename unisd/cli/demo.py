@@ -38,9 +38,11 @@ BEFORE = "before"
 
 
 def main(arguments: list[str]) -> int:
-    parser = CommandParser(prog="unisd demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(prog="unisd demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for report and adapter")
-    parser.add_argument("--preset", choices=list(PRESETS), default="unisd_star")
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), metavar="PRESET", default="unisd_star", help="`unisd presets` lists them"
+    )
     parser.add_argument("--optimizer-steps", type=positive, default=30)
     parser.add_argument("--batch-size", type=positive, default=4)
     parser.add_argument("--learning-rate", type=positive_number, default=1e-3)

@@ -1,13 +1,15 @@
 """`unisd eval`: how well a model does its tasks, and what training changed elsewhere.
 
-unisd eval procedural --model runs/demo/adapter --steps 1 2 3 --count 30
-unisd eval diagnostic --model runs/mine --steps 5 10 20 --look-back 3
-unisd eval retention --model runs/demo/adapter      (fixed answers to general chat)
-unisd eval drift --model runs/mine                  (the two models' own completions of general chat)
-unisd eval drift --model runs/mine --dataset cos_e  (and of a task's prompts, with its gold completions)
-unisd eval behaviour --model runs/mine              (refusals, willingness, facts, formats)
-unisd eval procedural drift behaviour --model runs/mine -o runs/mine/eval      (several, with one load of the model)
-unisd eval scienceqa cos_e --model runs/mine        (benchmarks: unisd eval scienceqa --help)
+    unisd eval procedural --model runs/demo/adapter --steps 1 2 3 --count 30
+    unisd eval diagnostic --model runs/mine --steps 5 10 20 --look-back 3
+    unisd eval retention --model runs/mine              # fixed answers to chat
+    unisd eval drift --model runs/mine                  # both models' own chat
+    unisd eval drift --model runs/mine --dataset cos_e  # and a task's prompts
+    unisd eval behaviour --model runs/mine              # refusals, facts
+    unisd eval procedural drift --model runs/mine -o runs/mine/eval  # one load
+    unisd eval scienceqa cos_e --model runs/mine        # benchmarks
+
+Benchmarks have options of their own: `unisd eval scienceqa --help`.
 """
 
 from __future__ import annotations
@@ -199,7 +201,7 @@ def _refuse_idle(parser: CommandParser, options: argparse.Namespace) -> None:
 
 
 def _parser(names: list[str]) -> CommandParser:
-    parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(prog="unisd eval", description=__doc__)
     parser.add_argument("what", nargs="+", choices=names, metavar="EVALUATION", help=", ".join(names))
     parser.add_argument(
         "--model", default=SMOLLM2, help=f"model id, {', '.join(FETCHED)}, local folder, or folder of a PEFT adapter"

@@ -1,12 +1,13 @@
 """`unisd eval BENCHMARK ...`: a model on benchmarks, with intervals and every completion.
 
-unisd eval scienceqa cos_e --model runs/mine
-unisd eval mbpp --model Qwen/Qwen2.5-0.5B-Instruct --limit 100
-unisd eval toolalpaca --data eval_simulated.json --model runs/mine
-unisd eval arc_challenge --model runs/mine --via lm-eval    (the same rows by EleutherAI's lm-evaluation-harness)
+    unisd eval scienceqa cos_e --model runs/mine
+    unisd eval mbpp --model Qwen/Qwen2.5-0.5B-Instruct --limit 100
+    unisd eval toolalpaca --data eval_simulated.json --model runs/mine
+    unisd eval arc_challenge --model runs/mine --via lm-eval
 
-Decoding is greedy for certain: whatever else the model's generation config asks for is put aside. A run that was killed
-goes on where it was. For each benchmark the folder gets NAME.json (scores) and NAME.jsonl (completions).
+The last is the same rows by EleutherAI's lm-evaluation-harness. Decoding is greedy for certain: whatever else the
+model's generation config asks for is put aside. A run that was killed goes on where it was. For each benchmark the
+folder gets NAME.json (scores) and NAME.jsonl (completions).
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def _write(
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="unisd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(prog="unisd eval", description=__doc__)
     names = list(benchmarks())
     parser.add_argument("names", nargs="+", choices=names, metavar="BENCHMARK", help=", ".join(names))
     parser.add_argument(

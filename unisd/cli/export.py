@@ -1,7 +1,7 @@
 """`unisd export`: a checkpoint of a run as a model for others.
 
-    unisd export runs/a --ema -o teacher            # the moving-average teacher, as the run holds it
-    unisd export runs/a --ema --merge -o teacher    # an adapter added to its base
+    unisd export runs/a --ema -o teacher          # the average, as it is
+    unisd export runs/a --ema --merge -o teacher  # added to its base
     unisd export runs/a/checkpoint-100 --merge -o student
 
 Of a run its newest weights are taken. Without --ema it is the student.
@@ -10,7 +10,6 @@ The average of ema=merged is always a whole model.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from unisd.cli.errors import setting_up
@@ -19,9 +18,7 @@ from unisd.run.export import describe, export_model
 
 
 def main(arguments: list[str]) -> int:
-    parser = CommandParser(
-        prog="unisd export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="unisd export", description=__doc__)
     parser.add_argument("source", type=Path, help="folder of a run, or of one of its checkpoints")
     parser.add_argument("-o", "--output", type=Path, required=True, help="new folder for the model")
     parser.add_argument("--ema", action="store_true", help="the moving-average teacher instead of the student")

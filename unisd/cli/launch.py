@@ -1,11 +1,12 @@
 """`unisd launch`: a command on several processes, with the configs for accelerate that come with this package.
 
-    unisd launch fsdp2 --num_processes 8 train --config run.yaml    # accelerate launch ... -m unisd train --config ...
-    unisd launch fsdp2 --print                                      # the config for accelerate, to keep and change
+    unisd launch fsdp2 --num_processes 8 train --config run.yaml
+    unisd launch fsdp2 --print    # the config, to keep and change
 
-There are ddp, fsdp2, zero2 and zero3. Without --num_processes there is a process an accelerator. Options between the
-engine and the command are those of `accelerate launch`. Where a process fails all are ended, and one of them tells why;
-`accelerate launch` and `torchrun` print their own traceback and table after that.
+The first is `accelerate launch ... -m unisd train --config run.yaml`. There are ddp, fsdp2, zero2 and zero3. Without
+--num_processes there is a process an accelerator. Options between the engine and the command are those of `accelerate
+launch`. Where a process fails all are ended, and one of them tells why; `accelerate launch` and `torchrun` print their
+own traceback and table after that.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from unisd.cli.errors import CommandError
+from unisd.cli.help import filled, width
 from unisd.cli.parser import nearest
 from unisd.launching import ENGINES, config_file
 
@@ -27,7 +29,7 @@ def main(arguments: list[str]) -> int:
     from unisd.cli import COMMANDS
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
+        print(filled(__doc__, width()))
         return 0 if arguments else 2
     engine, *rest = arguments
     if engine not in ENGINES:

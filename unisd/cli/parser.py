@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from unisd.cli.errors import CommandError
+from unisd.cli.help import CommandHelp
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -18,6 +19,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", CommandHelp)
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:

@@ -1,7 +1,8 @@
 """`unisd prepare`: from a file of questions and answers to rows with every view that UniSD reads.
 
     unisd prepare questions.jsonl -o prepared
-    unisd prepare questions.csv --prompt_column ask --answer_column reply --contexts retrieval -o prepared
+    unisd prepare questions.csv --prompt_column ask --answer_column reply \\
+        --contexts retrieval -o prepared
     unisd prepare mbpp.jsonl --limit 100 --context_pool 8 -o prepared
 
 The rows may be JSON lines, JSON, CSV, Parquet, a folder that `datasets` saved, or an id of the hub; their kind (open
@@ -104,9 +105,7 @@ def settings_of(options: Any) -> PrepareSettings:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(
-        prog="unisd prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="unisd prepare", description=__doc__)
     parser.add_argument("data", help="file, folder, benchmark by name, or hub id")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the prepared rows")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import textwrap
 from dataclasses import fields
@@ -13,9 +12,7 @@ from unisd.presets import PAPER_LORA, PRESETS, Preset, is_paper, preset_fields, 
 
 
 def main(arguments: list[str]) -> int:
-    parser = CommandParser(
-        prog="unisd presets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="unisd presets", description=__doc__)
     parser.add_argument("name", nargs="?", help="show every setting of this one")
     options = parser.parse_args(arguments)
     if options.name is None:

@@ -19,6 +19,7 @@ import yaml
 from trl import TrlParser
 
 from unisd.cli.errors import CommandError
+from unisd.cli.help import SettingsHelp
 from unisd.cli.parser import CommandParser, nearest, refuse_unknown
 
 _UNSET = object()
@@ -35,7 +36,14 @@ class SettingsParser(CommandParser, TrlParser):
     """
 
     def __init__(self, dataclass_types: Sequence[type], *, prog: str, description: str | None = None) -> None:
-        super().__init__(dataclass_types, prog=prog, description=description)
+        # argparse's own usage would list every setting before a word is said.
+        super().__init__(
+            dataclass_types,
+            prog=prog,
+            usage=f"{prog} [--config FILE] [--SETTING VALUE ...]",
+            description=description,
+            formatter_class=SettingsHelp,
+        )
         self.hints: dict[str, Any] = {}
         for dataclass_type in dataclass_types:
             self.hints.update(typing.get_type_hints(dataclass_type))

@@ -8,7 +8,6 @@ The page is one file and reads well on a phone. What differs from the student's 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from unisd_kernels.files import replacing
 
 
 def main(arguments: list[str]) -> int:
-    parser = CommandParser(prog="unisd show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(prog="unisd show", description=__doc__)
     parser.add_argument("folder", type=Path, help="what unisd prepare wrote")
     parser.add_argument("--row", type=natural, default=0, help="number of the row, from 0")
     parser.add_argument("--html", type=Path, help="write the page there (default: FOLDER/row-N.html)")

@@ -1,8 +1,9 @@
 """`unisd sweep`: presets x seeds x data by one command, one table and one page.
 
-unisd sweep --presets plain unisd_star sft --seeds 0 1 2 --dataset cos_e --eval "cos_e --limit 200" \\
-    --eval "procedural drift behaviour --count 60" -o runs/sweep \\
-    -- --model_name_or_path smollm2-135m-instruct --max_steps 200 --use_peft true
+    unisd sweep --presets plain unisd_star sft --seeds 0 1 2 --dataset cos_e \\
+        --eval "cos_e --limit 200" --eval "procedural drift --count 60" \\
+        -o runs/sweep \\
+        -- --model_name_or_path smollm2-135m-instruct --max_steps 200
 
 Words after -- go to every `unisd train`. Each run is a process of its own. The same command again goes on where the
 last was killed: what is finished is found, a run with checkpoints resumes. Where CUDA runs out of memory a run is made
@@ -12,7 +13,6 @@ what it printed is in logs/.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from pathlib import Path
 
@@ -72,10 +72,15 @@ def _evaluation(text: str) -> list[str]:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(
-        prog="unisd sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog="unisd sweep", description=__doc__)
+    parser.add_argument(
+        "--presets",
+        nargs="+",
+        required=True,
+        choices=list(PRESETS),
+        metavar="PRESET",
+        help="`unisd presets` lists them",
     )
-    parser.add_argument("--presets", nargs="+", required=True, choices=list(PRESETS), metavar="PRESET")
     parser.add_argument("--seeds", nargs="+", type=natural, default=[42])
     parser.add_argument("--dataset", nargs="+", default=["procedural"], help="sources of rows, as for unisd train")
     parser.add_argument(

@@ -1,16 +1,24 @@
 """`unisd train`: a UniSD run from a YAML file and the command line. The command line beats the file.
 
+    unisd train --dataset questions.jsonl --output_dir runs/mine
+    unisd train --preset plain --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
+        --dataset questions.jsonl --output_dir runs/a
     unisd train --config run.yaml --learning_rate 1e-4
-    unisd train --model_name_or_path smollm2-135m-instruct --dataset procedural --preset unisd_star --output_dir runs/a
+
+What is usually set: --dataset, --model_name_or_path, --preset (`unisd presets`), --output_dir, --max_steps or
+--num_train_epochs, --learning_rate, --per_device_train_batch_size, --gradient_accumulation_steps,
+--max_completion_length, --num_auxiliary, --no_use_peft, --drift_budget.
 
 Settings are those of `UniSDConfig` (and so of `trl.DistillationConfig`), of `trl.ModelConfig`, of `DataArguments` and
-of `RunArguments`. The run folder gets them all as `unisd_config.yaml`.
+of `RunArguments`. A default of None for what a preset sets means: the preset's. The run folder gets them all as
+`unisd_config.yaml`.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,6 +158,8 @@ def fit_step(settings: Settings, rows: Any) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    # Between TRL and transformers; a user of this command can do nothing about it.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     # The settings join the processes: TRL's config starts the process group.
     with ending_process_group():
         return _train(arguments)

@@ -14,6 +14,7 @@ from unisd.tasks.views import teacher_view
 from unisd.turns import encode_prompt
 
 Rows = list[dict[str, Any]]
+_VIEW = "teacher prompt"
 
 
 def fitting_examples(
@@ -24,21 +25,18 @@ def fitting_examples(
     One that does not would be dropped in the end, but not before a model has read it to write a wrong answer, and
     other rows have been shown it, which are then too long as well.
     """
-    bounds = [limit.prompt, None if limit.total is None else limit.total - limit.completion]
-    bound = min((one for one in bounds if one is not None), default=None)
-    if bound is None:
-        return [True] * len(reading.examples)
     kept = []
     too_long: dict[str, list[int]] = {}
     for example in reading.examples:
         text = teacher_view(reading.task, example, template)
-        excess = None
-        # No token is shorter than a byte.
-        if len(text.encode()) > bound:
-            length = len(tokenizer(text)["input_ids"])
-            excess = limit.excess("teacher prompt", length)
-            if excess is not None:
-                too_long.setdefault(excess, []).append(length)
+        # No token is shorter than a byte, and few texts are so long that they have to be tokenized for this.
+        length = len(text.encode())
+        excess = limit.excess(_VIEW, length)
+        if excess is not None:
+            length = len(tokenizer(text, verbose=False)["input_ids"])  # without its own warning of the length
+            excess = limit.excess(_VIEW, length)
+        if excess is not None:
+            too_long.setdefault(excess, []).append(length)
         kept.append(excess is None)
     _count(too_long, report)
     return kept

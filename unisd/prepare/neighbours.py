@@ -23,10 +23,8 @@ def random_contexts(groups: Sequence[int], num_contexts: int, per_context: int, 
     rng, needed, count = random.Random(seed), num_contexts * per_context, len(groups)
     others = len(set(groups)) - 1
     if others == 0:
-        raise ValueError(
-            f"all {count} rows ask the same question: there is no other solved example to show; give more rows, or "
-            "--contexts induction"
-        )
+        asked = f"all {count} rows ask the same question" if count > 1 else "there is one row alone"
+        raise ValueError(f"{asked}: there is no other solved example to show; give more rows, or --contexts induction")
     contexts = []
     for group in groups:
         chosen: list[int] = []

@@ -51,12 +51,24 @@ def load_rows(source: str, *, split: str = "train", config: str | None = None) -
     elif path.is_dir():
         rows = _of_folder(path, split)
     else:
-        from datasets import load_dataset
-
-        rows = _listed(load_dataset(source, config, split=split))
+        rows = _listed(from_hub(source, split, config))
     if not rows:
         raise ValueError(f"{source} has no rows")
     return rows
+
+
+def from_hub(source: str, split: str, config: str | None) -> Dataset:
+    """A dataset by its id.
+
+    Raises:
+        ValueError: it cannot be had, in the words of `datasets`: an id may be a path that was misspelt.
+    """
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source, config, split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} is no file or folder here, and no dataset of the hub: {error}") from error
 
 
 def _of_file(path: Path) -> list[dict[str, Any]]:
@@ -72,8 +84,12 @@ def _of_file(path: Path) -> list[dict[str, Any]]:
     if ending != ".parquet":
         return _of_json(path)
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
-    return _listed(load_dataset(FORMATS[ending], data_files=str(path), split="train"))
+    try:
+        return _listed(load_dataset(FORMATS[ending], data_files=str(path), split="train"))
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from None
 
 
 def _text(path: Path) -> str:
