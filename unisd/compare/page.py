@@ -131,7 +131,7 @@ def _by_steps(groups: Sequence[Group], tables: Sequence[beside.Steps]) -> list[t
             (place, group.name, [(float(steps), 100 * row[steps].value) for steps in table.steps if steps in row])
             for place, (group, row) in enumerate(zip(groups, table.rows, strict=True))
         ]
-        label = f"{table.name}: {table.measure} by number of steps"
+        label = f"{table.name}: {table.measure} by number of steps, %"
         figure = figures.lines(series, "steps", f"{table.measure}, %", dots=True, share=True)
         drawn += [] if figure is None else [(figure, label)]
         series = [
