@@ -19,8 +19,9 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Coordinates(NamedTuple):
-    """P, W P, T^-1 (I - P P^T) and what comes of the weight in them: codes times scales (float32), the three norms of
-    `reference/certified.py`, and the codes' Gram matrix or one that is above it."""
+    """P, W P, T^-1 (I - P P^T) and what comes of the weight in them: codes times scales (float32), the norms of
+    `reference/certified.py`, the codes' Gram matrix or one that is above it, and where they are asked for the lengths
+    [V] of every row of R and of the codes."""
 
     directions: torch.Tensor
     lead: torch.Tensor
@@ -31,6 +32,7 @@ class Coordinates(NamedTuple):
     residual_norm: float
     cross_norm: float
     gram: torch.Tensor
+    lengths: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def plain(cls, head: LMHead) -> Coordinates:
@@ -91,6 +93,7 @@ class Coordinates(NamedTuple):
             float(torch.linalg.eigvalsh(residual.T @ residual)[-1].clamp(min=0.0).sqrt()),
             float(torch.linalg.matrix_norm(residual.T @ codes, 2)),
             codes.T @ codes,
+            (residual.norm(dim=1), codes.norm(dim=1)),
         )
 
     def with_few_eigenvectors(self, count: int) -> Coordinates:
@@ -111,6 +114,7 @@ class RowScores(NamedTuple):
     logits: torch.Tensor  # exact [n, V]
     target: torch.Tensor  # exact [n]
     approximate_target: torch.Tensor  # [n]
+    entries: torch.Tensor | None = None  # e of each column by its own lengths [n, V]
 
     @classmethod
     def of(
@@ -134,6 +138,7 @@ class RowScores(NamedTuple):
             logits,
             logits.gather(-1, place).squeeze(-1),
             approximate.gather(-1, place).squeeze(-1),
+            None if at.lengths is None else length.outer(at.lengths[0]) + rounded.outer(at.lengths[1]),
         )
 
     @property
@@ -168,6 +173,25 @@ class RowScores(NamedTuple):
             curve = (torch.expm1(entry) - entry) / entry.square()
             second = curve * torch.minimum(entry.square() * rest, whole.square() * largest)
             most, least = torch.minimum(most, sure + rest + first + second), torch.maximum(least, sure + rest - first)
+        return self._between(least, most)
+
+    def interval_by_column(self, is_exact: torch.Tensor) -> LogProbBounds:
+        """As `interval`, with an e for each column: what is left after the linear term is, for c(e) = (exp(e) - 1 - e)
+        / e^2, at most sum_j q_j c(e_j) e_j^2, and at most D^2 max_j q_j c(e_j)."""
+        assert self.entries is not None
+        sure = torch.where(is_exact, (self.logits - self.reference.unsqueeze(-1)).exp(), 0.0).sum(-1)
+        share, entries = self.share.masked_fill(is_exact, 0.0), self.entries
+        rest = share.sum(-1)
+        first = torch.minimum(self.whole * share.norm(dim=-1), (share * entries).sum(-1))
+        left = torch.expm1(entries) - entries
+        curved = (share * left / entries.clamp(min=1e-150).square()).amax(-1)
+        second = torch.minimum((share * left).sum(-1), self.whole.square() * curved)
+        most = torch.minimum(rest + first + second, (share * entries.exp()).sum(-1))
+        least = torch.maximum(rest - first, (share * (-entries).exp()).sum(-1))
+        return self._between(sure + least, sure + most)
+
+    def _between(self, least: torch.Tensor, most: torch.Tensor) -> LogProbBounds:
+        """From bounds of the sum over the columns, in units of exp(reference)."""
         at = self.target - self.reference
         return LogProbBounds(at - most.log(), (at - least.log()).clamp(max=0.0))
 
