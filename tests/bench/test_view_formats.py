@@ -46,7 +46,14 @@ def test_the_reference_rounds_as_it_is_told():
     weight, rows = problem.head.active_weight, problem.others
     lead, transform, _ = directions_and_transform(rows.T @ rows / len(rows), weight.T @ weight / len(weight))
     given = (problem.views[0], problem.head, problem.target_ids, lead, transform, 1e-3)
-    widths = [upper - lower for lower, upper in (logprob_bounds(*given), logprob_bounds(*given, fp8_rows))]
+    seen = []
+
+    def rounding(values):
+        seen.append(tuple(values.shape))
+        return fp8_rows(values)
+
+    widths = [upper - lower for lower, upper in (logprob_bounds(*given), logprob_bounds(*given, rounding))]
+    assert seen == [tuple(weight.shape), (6, 24)]
     assert bool((widths[1] > 1.5 * widths[0]).all())
     for pair in zip(logprob_bounds(*given), logprob_bounds(*given, int8_rows), strict=True):
         assert torch.equal(*pair)
