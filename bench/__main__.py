@@ -36,6 +36,7 @@ COMMANDS = {
     "tensor-parallel": ("bench.studies.tensor_parallel", "a head in shards: bytes and messages, by formula"),
     "ceilings": ("bench.roofline.ceilings", "this device's copy bandwidth and product rate"),
     "expected": ("bench.roofline.expected", "times on an accelerator from counts, beside measured ones"),
+    "narrow-views": ("bench.roofline.narrow_views", "views scored by 8-bit products on a GPU, by count"),
     "tuning": ("bench.roofline.tuning", "every tile shape of the product kernels, timed on a GPU"),
     "products": ("bench.roofline.products", "rates of the library's products at the rows of a chunk, on a GPU"),
     "kernels": ("bench.roofline.kernel_times", "where the time of a step goes, kernel by kernel, on a GPU"),

@@ -110,7 +110,11 @@ def check_heads_match(student: LMHead, teacher: LMHead, name: str = "teacher_hea
         )
 
 
-def check_target_ids(target_ids: torch.Tensor, num_rows: int, num_columns: int, device: torch.device) -> None:
+def check_target_ids(
+    target_ids: torch.Tensor, num_rows: int, num_columns: int, device: torch.device, *, kernel_asserts: bool = False
+) -> None:
+    """One id a row, each a column. `kernel_asserts`: on an accelerator the kernel that reads the ids sees to the
+    latter."""
     _check_tensor("target_ids", target_ids, "[N]")
     if target_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target_ids must be int64 or int32, got {target_ids.dtype}")
@@ -120,14 +124,18 @@ def check_target_ids(target_ids: torch.Tensor, num_rows: int, num_columns: int, 
     if num_rows == 0:
         return
     if device.type == "cpu":
-        low, high = int(target_ids.min()), int(target_ids.max())
-        if low < 0 or high >= num_columns:
-            raise ValueError(
-                f"target_ids must lie in [0, {num_columns}), got values from {low} to {high}; drop ignored positions "
-                "(-100) before packing, and check that tokenizer and head belong together"
-            )
-    else:
+        _check_id_values(target_ids, num_columns)
+    elif not kernel_asserts:
         assert_ids_async(target_ids, num_columns)
+
+
+def _check_id_values(target_ids: torch.Tensor, num_columns: int) -> None:
+    low, high = int(target_ids.min()), int(target_ids.max())
+    if low < 0 or high >= num_columns:
+        raise ValueError(
+            f"target_ids must lie in [0, {num_columns}), got values from {low} to {high}; drop ignored positions "
+            "(-100) before packing, and check that tokenizer and head belong together"
+        )
 
 
 def assert_ids_async(target_ids: torch.Tensor, num_columns: int) -> None:

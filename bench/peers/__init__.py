@@ -10,6 +10,7 @@ import torch
 
 from bench.cases import Case, Operation
 from bench.peers import (
+    captured,
     cce,
     compiled,
     dense,
@@ -91,6 +92,14 @@ PEERS = {
         Peer("trl composed", trl_kernels.build, "ChunkedDivergenceFunction + ChunkedLogProbFunction"),
         Peer("unisd fused", partial(unisd.build, impl="triton_fused"), "impl='triton_fused'", variant=True),
         Peer("unisd chunked", partial(unisd.build, impl="triton_chunked"), "impl='triton_chunked'", variant=True),
+        Peer(
+            "unisd captured",
+            captured.build,
+            "in a CUDA graph; its capture not counted",
+            variant=True,
+            compiles=True,
+            fits=lambda case: case.on_accelerator and case.num_rows <= captured.MOST_ROWS,
+        ),
         Peer("unisd torch", partial(unisd.build, impl="torch"), "impl='torch'", variant=True),
         Peer(
             "liger triton",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bench.records import machine
 from bench.report import plots, spread, tables
 from bench.report.provenance import where
-from bench.studies import certificate, ema, mixtures, numerics, scaling, steps, threads
+from bench.studies import certificate, ema, mixtures, numerics, scaling, steps, threads, view_formats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,6 +73,12 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
         "certificate",
         "What it is: [design.md](design.md#views-in-int8-certified).",
         certificate.table,
+    ),
+    (
+        "Views in FP8, certified: not built",
+        "certificate_fp8",
+        "What it decided: [gpu.md](gpu.md#views-in-8-bits-by-count).",
+        view_formats.table,
     ),
     ("The moving average", "ema", "", ema.tables),
     ("The digits of a small divergence", "numerics", "", numerics.table),

@@ -7,8 +7,8 @@ matrix and copy instructions are in the code. Needs no GPU; must not run under t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import triton
@@ -29,6 +29,7 @@ from unisd_kernels.backends.triton import (
 from unisd_kernels.backends.triton.configs import TABLE, GemmConfig
 from unisd_kernels.backends.triton.gemm import Side
 from unisd_kernels.backends.triton.launch import LogitTile
+from unisd_kernels.backends.triton.variants import OPTIONS
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Variant:
     Attributes:
         arguments: by name, a type or a constant; of a NamedTuple one of these for each field.
         odd: endings of the names of arguments, and fields, that are no multiples of 16.
+        options: of the launch.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Variant:
     stages: int = 3
     config: GemmConfig | None = None
     odd: tuple[str, ...] = ()
+    options: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
     compiled = triton.compile(
         ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=aligned),
         target=target(architecture),
-        options={"num_warps": variant.warps, "num_stages": variant.stages},
+        options={"num_warps": variant.warps, "num_stages": variant.stages, **variant.options, **OPTIONS},
     )
     code, config = read(compiled, architecture), variant.config
     return Report(
@@ -337,7 +340,7 @@ def _elementwise(config: GemmConfig) -> Iterator[Variant]:
     yield Variant("target logits", kernel, arguments)
     kernel = score.finish_scores_kernel
     arguments = _arguments(kernel, hidden="*bf16", weight="*bf16", side=side, BLOCKS=512, BLOCK_WIDTH=1024)
-    yield Variant("merged scores", kernel, arguments)
+    yield Variant("merged scores", kernel, arguments, options=score.ASSERTING)
     kernel = rows.difference_rows_kernel
     arguments = _arguments(kernel, student="*bf16", teacher="*bf16", out="*bf16", BLOCK_COLUMNS=1024)
     yield Variant("differences of rows", kernel, arguments)

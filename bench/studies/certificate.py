@@ -10,16 +10,19 @@ a tolerance (gamma = 1, token level, variance). Then, where the processor has th
 intervals and weights beside the exact ones. Then times in one interleaved run: bare products in float32, bfloat16 and
 int8, float32 scoring by the C++ backend, and certified scoring; and of the kernel against float32 scoring for some
 numbers of threads, everything included that a call of `unisd_loss` with `views_dtype="int8"` pays for its views.
+
+    python -m bench certificate cos_e_train.jsonl --formats
+
+The same intervals from FP8 codes beside those from int8, with other choices of exact columns, and no times.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -27,17 +30,17 @@ from torch.nn import functional
 from bench.parser import command_parser
 from bench.records import results_file
 from bench.records.environment import environment
-from unisd.models import SMOLLM2, load_model
+from bench.studies import view_formats
+from bench.studies.sampled_views import NUM_VIEWS, FileViews, sampled_views
+from bench.studies.view_bounds import TOLERANCES, Coordinates, RowScores, rescored, spread_of
+from unisd.models import SMOLLM2
 from unisd_kernels import LMHead, agreement_weights, linear_logprobs
 from unisd_kernels.backends import extension
-from unisd_kernels.certified.agreement import certified_agreement, settled
+from unisd_kernels.certified.agreement import certified_agreement
 from unisd_kernels.certified.int8_head import Int8Head, ready_head
 from unisd_kernels.certified.scores import THRESHOLD, LogProbBounds, logprob_bounds
 from unisd_kernels.reference.certified import int8_rows
 
-NUM_VIEWS = 3
-TOLERANCES = (0.01, 0.05, 0.1)
-BATCH_SIZE = 4
 _ROWS = 64
 # The bounds, each with what the one before it has; in the head's own coordinates, or in those that suit int8.
 BOUNDS = {
@@ -49,162 +52,22 @@ BOUNDS = {
 }
 
 
-class FileViews(NamedTuple):
-    """Hidden states [K, N, H] of sampled completions of one file's rows, and their ids [N]."""
-
-    file: str
-    views: torch.Tensor
-    ids: torch.Tensor
-
-    def split(self) -> tuple[FileViews, FileViews]:
-        """The first third of the tokens, and the others."""
-        at = len(self.ids) // 3
-        return (
-            FileViews(self.file, self.views[:, :at], self.ids[:at]),
-            FileViews(self.file, self.views[:, at:], self.ids[at:]),
-        )
-
-
-def sampled_views(model_name: str, files: Sequence[Path], rows: int, new_tokens: int) -> tuple[LMHead, list[FileViews]]:
-    """The model's head, and the views of each file."""
-    from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
-    from tqdm import tqdm
-
-    from unisd import UniSDConfig, UniSDTrainer
-    from unisd.prepare.pipeline import prepare
-    from unisd.prepare.settings import PrepareSettings
-    from unisd.prepare.sources import load_rows
-
-    model, tokenizer = load_model(model_name)
-    # The trainer wants something to train; without a step the adapter adds nothing.
-    model = get_peft_model(model, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
-    found = []
-    for file in files:
-        settings = PrepareSettings(negatives="none", num_auxiliary=NUM_VIEWS)
-        prepared = prepare(load_rows(str(file))[: 4 * rows], settings, progress=False).rows[:rows]
-        with tempfile.TemporaryDirectory() as folder:
-            config = UniSDConfig(
-                folder,
-                preset="agreement_token",
-                num_auxiliary=NUM_VIEWS,
-                per_device_train_batch_size=BATCH_SIZE,
-                gradient_accumulation_steps=1,
-                max_steps=1,
-                max_completion_length=new_tokens,
-                drift_probe_every=0,
-                prompt_frame="chat",
-                save_strategy="no",
-                report_to="none",
-                bf16=False,
-                gradient_checkpointing=False,
-                use_cpu=True,
-                disable_tqdm=True,
-            )
-            trainer = UniSDTrainer(
-                model=model, args=config, train_dataset=Dataset.from_list(prepared), processing_class=tokenizer
-            )
-            trainer.current_gradient_accumulation_steps = 1
-            torch.manual_seed(0)
-            parts = []
-            for start in tqdm(range(0, len(prepared) - BATCH_SIZE + 1, BATCH_SIZE), desc=f"views of {file.name}"):
-                with torch.no_grad():
-                    batch = trainer._generate_and_score_completions(prepared[start : start + BATCH_SIZE])
-                    inputs = trainer.step(trainer.model, batch, None).inputs
-                parts.append((torch.stack(inputs.auxiliary_hidden), inputs.target_ids))
-        views, ids = torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts])
-        found.append(FileViews(file.name, views, ids))
-    weight = model.get_output_embeddings().weight.detach().clone()
-    return LMHead(weight), found
-
-
-class _Coordinates(NamedTuple):
-    """P, W P, T^-1 (I - P P^T) and what comes of the weight in them: codes (float32), and the three norms."""
-
-    directions: torch.Tensor
-    lead: torch.Tensor
-    inverse: torch.Tensor
-    codes: torch.Tensor
-    residual_length: float
-    code_length: float
-    residual_norm: float
-    cross_norm: float
-    gram: torch.Tensor
-
-    @classmethod
-    def plain(cls, head: LMHead) -> _Coordinates:
-        """The weight as it is."""
-        weight = head.active_weight
-        unit, none = torch.eye(weight.shape[1], dtype=torch.float64), weight.new_zeros(weight.shape[1], 0)
-        codes = int8_rows(weight)
-        residual = weight - codes
-        return cls(
-            none.double(),
-            weight @ none,
-            unit,
-            codes,
-            float(residual.norm(dim=1).amax()),
-            float(codes.norm(dim=1).amax()),
-            float(torch.linalg.matrix_norm((residual.T @ residual).double(), 2).sqrt()),
-            float(torch.linalg.matrix_norm(residual.T @ codes, 2)),
-            (codes.T @ codes).double(),
-        )
-
-    @classmethod
-    def of(cls, ready: Int8Head) -> _Coordinates:
-        return cls(
-            ready.directions,
-            ready.lead,
-            ready.inverse,
-            ready.codes.float() * ready.scales.unsqueeze(-1),
-            ready.residual_length,
-            ready.code_length,
-            ready.residual_norm,
-            ready.cross_norm,
-            ready.gram.double(),
-        )
-
-
 def bounds_of_rows(
-    hidden: torch.Tensor, head: LMHead, ids: torch.Tensor, plain: _Coordinates, turned: _Coordinates
-) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """Exact log-probabilities [n], and for each of `BOUNDS` lower and upper bounds and the error of the approximate
-    log-sum-exp, [n] each in float64."""
-    logits = (hidden @ head.active_weight.T).double()
-    normalizer = logits.logsumexp(-1)
-    target = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    hidden: torch.Tensor, head: LMHead, ids: torch.Tensor, plain: Coordinates, turned: Coordinates
+) -> tuple[torch.Tensor, dict[str, tuple[LogProbBounds, torch.Tensor]]]:
+    """Exact log-probabilities [n], and for each of `BOUNDS` the interval and the error of the approximate log-sum-exp,
+    [n] each in float64."""
+    in_plain, in_turned = (RowScores.of(hidden, head, ids, at, int8_rows) for at in (plain, turned))
     found = {}
     for name, is_turned in BOUNDS.items():
-        coordinates = turned if is_turned else plain
-        rows = hidden.double() @ coordinates.inverse
-        codes = int8_rows(rows)
-        left = rows - codes
-        along = (hidden.double() @ coordinates.directions).float()
-        approximate = (codes.float() @ coordinates.codes.T + along @ coordinates.lead.T).double()
-        length, rounded = rows.norm(dim=-1), left.norm(dim=-1)
-        entry = coordinates.residual_length * length + coordinates.code_length * rounded
-        squares = (coordinates.residual_norm * length).square() + torch.linalg.vecdot(left @ coordinates.gram, left)
-        whole = (squares + 2 * coordinates.cross_norm * length * rounded).sqrt()
-        reference = approximate.logsumexp(-1)
-        error = (reference - normalizer).abs()
+        rows = in_turned if is_turned else in_plain
+        is_exact = rows.share > (1.0 if name == "exact logit of the target" else THRESHOLD)
         if name == "the largest error of a logit, twice":
-            middle = approximate.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - reference
-            found[name] = (middle - 2 * entry, (middle + 2 * entry).clamp(max=0.0), error)
-            continue
-        share = (approximate - reference.unsqueeze(-1)).exp()
-        is_exact = share > (1.0 if name == "exact logit of the target" else THRESHOLD)
-        sure = torch.where(is_exact, (logits - reference.unsqueeze(-1)).exp(), 0.0).sum(-1)
-        share = share.masked_fill(is_exact, 0.0)
-        rest = share.sum(-1)
-        most, least = sure + rest * entry.exp(), sure + rest * (-entry).exp()
-        if name == "length of the error":
-            first = torch.minimum(whole * share.norm(dim=-1), entry * rest)
-            curve = (torch.expm1(entry) - entry) / entry.square()
-            second = curve * torch.minimum(entry.square() * rest, whole.square() * THRESHOLD)
-            most, least = torch.minimum(most, sure + rest + first + second), torch.maximum(least, sure + rest - first)
-        at = target - reference
-        found[name] = (at - most.log(), (at - least.log()).clamp(max=0.0), error)
-    return target - normalizer, found
+            bounds = rows.simple_interval()
+        else:
+            bounds = rows.interval(is_exact, THRESHOLD if name == "length of the error" else None)
+        found[name] = (bounds, rows.error)
+    return in_plain.exact, found
 
 
 def measure(head: LMHead, files: Sequence[FileViews]) -> list[dict[str, Any]]:
@@ -213,7 +76,7 @@ def measure(head: LMHead, files: Sequence[FileViews]) -> list[dict[str, Any]]:
 
     halves = [each.split() for each in files]
     ready = Int8Head.of(head, torch.cat([first.views.flatten(0, 1) for first, _ in halves]))
-    plain, turned = _Coordinates.plain(head), _Coordinates.of(ready)
+    plain, turned = Coordinates.plain(head), Coordinates.of(ready)
     hidden = torch.cat([second.views for _, second in halves], 1).flatten(0, 1)
     ids = torch.cat([second.ids for _, second in halves])
     exact, parts = [], []
@@ -222,28 +85,20 @@ def measure(head: LMHead, files: Sequence[FileViews]) -> list[dict[str, Any]]:
         scores, found = bounds_of_rows(hidden[rows], head, ids.repeat(NUM_VIEWS)[rows], plain, turned)
         exact.append(scores)
         parts.append(found)
-    scores = torch.cat(exact).view(NUM_VIEWS, -1)
+    scores = torch.cat(exact)
     out = []
     for name in BOUNDS:
-        lower, upper, error = (torch.cat([part[name][place] for part in parts]) for place in range(3))
-        half = (upper - lower) / 2
-        outside = torch.maximum(lower - scores.flatten(), scores.flatten() - upper)
-        row: dict[str, Any] = {
-            "bound": name,
-            "tokens": len(ids),
-            "largest_error": float(error.max()),
-            "half_width_median": float(half.median()),
-            "half_width_p90": float(half.quantile(0.9)),
-            "half_width_max": float(half.max()),
-            "largest_outside": float(outside.max()),
-            "rescored": {},
-        }
-        for tolerance in TOLERANCES:
-            bounds = LogProbBounds(lower.view(NUM_VIEWS, -1).clone(), upper.view(NUM_VIEWS, -1).clone())
-            cu_seqlens = torch.tensor([0, len(ids)])
-            settled_at = settled(bounds, lambda places: scores[:, places], cu_seqlens, tolerance=tolerance, gamma=1.0)
-            row["rescored"][str(tolerance)] = float(settled_at.rescored.double().mean())
-        out.append(row)
+        bounds = LogProbBounds(*(torch.cat([part[name][0][place] for part in parts]) for place in range(2)))
+        of_views = LogProbBounds(*(values.view(NUM_VIEWS, -1) for values in bounds))
+        out.append(
+            {
+                "bound": name,
+                "tokens": len(ids),
+                "largest_error": float(torch.cat([part[name][1] for part in parts]).max()),
+                **spread_of(bounds, scores),
+                "rescored": rescored(of_views, scores.view(NUM_VIEWS, -1)),
+            }
+        )
     return out
 
 
@@ -407,6 +262,19 @@ def _kernel_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def measured(head: LMHead, files: Sequence[FileViews], rounds: int, threads: Sequence[int]) -> dict[str, Any]:
+    """Bounds, and for more than 0 rounds times; the kernel's where this processor runs it."""
+    result: dict[str, Any] = {
+        "rows": measure(head, files),
+        "seconds": times(head, files, rounds) if rounds else {},
+    }
+    if extension.cpu_unavailable() is None and extension.cpu_multiplies_int8():
+        result["kernel"] = kernel_against_exact(head, files)
+        if rounds:
+            result["kernel_seconds"] = kernel_times(head, files, rounds, threads)
+    return result
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = command_parser("certificate", __doc__)
     parser.add_argument("files", nargs="+", type=Path)
@@ -415,6 +283,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--new_tokens", type=int, default=32, help="longest completion")
     parser.add_argument("--rounds", type=int, default=5, help="of the times; 0 for none")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of the kernel's times")
+    parser.add_argument("--formats", action="store_true", help="FP8 beside int8, and no times")
     parser.add_argument("--output", type=Path, help="JSON file for everything")
     options = parser.parse_args(list(arguments))
     head, files = sampled_views(options.model, options.files, options.rows, options.new_tokens)
@@ -422,15 +291,14 @@ def main(arguments: Sequence[str]) -> int:
         "environment": environment(torch.device("cpu")),
         "model": Path(options.model).name,
         "files": [file.file for file in files],
-        "rows": measure(head, files),
-        "seconds": times(head, files, options.rounds) if options.rounds else {},
     }
-    if extension.cpu_unavailable() is None and extension.cpu_multiplies_int8():
-        result["kernel"] = kernel_against_exact(head, files)
-        if options.rounds:
-            result["kernel_seconds"] = kernel_times(head, files, options.rounds, options.threads)
+    if options.formats:
+        result |= view_formats.measure(head, files)
+    else:
+        result |= measured(head, files, options.rounds, options.threads)
     result["environment"]["command"] = result["environment"]["command"].replace(f"{options.files[0].parent}/", "")
-    print(f"{table(result)}\n\n{json.dumps(result['environment'])}")
+    words = view_formats.table(result) if options.formats else table(result)
+    print(f"{words}\n\n{json.dumps(result['environment'])}")
     if options.output:
         results_file.write_json(options.output, result)
     return 0

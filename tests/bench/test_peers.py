@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from bench.inputs.sets import make_inputs
 from bench.measuring import accuracy
 from bench.measuring.accuracy import expected_outcome
 from bench.measuring.measure import measure
-from bench.peers import FLOOR, PEERS, NotOffered, Peer, compiled, gemm_floor
+from bench.peers import FLOOR, PEERS, NotOffered, Peer, captured, compiled, gemm_floor
 from bench.peers.step import Outcome
 from unisd_kernels import reference
 
@@ -230,3 +231,29 @@ def test_a_sequence_too_long_for_float64_is_refused(monkeypatch):
     for name, accelerator in CASES.items():
         sequence = accelerator.num_rows // accelerator.num_sequences
         assert sequence * accelerator.vocab_size * 8 < accuracy.LARGEST_TENSOR, name
+
+
+def test_the_captured_step_is_captured_once_for_its_inputs():
+    """With a stand-in of CUDA's graphs, which runs what was captured again."""
+    case = CASES["smoke"]
+    first, second = make_inputs(case, CPU), make_inputs(case, CPU)
+    with pytest.raises(NotOffered, match="not of cpu"):
+        PEERS["unisd captured"].build(case, 0.0, CPU)
+    calls = []
+
+    def step(inputs):
+        calls.append(inputs)
+        return Outcome(None, None)
+
+    graph = mock.MagicMock()
+    with (
+        mock.patch.multiple("torch.cuda", Stream=mock.MagicMock(), stream=mock.MagicMock(), graph=mock.MagicMock()),
+        mock.patch.multiple("torch.cuda", current_stream=mock.MagicMock(), CUDAGraph=lambda: graph),
+        mock.patch("bench.peers.unisd.build", return_value=step),
+    ):
+        replayed = captured.build(case, 0.0, torch.device("cuda"))
+        for inputs in (first, first, first, second, first):
+            replayed(inputs)
+    # A warm-up and a capture of each inputs that are not those of the call before.
+    assert [inputs is first for inputs in calls] == [True, True, False, False, True, True]
+    assert graph.replay.call_count == 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -10,7 +12,8 @@ pytest.importorskip("triton")
 from tests.distributed.ranks import run
 from tests.distributed.slices import EVERYTHING, joined, limits, loss_of, sliced
 from tests.support import assert_accurate, make_problem
-from unisd_kernels import available
+from unisd_kernels import available, linear_logprobs
+from unisd_kernels.ops import logprobs
 
 pytestmark = pytest.mark.skipif(not available("cpu")["triton"], reason="the interpreter is not on")
 
@@ -60,3 +63,17 @@ def test_the_fused_design_by_name_says_that_it_takes_none():
             loss_of(sliced(problem, group.rank(), group, limits(8, 1)), impl="triton_fused", contrastive_weight=0.0)
 
     run(1, on)
+
+
+def test_the_ids_of_a_slice_are_checked_before_its_kernel():
+    """Which sees those of its own columns only."""
+
+    def on(group):
+        problem = make_problem(vocab_size=8, lengths=(2,), shared_head=True).to(torch.float32)
+        part = sliced(problem, group.rank(), group, limits(8, 1))
+        with torch.no_grad():
+            linear_logprobs(part.student_hidden, part.student_head, part.target_ids, impl="triton")
+
+    with mock.patch.object(logprobs, "check_target_ids", wraps=logprobs.check_target_ids) as check_ids:
+        run(1, on)
+    assert check_ids.call_args.kwargs == {"kernel_asserts": False}

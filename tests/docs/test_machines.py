@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,14 @@ def test_this_machine_has_a_folder_name():
     found = machine.processor()
     assert re.fullmatch(r"[a-z0-9-]+", machine.slug({"cpu": found["name"], "processor": found, "instruction_set": "x"}))
     assert Path(pages.RESULTS).is_dir()
+
+
+def test_the_page_of_other_machines_is_that_of_its_results(monkeypatch):
+    found = importlib.util.spec_from_file_location("machines", ROOT / "scripts" / "machines.py")
+    script = importlib.util.module_from_spec(found)
+    monkeypatch.setitem(sys.modules, "machines", script)  # where dataclasses look their module up
+    found.loader.exec_module(script)
+    results = json.loads(script.RESULTS.read_text())
+    names = [row.name for row in script.machines(["2.10.0", "2.15.0"])]
+    assert set(results) <= set(names)
+    assert script.PAGE.read_text() == script.page(results, names)

@@ -6,6 +6,9 @@ Run by `scripts/gpu_suite.sh`; skipped without a GPU.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -116,6 +119,26 @@ def problem_on_cuda(**options):
 def step(problem, **options):
     result = unisd_loss(**problem.arguments(), feature_weight=0.1, **options)
     return (result.loss.detach(), *torch.autograd.grad(result.loss, problem.leaves))
+
+
+@pytest.mark.parametrize("wrong", [-1, 1009])
+def test_an_id_outside_of_the_vocabulary_ends_the_process(wrong):
+    """By the assertion of the kernel that reads it, at the first wait for the device."""
+    program = f"""
+import torch
+from unisd_kernels import LMHead, linear_logprobs
+head = LMHead(torch.randn(1009, 64, device="cuda", dtype=torch.bfloat16))
+hidden = torch.randn(8, 64, device="cuda", dtype=torch.bfloat16)
+linear_logprobs(hidden, head, torch.full((8,), 1008, device="cuda"))
+torch.cuda.synchronize()
+print("a column passes", flush=True)
+linear_logprobs(hidden, head, torch.full((8,), {wrong}, device="cuda"))
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "a column passes" in done.stdout
+    assert "target_ids outside of" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])

@@ -318,10 +318,17 @@ def test_an_accelerator_asserts_without_waiting():
     read one would raise."""
     asserted = []
     weights, items = torch.ones(N, device="meta"), torch.tensor(3, device="meta")
+    ids = torch.zeros(N, dtype=torch.int64, device="meta")
     with mock.patch("torch._assert_async", lambda condition, message: asserted.append(message)):
         validation.check_token_weights(weights, N, weights.device)
         validation.check_total("num_items", items, N, weights.device)
-    assert asserted == ["token_weights must be >= 0", "num_items must be finite and > 0"]
+        validation.check_target_ids(ids, N, V, ids.device)
+        validation.check_target_ids(ids, N, V, ids.device, kernel_asserts=True)
+    assert asserted == [
+        "token_weights must be >= 0",
+        "num_items must be finite and > 0",
+        f"target_ids outside [0, {V})",
+    ]
 
 
 @pytest.mark.parametrize("operation", ["logprobs", "divergence"])

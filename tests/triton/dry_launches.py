@@ -14,9 +14,10 @@ from unittest import mock
 import torch
 
 from bench.roofline.assembler import assemble
-from tests.triton.stand_in import compiled, kernels, stand_in
+from tests.triton.stand_in import as_triton_would, compiled, kernels, stand_in
 from unisd_kernels import LMHead, linear_divergence, linear_logprobs, unisd_loss
 from unisd_kernels.backends.triton import configs
+from unisd_kernels.backends.triton.rows import scale_rows
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -147,6 +148,25 @@ def layouts() -> None:
         inputs.divergence(impl="triton_fused")
 
 
+def variants() -> None:
+    """Two calls of the same sizes that need kernels of their own, and two that need not."""
+    for dtype in (BF16, FP32):
+        for width in (48, 50, 1):  # of which 16 divides one, and one is a constant of the kernel
+            rows = torch.empty(9, 64, dtype=dtype, device="cuda")
+            for start in (0, 1, 8):  # off alignment, and not
+                scale_rows(rows[:, start : start + width], torch.empty(9, device="cuda"), dtype)
+        scale_rows(rows[:, :48].contiguous(), torch.empty(10, device="cuda")[1:], FP32)
+    for rows in (50, 100):  # the same sizes in other tiles
+        Inputs(rows, 64, 300, BF16).score(entropy=False)
+    for options in ({}, {"bias": True}, {"softcap": 30.0}, {"logit_scale": 2.0}):
+        for rows in (100, 112):
+            inputs = Inputs(rows, 64, 96, BF16, **options)
+            for entropy in (True, False):
+                inputs.score(entropy)
+                inputs.ids = torch.empty(rows + 1, dtype=torch.int64, device="cuda")[1:]
+                inputs.score(entropy)
+
+
 def tf32() -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     float32()
@@ -181,16 +201,18 @@ CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
     for case in (
         headline, one_row, odd, odd_vocabulary, expanded, jensen_shannon, many_rows, float32,
-        heads, layouts, tf32, candidates,
+        heads, layouts, variants, tf32, candidates,
     )
 }  # fmt: skip
 
 
 def main(capability: str, *names: str) -> None:
     launches: dict[str, list[Any]] = {}
+    found: dict[str, int] = {}
     for number, name in enumerate(names):
-        with stand_in(int(capability), stream=7 * number) as gpu:
+        with stand_in(int(capability), stream=7 * number) as gpu, as_triton_would() as known:
             CASES[name]()
+        found[name] = sum(known)
         assert all(launch.stream == 7 * number for launch in gpu.launches), "a launch on another stream"
         launches[name] = sorted({(launch.kernel, launch.grid) for launch in gpu.launches})
     reports = []
@@ -209,11 +231,13 @@ def main(capability: str, *names: str) -> None:
                 "advisories": used.advisories,
                 "shared": built.metadata.shared,
                 "warps": built.metadata.num_warps,
+                "asserts": "__assertfail" in built.asm["ptx"],
                 "signature": signature,
                 "constants": constants,
             }
         )
-    json.dump({"kernels": sorted(kernels()), "launches": launches, "compiled": reports}, sys.stdout)
+    report = {"kernels": sorted(kernels()), "launches": launches, "found": found, "compiled": reports}
+    json.dump(report, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import unisd_kernels.backends.triton
 from bench.roofline.targets import SHARED_MEMORY
-from unisd_kernels.backends.triton import launch
+from unisd_kernels.backends.triton import launch, variants
 
 # What a launch may ask for: programs along x, y and z; rows and columns of what TMA fetches at once.
 MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
@@ -155,6 +155,27 @@ def compiled() -> list[tuple[str, Any]]:
     """Names and what Triton compiled of them in this process."""
     launched = {name: kernel.device_caches[0][0] for name, kernel in kernels().items() if 0 in kernel.device_caches}
     return [(name, built) for name, cache in launched.items() for built in cache.values()]
+
+
+@contextmanager
+def as_triton_would() -> Iterator[list[bool]]:
+    """Inside, each launch must take the variant that Triton's own binder would; whether each was found without it."""
+    launch_variant, found = variants.launch_variant, []
+
+    def checked(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        known, key = variants.variant_key(kernel, arguments, constants)
+        found.append(key in known.variants)
+        launch_variant(kernel, grid, *arguments, **constants)
+        # A warm-up launches nothing: what it gives is what it would have launched.
+        theirs = kernel.run(*arguments, grid=grid, warmup=True, **constants, **variants.OPTIONS)
+        assert known.variants[key].compiled is theirs, key
+
+    with ExitStack() as stack:
+        for module in pkgutil.iter_modules(unisd_kernels.backends.triton.__path__):
+            loaded = importlib.import_module(f"unisd_kernels.backends.triton.{module.name}")
+            if vars(loaded).get("launch_variant") is launch_variant:
+                stack.enter_context(mock.patch.object(loaded, "launch_variant", checked))
+        yield found
 
 
 def _check(launch_: Launch) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from bench.roofline.targets import SHARED_MEMORY
 
-ALWAYS = ("headline", "one_row", "odd", "many_rows", "jensen_shannon")
+ALWAYS = ("headline", "one_row", "odd", "many_rows", "jensen_shannon", "variants")
 THE_REST = ("odd_vocabulary", "expanded", "float32", "heads", "layouts", "tf32", "candidates")
 
 
@@ -51,6 +51,11 @@ def test_a_call_reaches_its_launches():
     assert len(by_tma) >= 2 < len(fused)
     # 75000 blocks of four rows.
     assert max(grid[0] for _, grid in report["launches"]["many_rows"]) >= 75000
+    # A launch like an earlier one is made without Triton's binder; each took the variant that Triton would take
+    # (`stand_in.as_triton_would`).
+    assert report["found"]["headline"] > 20 < report["found"]["variants"]
+    # An id outside of the vocabulary is seen by the kernel that reads it, and by no other.
+    assert {kernel["kernel"] for kernel in report["compiled"] if kernel["asserts"]} == {"finish_scores_kernel"}
     # Another number of rows is no other kernel.
     assert not any("num_rows" in kernel["constants"] for kernel in report["compiled"])
 

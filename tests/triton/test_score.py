@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
 
 from tests.support import assert_accurate, make_problem, native_dtype_logits
 from tests.triton.support import DEVICE, DTYPES, GPU_FLOOR, NARROW, examples, on_device
 from unisd_kernels import LMHead, linear_logprobs
+from unisd_kernels.backends.base import RunningScores
+from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.triton import configs, launch
 from unisd_kernels.backends.triton.configs import GemmConfig
+from unisd_kernels.backends.triton.score import score
+from unisd_kernels.ops import logprobs
 
 FIELDS = ("logprobs", "logsumexp", "entropy")
 
@@ -134,3 +142,33 @@ def test_not_a_number_stays_one():
     hidden[3, 2] = torch.nan
     result = linear_logprobs(hidden, problem.student_head.detach(), problem.target_ids, impl="triton")
     assert result.logprobs.isnan().nonzero().tolist() == [[3]]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="ends a GPU's process; tests/gpu has it in one of its own")
+@pytest.mark.parametrize("wrong", [-1, 131])
+def test_the_kernel_that_reads_an_id_asserts_that_it_is_a_column(wrong, monkeypatch):
+    """The interpreter leaves assertions out, whatever the launch's options; and its own would let anything pass."""
+    builder = interpreter.interpreter_builder
+
+    def create_assert(condition, message):
+        assert condition.data.all(), message
+
+    monkeypatch.setattr(builder, "options", replace(builder.options, debug=True, sanitize_overflow=False))
+    monkeypatch.setattr(builder, "create_assert", create_assert)
+    problem = make_problem(lengths=(3,), hidden_size=16, vocab_size=131).to(torch.float32)
+    projection = Projection.of(problem.student_hidden, problem.student_head, 1.0)
+    running = RunningScores(torch.empty(3), torch.empty(3), None)
+    score(projection, torch.tensor([0, 130, 7]), running)
+    with pytest.raises(InterpreterError, match="target_ids outside of"):
+        score(projection, torch.tensor([0, wrong, 7]), running)
+
+
+@pytest.mark.parametrize(
+    ("impl", "gradient", "left"), [("triton", False, True), ("triton", True, False), ("torch", False, False)]
+)
+def test_only_where_that_kernel_runs_is_the_check_left_to_it(impl, gradient, left):
+    problem = on_device(make_problem(lengths=(3,), hidden_size=16, vocab_size=131).to(torch.float32))
+    hidden = problem.student_hidden.detach().requires_grad_(gradient)
+    with mock.patch.object(logprobs, "check_target_ids", wraps=logprobs.check_target_ids) as check_ids:
+        linear_logprobs(hidden, problem.student_head.detach(), problem.target_ids, impl=impl)
+    assert check_ids.call_args.kwargs == {"kernel_asserts": left}

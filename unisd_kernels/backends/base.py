@@ -195,6 +195,9 @@ class Backend(Protocol):
     name: str
     # Are the auxiliary views of a small batch better scored as one? On a CPU they are not.
     stacks_views: bool
+    # Is a target id outside the columns an assertion in what `score` launches? Then nothing else need look, on an
+    # accelerator.
+    score_asserts_ids: bool
     # Elements left free behind each row of a buffer.
     row_padding: int
 

@@ -53,6 +53,7 @@ class NativeBackend:
 
     name = "native"
     stacks_views = False
+    score_asserts_ids = False
     takes_delta = True
     joins_gradient = True
     # A row of logits is often a multiple of 4096 bytes long, so that the same column of all rows falls into one set of

@@ -44,6 +44,8 @@ class Projection:
 
     def of_rows(self, hidden: torch.Tensor) -> Projection:
         """Other hidden states through the same head."""
+        if hidden is self.hidden:
+            return self
         return Projection(hidden, self.weight, self.bias, self.transform, self.shard)
 
     def weight_is(self, other: Projection) -> bool:

@@ -101,6 +101,7 @@ class TorchBackend:
 
     name = "torch"
     stacks_views = False
+    score_asserts_ids = False
     takes_delta = False
     joins_gradient = False
     row_padding = 0

@@ -69,24 +69,28 @@ def linear_logprobs(
     Source: docs/design.md; the online log-sum-exp is Milakov and Gimelshein, arXiv 1805.02867.
     """
     check_hidden("hidden", hidden, head, "head")
-    check_target_ids(target_ids, hidden.shape[0], head.num_columns, hidden.device)
     check_number("temperature", temperature, low=0.0, open_low=True)
     check_flag("return_entropy", return_entropy)
     check_workspace(workspace_bytes)
     implementation = resolve(impl, hidden.device, hidden.dtype)
+    backend = None if implementation.backend is None else implementation.backend()
+    weight, bias = head.active_weight, head.active_bias
+    needs_grad = NeedsGrad.of(hidden, weight, bias)
+    # Of a slice of a vocabulary the kernel sees no id but its own.
+    kernel_asserts = backend is not None and backend.score_asserts_ids and not needs_grad.any and head.shard is None
+    check_target_ids(target_ids, hidden.shape[0], head.num_columns, hidden.device, kernel_asserts=kernel_asserts)
     hidden, head = autocast_operands(hidden, head)
-    if implementation.backend is None:
+    if backend is None:
         with torch.autocast(hidden.device.type, enabled=False):
             return reference.linear_logprobs(
                 recordable(hidden), recordable_head(head), recordable(target_ids), temperature, return_entropy
             )
     target_ids = target_ids.long()
     weight, bias = head.active_weight, head.active_bias
-    needs_grad = NeedsGrad.of(hidden, weight, bias)
-    engine = Engine.of(implementation.backend(), workspace_bytes, hidden.device, needs_grad.weight)
+    engine = Engine.of(backend, workspace_bytes, hidden.device, needs_grad.weight)
     form = LogitTransform.of(head, temperature), head.shard
     if not needs_grad.any:
-        projection = Projection(hidden, weight, bias, *form).detach()
+        projection = Projection(hidden, weight, bias, *form)
         return LinearLogProbs(*engine.score(projection, target_ids, return_entropy))
     if not needs_grad.head and not return_entropy:
         logprobs, logsumexp = _FrozenHeadLogProbs.apply(hidden, weight, bias, target_ids, form, engine)

@@ -24,6 +24,7 @@ the bounds are minus infinity and 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -48,6 +49,7 @@ def logprob_bounds(
     directions: torch.Tensor,
     transform: torch.Tensor,
     threshold: float,
+    rounding: Callable[[torch.Tensor], torch.Tensor] = int8_rows,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lower and upper bounds [N] of the log-probability of the target ids, at temperature 1.
 
@@ -57,10 +59,11 @@ def logprob_bounds(
         directions: P [H, r].
         transform: T [H, H].
         threshold: columns of a larger approximate probability get exact logits.
+        rounding: rows to what a code can say of them; the bounds take the error as it is, so they hold for any.
     """
     weight, project = head.active_weight, torch.eye(hidden.shape[1]).to(hidden) - directions @ directions.T
     turned, rows = weight @ project @ transform, torch.linalg.solve(transform, project @ hidden.T).T
-    codes, row_codes = int8_rows(turned), int8_rows(rows)
+    codes, row_codes = rounding(turned), rounding(rows)
     residual, left = turned - codes, rows - row_codes
     raw = (hidden @ directions) @ (weight @ directions).T + row_codes @ codes.T
     if head.active_bias is not None:

@@ -31,6 +31,7 @@ class TritonBackend:
 
     name = "triton"
     stacks_views = True
+    score_asserts_ids = True
     row_padding = ROW_PADDING
 
     def __init__(self, design: str | None = None) -> None:

@@ -33,6 +33,7 @@ from unisd_kernels.backends.triton.statistics import (
     store_partials,
     take_whole,
 )
+from unisd_kernels.backends.triton.variants import launch_variant
 
 # A block of statistics that are taken from logits in memory. Its numbers stay in registers between the passes over them
 # (maximum, sums, the teacher's): 16 of each view a thread. Few warps, because each of the block's eight sums is a wait
@@ -154,7 +155,9 @@ class ChunkedDivergence(TritonDivergence):
                 bias = teacher.bias.float().mul(teacher.transform.product_scale)
                 other.addcmul_(row_is_delta.float().unsqueeze(-1), bias, value=-1.0)
             partials = Partials.empty(count, columns, STATISTICS_COLUMNS, want_entropy, device)
-            block_statistics_kernel[tile_grid(z, STATISTICS_ROWS, STATISTICS_COLUMNS)](
+            launch_variant(
+                block_statistics_kernel,
+                tile_grid(z, STATISTICS_ROWS, STATISTICS_COLUMNS),
                 *tiles,
                 row_is_delta,
                 partials.values,

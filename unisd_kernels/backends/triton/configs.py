@@ -75,7 +75,6 @@ _HOPPER: dict[str, tuple[GemmConfig, ...]] = {
     # Three stages and not four: measured on an H100 (docs/gpu.md), the more of a gain the smaller H is.
     "score": (
         GemmConfig(128, 256, 64, 8, 3, descriptors=True),
-        GemmConfig(128, 256, 64, 8, 4, descriptors=True),
         GemmConfig(256, 128, 64, 8, 4, descriptors=True),
     ),
     "score-heavy": (
@@ -91,7 +90,6 @@ _HOPPER: dict[str, tuple[GemmConfig, ...]] = {
     "fused-divergence": (
         GemmConfig(128, 128, 64, 8, 3, descriptors=True),
         GemmConfig(128, 128, 128, 8, 2, descriptors=True),
-        GemmConfig(128, 64, 64, 8, 4, descriptors=True),
     ),
     # Two parts: with a soft cap the epilogue of one spills.
     "fused-divergence-heavy": (GemmConfig(128, 64, 64, 8, 4, parts=2, descriptors=True),),

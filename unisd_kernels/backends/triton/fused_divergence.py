@@ -56,6 +56,7 @@ from unisd_kernels.backends.triton.statistics import (
     partials_bytes,
     store_partials,
 )
+from unisd_kernels.backends.triton.variants import launch_variant
 
 # float16's smallest number above 0.
 _SMALLEST = tl.constexpr(2.0**-24)
@@ -386,7 +387,9 @@ class FusedDivergence(TritonDivergence):
         operands, constants = gemm_operands(config, (student.hidden, teacher.hidden), (student.weight, teacher.weight))
         num_tiles = ceil_div(num_rows, config.rows) * ceil_div(num_columns, config.columns)
         programs = min(num_tiles, config.occupancy * num_sms(device))
-        fused_divergence_kernel[(programs,)](
+        launch_variant(
+            fused_divergence_kernel,
+            (programs,),
             *operands,
             row_is_delta,
             *tiles,

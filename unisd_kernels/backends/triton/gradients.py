@@ -48,6 +48,7 @@ from unisd_kernels.backends.triton.statistics import (
     Partials,
     load_logits,
 )
+from unisd_kernels.backends.triton.variants import launch_variant
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -192,7 +193,9 @@ def write_divergence_gradient(
     rows = max(1, TILE_ROWS * TILE_COLUMNS // columns) if shifted else TILE_ROWS
     gradient = saved.gradient
     with on_device(gradient):
-        divergence_gradient_kernel[tile_grid(gradient, rows, columns)](
+        launch_variant(
+            divergence_gradient_kernel,
+            tile_grid(gradient, rows, columns),
             saved.student,
             saved.teacher,
             gradient,
@@ -250,7 +253,9 @@ def softmax_statistics(tile: torch.Tensor, transform: LogitTransform, target_ids
     """Statistics of the complete rows of a float32 tile, [rows, V]; `target_ids` is [rows]."""
     result = SoftmaxRows(tile.new_empty(tile.shape[0]), tile.new_empty(tile.shape[0]))
     with on_device(tile):
-        softmax_statistics_kernel[(tile.shape[0],)](
+        launch_variant(
+            softmax_statistics_kernel,
+            (tile.shape[0],),
             LogitTile.of(tile, transform),
             target_ids.contiguous(),
             *result,
@@ -320,7 +325,9 @@ def write_score_gradient(
 ) -> None:
     """See `unisd_kernels.backends.base.Backend.score_backward`."""
     with on_device(logits):
-        score_gradient_kernel[tile_grid(logits, TILE_ROWS, TILE_COLUMNS)](
+        launch_variant(
+            score_gradient_kernel,
+            tile_grid(logits, TILE_ROWS, TILE_COLUMNS),
             LogitTile.of(logits, transform),
             gradient,
             scores.logsumexp.contiguous(),

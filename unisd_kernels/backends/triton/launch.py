@@ -63,12 +63,13 @@ def num_sms(device: torch.device) -> int:
 def supports_tma(matrix: torch.Tensor) -> bool:
     """Whether TMA can address this matrix. It wants contiguous rows that start at multiples of 16 bytes, one after the
     other: not on the same place, as where one row was expanded to several, and not closer than they are long."""
-    size = matrix.element_size()
+    rows, width = matrix.shape
+    stride, step = matrix.stride()
+    size = matrix.itemsize
     return (
-        min(matrix.shape) > 0
-        and matrix.stride(1) == 1
-        and matrix.shape[1] <= matrix.stride(0) < 2**40 // size
-        and matrix.stride(0) * size % 16 == 0
+        step == 1
+        and stride * size % 16 == 0
+        and rows > 0 < width <= stride < 2**40 // size
         and matrix.data_ptr() % 16 == 0
     )
 
@@ -79,7 +80,7 @@ def has_whole_vectors(matrix: torch.Tensor) -> bool:
 
 
 def descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
+    return TensorDescriptor(matrix, [*matrix.shape], [*matrix.stride()], [*block])
 
 
 def product_precision(matrix: torch.Tensor) -> str:
@@ -97,7 +98,8 @@ def product_precision(matrix: torch.Tensor) -> str:
 def gemm_operands(
     config: GemmConfig, rows: tuple[torch.Tensor, ...], columns: tuple[torch.Tensor, ...]
 ) -> tuple[list[torch.Tensor | TensorDescriptor], dict[str, Any]]:
-    """The matrices of a product as its kernel takes them, and the constants that follow from them and from its tile.
+    """The matrices of a product as its kernel takes them, and the constants that follow from them and from its tile:
+    not to be changed, since the next call gets the same ones.
 
     Args:
         rows: hidden states, [N, H] each.
@@ -106,12 +108,22 @@ def gemm_operands(
     Tensor descriptors of all matrices, if the configuration wants them and all of the matrices can have one; else the
     matrices.
     """
-    matrices = [(matrix, config.rows) for matrix in rows] + [(matrix, config.columns) for matrix in columns]
-    described = config.descriptors and all(supports_tma(matrix) for matrix, _ in matrices)
-    constants = {
+    operands: list[torch.Tensor | TensorDescriptor] = [*rows, *columns]
+    described = config.descriptors and all(map(supports_tma, (*rows, *columns)))
+    even = all(matrix.shape[1] % config.width == 0 for matrix in rows)
+    constants = _gemm_constants(config, described, even, product_precision(rows[0]))
+    if described:
+        operands = [descriptor(matrix, (config.rows, config.width)) for matrix in rows]
+        operands += [descriptor(matrix, (config.columns, config.width)) for matrix in columns]
+    return operands, constants
+
+
+@functools.cache
+def _gemm_constants(config: GemmConfig, described: bool, even_width: bool, precision: str) -> dict[str, Any]:
+    return {
         "DESCRIPTORS": described,
-        "EVEN_WIDTH": all(matrix.shape[1] % config.width == 0 for matrix in rows),
-        "PRECISION": product_precision(rows[0]),
+        "EVEN_WIDTH": even_width,
+        "PRECISION": precision,
         "WARP_SPECIALIZE": config.warp_specialize and described,
         "BLOCK_ROWS": config.rows,
         "BLOCK_COLUMNS": config.columns,
@@ -119,8 +131,6 @@ def gemm_operands(
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
-    operands = [descriptor(matrix, (size, config.width)) if described else matrix for matrix, size in matrices]
-    return operands, constants
 
 
 def ceil_div(amount: int, step: int) -> int:

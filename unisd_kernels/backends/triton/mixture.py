@@ -22,6 +22,7 @@ from unisd_kernels.backends.triton.statistics import (
     Partials,
     load_logits,
 )
+from unisd_kernels.backends.triton.variants import launch_variant
 
 # Columns that one program sums, and how many at a time. A block of logits has a few hundred rows: a program for each
 # whole row would leave most of a GPU idle.
@@ -184,7 +185,9 @@ def mix(
     splits = ceil_div(num_columns, split_blocks * width)
     sums = torch.empty(2, splits, num_rows, dtype=torch.float32, device=statistics.device)
     weights = beta, 1.0 - beta
-    mixture_kernel[(num_rows * splits,)](
+    launch_variant(
+        mixture_kernel,
+        (num_rows * splits,),
         student,
         teacher,
         row_is_delta,
@@ -202,6 +205,14 @@ def mix(
         BLOCK_COLUMNS=width,
         num_warps=4,
     )
-    mixture_rows_kernel[(ceil_div(num_rows, ROWS_OF_SUMS),)](
-        sums, statistics, num_rows, splits, *weights, BLOCK_ROWS=ROWS_OF_SUMS, num_warps=1
+    launch_variant(
+        mixture_rows_kernel,
+        (ceil_div(num_rows, ROWS_OF_SUMS),),
+        sums,
+        statistics,
+        num_rows,
+        splits,
+        *weights,
+        BLOCK_ROWS=ROWS_OF_SUMS,
+        num_warps=1,
     )

@@ -11,6 +11,7 @@ from unisd_kernels.backends.projection import Projection
 from unisd_kernels.backends.triton.gemm import Side
 from unisd_kernels.backends.triton.launch import ceil_div, next_power_of_2, on_device
 from unisd_kernels.backends.triton.math import apply_softcap
+from unisd_kernels.backends.triton.variants import launch_variant
 
 # A float32 sum of products of 16-bit numbers is off by about this fraction of the rows' norms.
 _PRODUCT_ROUNDING = 2.0**-20
@@ -43,8 +44,16 @@ def scale_rows(rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> t
         return out
     columns = min(1024, next_power_of_2(rows.shape[1]))
     with on_device(rows):
-        scale_rows_kernel[(rows.shape[0], ceil_div(rows.shape[1], columns))](
-            rows, scale.contiguous(), out, rows.shape[1], rows.stride(0), out.stride(0), BLOCK_COLUMNS=columns
+        launch_variant(
+            scale_rows_kernel,
+            (rows.shape[0], ceil_div(rows.shape[1], columns)),
+            rows,
+            scale.contiguous(),
+            out,
+            rows.shape[1],
+            rows.stride(0),
+            out.stride(0),
+            BLOCK_COLUMNS=columns,
         )
     return out
 
@@ -107,7 +116,9 @@ def teacher_rows(student: Projection, teacher: Projection) -> tuple[Projection, 
     out = torch.empty(s.shape, dtype=s.dtype, device=s.device)
     row_is_delta = torch.empty(s.shape[0], dtype=torch.int8, device=s.device)
     if out.numel():
-        difference_rows_kernel[(s.shape[0],)](
+        launch_variant(
+            difference_rows_kernel,
+            (s.shape[0],),
             s,
             t,
             out,
@@ -168,7 +179,9 @@ def target_logits(
     """Write the logit of one token a row, [rows] float32; without the bias where `row_is_delta` says so."""
     hidden, weight = row_major(projection.hidden), row_major(projection.weight)
     side = Side.of(Projection(hidden, weight, contiguous(projection.bias), projection.transform))
-    target_logits_kernel[(hidden.shape[0],)](
+    launch_variant(
+        target_logits_kernel,
+        (hidden.shape[0],),
         hidden,
         weight,
         side,

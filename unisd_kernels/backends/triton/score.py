@@ -29,11 +29,14 @@ from unisd_kernels.backends.triton.launch import ceil_div, gemm_operands, next_p
 from unisd_kernels.backends.triton.math import COUNTS, apply_softcap, exp
 from unisd_kernels.backends.triton.rows import target_block, target_logit
 from unisd_kernels.backends.triton.statistics import MASKED
+from unisd_kernels.backends.triton.variants import launch_variant
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 # Blocks of a row that are merged at a time.
 _MERGED_BLOCKS = 512
+# Options of a launch with assertions, which Triton leaves out otherwise; but not those it would add to every sum.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -110,12 +113,15 @@ def finish_scores_kernel(
     logsumexp,  # [rows]
     entropy,  # [rows], or None
     target_logits,  # [rows]
+    num_columns,
     num_blocks,
     BLOCKS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
     """Merge a row's blocks and make its target's logit. One program a row."""
     row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ids + row)
+    tl.device_assert((target >= 0) & (target < num_columns), "target_ids outside of [0, number of columns)")
     logit = target_logit(hidden, weight, side, None, target_ids, row, BLOCK_WIDTH)
     tl.store(target_logits + row, logit)
     highest = tl.full([BLOCKS], -float("inf"), tl.float32)
@@ -143,21 +149,26 @@ def finish_scores_kernel(
 
 
 def score(projection: Projection, target_ids: torch.Tensor, running: RunningScores) -> None:
-    """Write the statistics of all of a projection's rows, [rows] each; `target_ids` is [rows]."""
-    hidden, weight = row_major(projection.hidden), row_major(projection.weight)
-    projection = Projection(hidden, weight, contiguous(projection.bias), projection.transform)
-    num_rows, num_columns, device = hidden.shape[0], projection.num_columns, hidden.device
+    """Write the statistics of all of a projection's rows, [rows] each; `target_ids` is [rows]. An id outside the
+    columns is an assertion of the device."""
+    hidden, weight, bias = row_major(projection.hidden), row_major(projection.weight), contiguous(projection.bias)
+    if hidden is not projection.hidden or weight is not projection.weight or bias is not projection.bias:
+        projection = Projection(hidden, weight, bias, projection.transform)
+    side = Side.of(projection)
+    (num_rows, width), num_columns, device = hidden.shape, weight.shape[0], hidden.device
     want_entropy = running.entropy is not None
 
-    def launch(config: GemmConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def launch(config: GemmConfig) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         num_blocks = ceil_div(num_columns, config.columns)
         logsumexp = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=device)
         entropy = torch.empty_like(logsumexp) if want_entropy else None
         operands, constants = gemm_operands(config, (hidden,), (weight,))
         programs = min(ceil_div(num_rows, config.rows) * num_blocks, config.occupancy * num_sms(device))
-        score_kernel[(programs,)](
+        launch_variant(
+            score_kernel,
+            (programs,),
             *operands,
-            Side.of(projection),
+            side,
             logsumexp,
             entropy,
             num_rows,
@@ -167,24 +178,28 @@ def score(projection: Projection, target_ids: torch.Tensor, running: RunningScor
             EVEN_COLUMNS=num_columns % config.columns == 0,
             **constants,
         )
-        return logsumexp, entropy
+        return logsumexp, entropy, num_blocks
 
     with on_device(hidden):
-        shape = (num_rows, num_columns, hidden.shape[1])
-        block_logsumexp, block_entropy = launch(choose(_kind(projection, want_entropy), device, shape, launch))
-        finish_scores_kernel[(num_rows,)](
+        config = choose(_kind(projection, want_entropy), device, (num_rows, num_columns, width), launch)
+        block_logsumexp, block_entropy, num_blocks = launch(config)
+        launch_variant(
+            finish_scores_kernel,
+            (num_rows,),
             hidden,
             weight,
-            Side.of(projection),
+            side,
             target_ids.contiguous(),
             block_logsumexp,
             block_entropy,
             running.logsumexp,
-            running.entropy if want_entropy else None,
+            running.entropy,
             running.target_logits,
-            block_logsumexp.shape[1],
-            BLOCKS=min(_MERGED_BLOCKS, next_power_of_2(block_logsumexp.shape[1])),
-            BLOCK_WIDTH=target_block(hidden.shape[1]),
+            num_columns,
+            num_blocks,
+            BLOCKS=min(_MERGED_BLOCKS, next_power_of_2(num_blocks)),
+            BLOCK_WIDTH=target_block(width),
+            **ASSERTING,
         )
 
 

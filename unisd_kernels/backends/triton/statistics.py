@@ -51,6 +51,7 @@ from unisd_kernels.backends.triton.math import (
     log1p_remainder,
 )
 from unisd_kernels.backends.triton.rows import target_logits
+from unisd_kernels.backends.triton.variants import launch_variant
 
 # The partial statistics are records [rows, blocks, RECORD] of 32 bytes, one sector of the memory, so that to write or
 # read one number of a record costs no more than all of them; behind them, if wanted, [rows, blocks, SPREADS] for the
@@ -359,7 +360,9 @@ def combine(
         ids = target_ids.contiguous() if student.shard is None else target_ids.clamp(min=0)
         target_logits(student, None, ids, statistics[STUDENT_LOGPROB.value])
         target_logits(teacher, row_is_delta, ids, statistics[TEACHER_LOGPROB.value])
-    combine_kernel[(rows,)](
+    launch_variant(
+        combine_kernel,
+        (rows,),
         partials.values,
         row_is_delta,
         statistics,
