@@ -46,7 +46,7 @@ class Machine:
     environment: dict[str, str] = field(default_factory=dict)
     tests: tuple[str, ...] = TESTS
     torch: str | None = None
-    package: str | None = None  # one that is in a folder of its own, before this environment's: "triton==3.9.0"
+    packages: tuple[str, ...] = ()  # that are in a folder of their own, before this environment's: "triton==3.9.0"
 
 
 OLD = {
@@ -71,8 +71,9 @@ def machines(torch_versions: list[str]) -> list[Machine]:
         *(setting("UNISD_TEST_LAST_BIT", seed) for seed in ("1", "2")),
         *(setting("UNISD_TEST_THREADS", threads, KERNELS) for threads in ("1", "2")),
         *(Machine(f"torch {version}", {}, TESTS, version) for version in torch_versions),
-        *(Machine(f"triton {version}", {}, TRITON, package=f"triton=={version}") for version in ("3.6.0", "3.9.0")),
-        Machine("transformers 5.24.0", {}, MODELS, package="transformers==5.24.0"),
+        Machine("triton 3.6.0", {}, TRITON, packages=("triton==3.6.0", "numpy==2.3.5")),  # whose interpreter needs it
+        Machine("triton 3.9.0", {}, TRITON, packages=("triton==3.9.0",)),
+        Machine("transformers 5.24.0", {}, MODELS, packages=("transformers==5.24.0",)),
     ]
 
 
@@ -97,18 +98,18 @@ def python_of(machine: Machine, environments: Path) -> Path:
 
 
 def package_folder(machine: Machine, environments: Path) -> Path | None:
-    """The folder of a row's package.
+    """The folder of a row's packages.
 
     Raises:
         SystemExit: it is not there; the message says how to make it.
     """
-    if machine.package is None:
+    if not machine.packages:
         return None
-    folder = environments / machine.package
+    folder = environments / "_".join(machine.packages)
     if not folder.is_dir():
         raise SystemExit(
             f"{folder} is not there. Make it:\n"
-            f"  {sys.executable} -m pip install --no-deps --target {folder} {machine.package}"
+            f"  {sys.executable} -m pip install --no-deps --target {folder} {' '.join(machine.packages)}"
         )
     return folder
 
@@ -119,7 +120,7 @@ def run(
     """The row's result: counts as pytest closes with them, the failures' names, CPU seconds, where, when, the commit.
 
     Args:
-        folder: of the row's package.
+        folder: of the row's packages.
         tests: these only, in place of the row's own.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
