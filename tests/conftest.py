@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -77,6 +78,13 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    if processes := sys.modules.get("tests.processes"):
+        processes.start_stem()
+
+
+def pytest_unconfigure() -> None:
+    if processes := sys.modules.get("tests.processes"):
+        processes.end_stem()
 
 
 @pytest.fixture(autouse=True, scope="module")
