@@ -17,6 +17,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch
 
+# Nothing that is imported becomes garbage: looking for it is a sixth of the time of a collection.
+gc.disable()
+
 # Without a GPU the Triton kernels run under the interpreter, which is chosen when they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -31,14 +34,18 @@ from tests.sticky_errors import pytest_exception_interact, pytest_runtest_logfin
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     quicken_the_interpreter()
 
-settings.register_profile(
-    "suite",
-    deadline=None,
-    derandomize=True,
-    max_examples=45,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-settings.load_profile("suite")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the tests are imported, which take their number of random examples from here."""
+    settings.register_profile(
+        "suite",
+        deadline=None,
+        derandomize=True,
+        max_examples=25 if config.option.markexpr == "not exhaustive" else 60,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    settings.load_profile("suite")
+
 
 if "UNISD_TEST_THREADS" in os.environ:
     torch.set_num_threads(int(os.environ["UNISD_TEST_THREADS"]))
@@ -76,6 +83,7 @@ def pytest_collection_finish() -> None:
     The Trainer collects at the end of each run, a quarter of a second for the modules of this suite, half of the time
     of its tests.
     """
+    gc.enable()
     gc.collect()
     gc.freeze()
     if processes := sys.modules.get("tests.processes"):

@@ -18,7 +18,7 @@ def quicken_the_interpreter() -> None:
     _remember_types(interpreter)
     _call_directly(interpreter)
     _promote_once(interpreter)
-    _broadcast_what_differs(interpreter)
+    _broadcast_what_differs(interpreter, _make_constants_once(interpreter))
 
 
 @functools.cache
@@ -133,11 +133,41 @@ def _promote_once(interpreter: Any) -> None:
     semantic.computation_type_impl = result_type
 
 
-def _broadcast_what_differs(interpreter: Any) -> None:
-    """Operands of one shape are left as they are at once, and those of one rank by their numbers. As it stands shapes
-    are compared through three objects made for each."""
+def _make_constants_once(interpreter: Any) -> dict[int, Any]:
+    """A number in a kernel is one array, which nothing can write to. What holds them, by its identity."""
+    semantic = interpreter.interpreter_semantic
+    make = semantic.scalar_constant
+    constants: dict[tuple[Any, ...], Any] = {}
+    held: dict[int, Any] = {}
+
+    def constant(value: Any, dtype: Any) -> Any:
+        key = (type(value), value, dtype.name)
+        if key not in constants:
+            made = make(value, dtype)
+            if value != value:  # a key that would never be found
+                return made
+            made.handle.data.flags.writeable = False
+            constants[key] = held[id(made.handle)] = made.handle
+        return semantic.tensor(constants[key], dtype)
+
+    semantic.scalar_constant = constant
+    return held
+
+
+def _broadcast_what_differs(interpreter: Any, constants: dict[int, Any]) -> None:
+    """Operands of one shape are left as they are at once, those of one rank by their numbers, and a constant fills a
+    shape once. As it stands shapes are compared through three objects made for each."""
     language, semantic = interpreter.tl, interpreter.interpreter_semantic
     broadcast, builder, block_type = semantic.broadcast_impl_value, semantic.builder, language.block_type
+    filled: dict[tuple[int, int], Any] = {}
+
+    def fill(operand: Any, kind: Any) -> Any:
+        key = (id(operand.handle), id(kind.shape))
+        if key not in filled:
+            splat = builder.create_splat(kind.to_ir(builder), operand.handle)
+            splat.data.flags.writeable = False
+            filled[key] = splat
+        return semantic.tensor(filled[key], kind)
 
     def to_shape(operand: Any, shape: list[int]) -> Any:
         if operand.type.shape.values == shape:
@@ -148,6 +178,10 @@ def _broadcast_what_differs(interpreter: Any) -> None:
     def broadcast_pair(left: Any, right: Any) -> tuple[Any, Any]:
         one, other = left.type, right.type
         if type(one) is not block_type or type(other) is not block_type:
+            if type(one) is block_type and id(right.handle) in constants and type(one.scalar) is language.dtype:
+                return left, fill(right, one.with_element_ty(other))
+            if type(other) is block_type and id(left.handle) in constants and type(other.scalar) is language.dtype:
+                return fill(left, other.with_element_ty(one)), right
             return broadcast(left, right)
         if one.shape is other.shape:
             return left, right
