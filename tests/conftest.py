@@ -6,7 +6,7 @@ import gc
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -16,9 +16,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch
-
-# Nothing that is imported becomes garbage: looking for it is a sixth of the time of a collection.
-gc.disable()
 
 # Without a GPU the Triton kernels run under the interpreter, which is chosen when they are imported.
 if not torch.cuda.is_available():
@@ -75,6 +72,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # Not by `item.keywords`, which has the names of folders too: in a clone named "gpu" nothing would run.
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Nothing that is imported becomes garbage: looking for it is a sixth of the time of a collection."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish() -> None:
