@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -30,14 +31,18 @@ from tests.sticky_errors import pytest_exception_interact, pytest_runtest_logfin
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     quicken_the_interpreter()
 
-settings.register_profile(
-    "suite",
-    deadline=None,
-    derandomize=True,
-    max_examples=45,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-settings.load_profile("suite")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the tests are imported, which take their number of random examples from here."""
+    settings.register_profile(
+        "suite",
+        deadline=None,
+        derandomize=True,
+        max_examples=25 if config.option.markexpr == "not exhaustive" else 60,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    settings.load_profile("suite")
+
 
 if "UNISD_TEST_THREADS" in os.environ:
     torch.set_num_threads(int(os.environ["UNISD_TEST_THREADS"]))
@@ -69,14 +74,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Nothing that is imported becomes garbage: looking for it is a sixth of the time of a collection."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """What has been imported by now stays: the collector need not look through it again.
 
     The Trainer collects at the end of each run, a quarter of a second for the modules of this suite, half of the time
     of its tests.
     """
+    gc.enable()
     gc.collect()
     gc.freeze()
+    if processes := sys.modules.get("tests.processes"):
+        processes.start_stem()
+
+
+def pytest_unconfigure() -> None:
+    if processes := sys.modules.get("tests.processes"):
+        processes.end_stem()
 
 
 @pytest.fixture(autouse=True, scope="module")

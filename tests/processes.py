@@ -1,20 +1,172 @@
-"""A module of the tests in a process of its own, which starts groups of ranks and writes what they found."""
+"""A module of the tests in a process of its own, forked from one that has imported what the tests import."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import traceback
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 
 
-def run_module(module: str, *arguments: object, timeout: float, **environment: str) -> None:
-    """`python -m module`, on one thread a process; what it wrote to standard error is shown if it fails."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+class Request(NamedTuple):
+    """What to run: with which variables, where its output goes, and for how many seconds at most."""
+
+    command: list[str]
+    variables: dict[str, str]
+    output: Path
+    errors: Path
+    timeout: float
+
+
+class Stem:
+    """A process forked from this one, of which the modules are forked: as this one was then, and with one thread.
+
+    A test's own process may have threads by the time it needs a worker, and to import everything again takes longer
+    than most workers do. The stem ends with its owner, however that ends, and what runs then with it.
+    """
+
+    def __init__(self) -> None:
+        self._requests, served = Pipe()
+        self._process = os.fork()
+        if self._process == 0:
+            try:
+                self._requests.close()
+                _serve(served)
+            finally:
+                os._exit(0)
+        served.close()
+
+    def run(self, request: Request) -> int | None:
+        """Exit status, negative for a signal's number; None after the timeout, when what was started is killed."""
+        self._requests.send(request)
+        return self._requests.recv()
+
+    def end(self) -> None:
+        self._requests.close()
+        os.waitpid(self._process, 0)
+
+
+_stem: Stem | None = None
+
+
+def start_stem() -> None:
+    """Not beside a GPU: a fork of a process that has asked for devices can neither use nor hide them."""
+    global _stem
+    if not torch.cuda.is_available():
+        _stem = Stem()
+
+
+def end_stem() -> None:
+    global _stem
+    if _stem is not None:
+        _stem.end()
+        _stem = None
+
+
+def run_module(module: str, *arguments: object, timeout: float, **environment: str) -> str:
+    """`python -m module`, on one thread a process: its standard output. Standard error is shown if it fails.
+
+    Variables that are read when a module is imported have to be those of the tests.
+    """
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder) / "output", Path(folder) / "errors"
+        request = Request([module, *map(str, arguments)], variables, output, errors, timeout)
+        try:
+            status = _in_new_process(request) if _stem is None else _stem.run(request)
+        except BaseException:
+            end_stem()  # an interrupt: the module must not run on
+            raise
+        said = errors.read_text()[-4000:]
+        assert status is not None, f"{module} took more than {timeout} s\n{said}"
+        assert status == 0, f"{module} ended with {status}\n{said}"
+        return output.read_text()
+
+
+def _in_new_process(request: Request) -> int | None:
+    command = [sys.executable, "-m", *request.command]
+    with request.output.open("w") as output, request.errors.open("w") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=request.variables, stdout=output, stderr=errors, start_new_session=True
+        )
+        try:
+            return process.wait(request.timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _serve(requests: Connection) -> None:
+    # An interrupt from the keyboard reaches all processes; the owner decides what it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        try:
+            request = requests.recv()
+        except EOFError:
+            return
+        child = os.fork()
+        if child == 0:
+            requests.close()
+            _become(request)
+        os.setpgid(child, child)
+        ended = os.pidfd_open(child)
+        # The pipe has something before the child has ended only if its other end is closed.
+        in_time = ended in wait([ended, requests], request.timeout)
+        os.close(ended)
+        # With what it started. Before it is waited for, its number is no other's.
+        os.killpg(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        try:
+            requests.send(status if in_time else None)
+        except BrokenPipeError:
+            return
+
+
+def _become(request: Request) -> NoReturn:
+    """The module, in this process."""
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(ROOT)
+        os.environ.clear()
+        os.environ.update(request.variables)
+        torch.set_num_threads(1)
+        _redirect("stdout", 1, request.output)
+        _redirect("stderr", 2, request.errors)
+        sys.argv = list(request.command)
+        runpy.run_module(request.command[0], run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _redirect(name: str, descriptor: int, path: Path) -> None:
+    """A handler that a logger was given before keeps its stream: pytest's, which shows it with the test."""
+    with path.open("w") as file:
+        os.dup2(file.fileno(), descriptor)
+    setattr(sys, name, os.fdopen(descriptor, "w", buffering=1, closefd=False))

@@ -24,7 +24,7 @@ from unisd_kernels.backends.native import NativeBackend
 
 CPU = torch.device("cpu")
 # Large enough for the products to be most of the time.
-CASE = "scaling.kl.N256.H256.V8192.K0"
+CASE = "scaling.kl.N256.H256.V4096.K0"
 native = pytest.mark.skipif(extension.cpu_unavailable() is not None, reason="the compiled library is absent")
 
 

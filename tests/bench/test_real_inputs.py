@@ -19,7 +19,7 @@ from unisd.models import SMOLLM2, is_fetched, load_model
 from unisd_kernels import LMHead
 from unisd_kernels.config import LossInputs
 
-NUM_ROWS, NUM_AUXILIARY = 64, 2
+NUM_ROWS, NUM_AUXILIARY = 48, 1
 CPU = torch.device("cpu")
 
 needs_model = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from unisd_kernels import LMHead
 
 
 def work(folder: Path, *arguments: str) -> None:
-    run_module("tests.distributed.gloo_worker", folder, *arguments, timeout=600, TRITON_INTERPRET="0")
+    run_module("tests.distributed.gloo_worker", folder, *arguments, timeout=600)
 
 
 @pytest.fixture(scope="module")

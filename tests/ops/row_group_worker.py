@@ -6,7 +6,6 @@ forks the four, once everything is imported."""
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import sys
 from dataclasses import dataclass, replace
@@ -257,7 +256,7 @@ def process(rank: int, folder: str) -> None:
 
 
 def main(folder: str) -> None:
-    importlib.import_module("torch._dynamo")  # once, before the fork
+    torch.compile(torch.neg, backend="eager")(torch.ones(1))  # imports the compiler once, before the fork
     start_processes(process, (folder,), nprocs=RANKS, start_method="fork")
 
 

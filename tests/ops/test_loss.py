@@ -28,7 +28,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_all_mechanisms_at_once(dtype, data):
     check_all_mechanisms(dtype, data)

@@ -89,7 +89,13 @@ def test_a_product_that_overflows(impl):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's tensors are for the interpreter")
 @pytest.mark.parametrize(
-    ("beta", "impl"), [(0.0, "triton_fused"), (1.0, "triton_fused"), (0.0, "triton_chunked"), (0.5, "triton_chunked")]
+    ("beta", "impl"),
+    [
+        (0.0, "triton_fused"),
+        pytest.param(1.0, "triton_fused", marks=pytest.mark.exhaustive),
+        pytest.param(0.0, "triton_chunked", marks=pytest.mark.exhaustive),
+        (0.5, "triton_chunked"),
+    ],
 )
 @pytest.mark.parametrize("value", [pytest.param(INF, marks=pytest.mark.exhaustive), -INF])
 def test_triton(value, beta, impl):

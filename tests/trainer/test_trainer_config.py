@@ -175,6 +175,7 @@ def test_warns_about_settings_without_effect(tmp_path):
         tiny_run.config(tmp_path, preset="plain", agreement_gamma=0.01)  # the preset's own value, as `replace` gives it
 
 
+@tiny_run.with_the_newest_trl
 def test_importing_the_package_is_light():
     code = "import sys, unisd; assert not {'torch', 'trl', 'transformers'} & set(sys.modules); assert unisd.PRESETS"
     # A loop of one's own needs nothing of the trainer's.

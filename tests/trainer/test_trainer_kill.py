@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def worker(folder, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.trainer.kill_worker", str(folder), *map(str, arguments)],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+from tests.processes import run_module
 
 
 @pytest.mark.parametrize(
     "count",
-    [pytest.param(6, id="some"), pytest.param(0, id="all", marks=pytest.mark.exhaustive)],
+    [pytest.param(4, id="some"), pytest.param(0, id="all", marks=pytest.mark.exhaustive)],
 )
 def test_killed_at_any_moment_and_resumed_is_as_never_killed(tmp_path, count):
-    result = worker(tmp_path, count)
+    said = run_module("tests.trainer.kill_worker", tmp_path, count, timeout=3600)
+    result = json.loads(said.splitlines()[-1])
     whole, killed = result["whole"], result["killed"]
-    assert len(killed) == (count or whole["moments"]) + 1 > 6
+    assert len(killed) == (count or whole["moments"]) + 1 > 4
     assert {end["ended_by"] for end in killed.values()} == {signal.SIGKILL}
     for moment, end in killed.items():
         assert end["digest"] == whole["digest"], moment

@@ -29,6 +29,7 @@ def first_step(tmp_path, model, items=None, **overrides):
 RECIPES = [name for name, preset in PRESETS.items() if preset.method == "unisd"]
 
 
+@tiny_run.with_the_newest_trl
 @pytest.mark.parametrize("preset", [name for name in RECIPES if not is_paper(name)])
 def test_first_step_of_every_preset_equals_the_dense_computation(tmp_path, preset):
     args = tiny_run.config(tmp_path, preset=preset)
@@ -57,6 +58,7 @@ def test_feature_matching_alone_makes_no_logits(tmp_path):
     assert {"entropy", "unisd/divergence", "unisd/student_entropy"} <= run.state.log_history[0].keys()
 
 
+@tiny_run.with_the_newest_trl
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -21,7 +21,7 @@ from unisd.parallelism import check_parallelism, data_parallel_processes
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("tensor_parallel")
-    run_module("tests.trainer.tensor_parallel_worker", folder, timeout=420, TRITON_INTERPRET="0")
+    run_module("tests.trainer.tensor_parallel_worker", folder, timeout=420)
     return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in ("alone", "rank0", "rank1")}
 
 

@@ -53,14 +53,12 @@ def check(problem, dtype, impl, **options):
         assert_accurate(f"gradient {position}", *tensors, GPU_FLOOR)
 
 
-# Design, beta, dtype: the fused kernel with every dtype, the chunked ones with one each.
+# Design, beta, dtype. The forward KL of both is that of test_heads and test_clipping too, and of the fuzz.
 KEPT = [
-    *product(["triton_fused"], [0.3], DTYPES),
-    ("triton_fused", 0.0, DTYPES[0]),
+    ("triton_fused", 0.3, DTYPES[0]),
     ("triton_fused", 1.0, DTYPES[-1]),
     ("triton_chunked", 0.3, DTYPES[1]),
     ("triton_chunked", 0.0, DTYPES[0]),
-    ("triton_chunked", 1.0, DTYPES[-1]),
 ]
 
 
@@ -80,7 +78,7 @@ def test_loss_and_gradients(impl, dtype, beta, shape):
 
 @pytest.mark.parametrize(
     ("impl", "extras"),
-    examples(product(DESIGNS, EXTRAS), [*product(DESIGNS[:1], EXTRAS[::2]), *product(DESIGNS[1:], EXTRAS[2:4])]),
+    examples(product(DESIGNS, EXTRAS), [*product(DESIGNS[:1], EXTRAS[::2]), *product(DESIGNS[1:], EXTRAS[3:4])]),
 )
 def test_heads(impl, extras):
     problem = on_device(make_problem(dtype=NARROW, lengths=(9, 0, 12), hidden_size=24, vocab_size=67, **extras))
@@ -148,7 +146,7 @@ def near(size: float, dtype: torch.dtype, rows: int = 24, width: int = 64, colum
     ("impl", "beta", "size"),
     examples(
         product(DESIGNS, [0.0, 1.0, 0.5], [1e-2, 1e-4, 1e-6]),
-        [("triton_fused", 0.0, 1e-4), ("triton_chunked", 1.0, 1e-4), ("triton_chunked", 0.5, 1e-4)],
+        [("triton_fused", 0.0, 1e-4), ("triton_chunked", 0.5, 1e-4)],
     ),
 )
 def test_small_divergences_keep_their_digits(impl, beta, size):
@@ -192,7 +190,7 @@ def test_rows_are_deltas_by_what_the_rounding_of_the_difference_costs():
 
 @pytest.mark.parametrize(
     ("impl", "beta"),
-    examples(product(DESIGNS, [0.0, 1.0]), [("triton_fused", 0.0), ("triton_fused", 1.0), ("triton_chunked", 1.0)]),
+    examples(product(DESIGNS, [0.0, 1.0]), [("triton_fused", 0.0), ("triton_chunked", 1.0)]),
 )
 def test_disagreement_beyond_the_range_of_exp(impl, beta):
     """Student and teacher put all their mass on different tokens, hundreds of nats apart."""

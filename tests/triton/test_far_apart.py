@@ -245,7 +245,7 @@ def check(seed: int, betas) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the cases are made for the interpreter; tests/fuzz has others")
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_anything_apart(seed):
     check(seed, [0.0, 1.0, BETAS[2 + seed % 5]])
 

@@ -73,13 +73,13 @@ CLIPS = [{}, {"clip_cap": 0.5}, {"clip_quantile": 0.7}]
     ("design", "beta", "clip"),
     examples(
         product(["fused", "chunked"], [0.0, 0.5], CLIPS),
-        [("fused", 0.0, CLIPS[2]), ("chunked", 0.5, CLIPS[2]), ("chunked", 0.0, CLIPS[0])],
+        [("fused", 0.0, CLIPS[2]), ("chunked", 0.5, CLIPS[2])],
     ),
 )
 def test_nothing_is_read_back(launches, monkeypatch, design, beta, clip):
     # Values are read and checked on a CPU; elsewhere this is an assertion on the device.
     monkeypatch.setattr("unisd_kernels.ops.agreement.check_cu_seqlens", lambda *_: None)
-    problem = on_device(make_problem(lengths=(9, 0, 12), hidden_size=16, vocab_size=67, shared_head=True)).to(NARROW)
+    problem = on_device(make_problem(lengths=(4, 0, 6), hidden_size=16, vocab_size=67, shared_head=True)).to(NARROW)
     spec = LossConfig(beta=beta, feature_weight=0.1, temperature=0.7, **clip)
     with NoWaiting():
         result, gradients, _ = loss_and_gradients(
@@ -116,12 +116,12 @@ def test_products(launches, num_auxiliary, scorings):
 @pytest.mark.parametrize("design", ["fused", "chunked"])
 def test_no_tensor_is_larger_than_the_workspace(launches, design):
     problem = on_device(
-        make_problem(lengths=(48,), hidden_size=8, vocab_size=131, num_auxiliary=0, shared_head=True, frozen_head=True)
+        make_problem(lengths=(24,), hidden_size=8, vocab_size=131, num_auxiliary=0, shared_head=True, frozen_head=True)
     ).to(NARROW)
-    workspace = 12 << 10
+    workspace = 6 << 10
     with NoWaiting() as mode:
         loss_and_gradients(problem, LossConfig(), NeedsGrad(True), Engine(TritonBackend(design), workspace))
-    assert mode.largest <= workspace < 2 * 48 * 131
+    assert mode.largest <= workspace < 2 * 24 * 131
 
 
 def test_a_tiny_workspace_is_refused():
