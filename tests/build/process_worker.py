@@ -21,7 +21,7 @@ def main(what: str, *more: str) -> None:
     if what == "tell":
         facts = {
             "arguments": more,
-            "variable": os.environ.get("UNISD_TEST_TOLD"),
+            "variables": [os.environ.get(name) for name in ("UNISD_TEST_TOLD", "MPLBACKEND")],
             "folder": os.getcwd(),
             "threads": [torch.get_num_threads(), threading.active_count()],
             "interrupts": signal.getsignal(signal.SIGINT) is signal.default_int_handler,

@@ -43,12 +43,13 @@ def assert_ends(process: int) -> None:
 def test_what_it_is_given(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UNISD_TEST_TOLD", "before")
+    monkeypatch.delenv("MPLBACKEND")  # which the tests have when the stem is made
     more = ["a", tmp_path] if how == "forked" else []
     for told in ("first", "second"):
         facts = json.loads(run_module(MODULE, "tell", *more, timeout=60, UNISD_TEST_TOLD=told))
         assert facts == {
             "arguments": list(map(str, more)),
-            "variable": told,
+            "variables": [told, None],
             "folder": str(ROOT),
             "threads": [1, 1],
             "interrupts": True,
