@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tests.build import process_worker
+from tests.distributed import process_worker
 from tests.processes import ROOT, Stem, run_module
 
-MODULE = "tests.build.process_worker"
+MODULE = "tests.distributed.process_worker"
 
 
 @pytest.fixture(params=["forked", pytest.param("new", marks=pytest.mark.exhaustive)])
