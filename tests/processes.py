@@ -84,6 +84,8 @@ def run_module(module: str, *arguments: object, timeout: float, **environment: s
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "output", Path(folder) / "errors"
+        output.touch()
+        errors.touch()
         request = Request([module, *map(str, arguments)], variables, output, errors, timeout)
         try:
             status = _in_new_process(request) if _stem is None else _stem.run(request)

@@ -19,7 +19,7 @@ from unisd.models import SMOLLM2, is_fetched, load_model
 from unisd_kernels import LMHead
 from unisd_kernels.config import LossInputs
 
-NUM_ROWS, NUM_AUXILIARY = 48, 1
+NUM_ROWS, NUM_AUXILIARY = 64, 1
 CPU = torch.device("cpu")
 
 needs_model = pytest.mark.skipif(
@@ -149,7 +149,7 @@ def test_second_call_reads_the_file(views: LossInputs, folder: Path, monkeypatch
     assert torch.equal(views.student_head.weight, again.student_head.weight)
     assert torch.equal(views.target_ids, again.target_ids)
     assert torch.equal(views.cu_seqlens, again.cu_seqlens)
-    assert [path.name for path in folder.iterdir()] == [f"smollm2-n64-k2-seed0-v{smollm2.VERSION}.pt"]
+    assert [path.name for path in folder.iterdir()] == [f"smollm2-n64-k1-seed0-v{smollm2.VERSION}.pt"]
 
 
 @pytest.fixture

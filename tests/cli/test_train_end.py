@@ -48,8 +48,10 @@ def test_what_it_says_next_works(run_flags: list[str], tmp_path: Path, kind: str
     next_commands = commands(said)
     # No evaluation knows these rows.
     assert next_commands.keys() == {"drift", "page", "teacher", "look"} | ({"merge"} if kind == "adapter" else set())
+    # The completions of a model this small never end.
+    short = {"drift": ["--max_new_tokens", "4"]}
     for name, command in next_commands.items():
-        assert main(command[1:]) == 0, name
+        assert main([*command[1:], *short.get(name, [])]) == 0, name
     assert (tmp_path / "a run-teacher/config.json").is_file() == (kind == "model")
 
 

@@ -31,6 +31,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> Path:
+    """The same with every plan for both models."""
+    folder = tmp_path_factory.mktemp("everything")
+    work(folder, "everything")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def found(folder) -> list[dict]:
     return saved(folder)
 
@@ -56,12 +64,22 @@ def test_losses_are_those_of_one_process(found, ranks, name):
             assert_accurate(f"{name}, {field}", parts[field], value, [each[field] for each in native])
 
 
-@pytest.mark.parametrize("plan", ["", *(f", {name}" for name in PLANS)])
-@pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_a_model_that_a_tp_plan_has_cut_trains_as_on_one_process(folder, found, kind, plan):
+OF_PLANS = [f", {name}" for name in PLANS]
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan", "of"),
+    [
+        *(("untied", plan, "folder") for plan in ("", *OF_PLANS)),
+        ("tied", "", "folder"),
+        *(pytest.param("tied", plan, "everything", marks=pytest.mark.exhaustive) for plan in OF_PLANS),
+    ],
+)
+def test_a_model_that_a_tp_plan_has_cut_trains_as_on_one_process(request, kind, plan, of):
     """Two steps: losses and all weights; the slices are DTensor's, of 1009 rows over four ranks. The head by
     transformers' own plan (`colwise_gather_output`), by `colwise_rep`, and cut alone."""
-    alone = torch.load(folder / "alone.pt", weights_only=False)[kind]
+    folder = request.getfixturevalue(of)
+    found, alone = saved(folder), torch.load(folder / "alone.pt", weights_only=False)[kind]
     kind += plan
     assert alone["slice"] is None
     assert [each[kind]["slice"] for each in found] == [(0, 253), (253, 253), (506, 253), (759, 250)]

@@ -24,7 +24,7 @@ from tests.trainer import tiny_run
 from unisd.run.processes import ending_process_group
 from unisd.trainer import UniSDTrainer
 
-COMMON = {"max_steps": 3, "optim": "adamw_torch", "learning_rate": 0.005, "ema": "none"}
+COMMON = {"max_steps": 2, "optim": "adamw_torch", "learning_rate": 0.005, "ema": "none"}
 RUNS: dict[str, dict[str, Any]] = {
     "contrastive": {"preset": "contrastive", "per_device_train_batch_size": 6},
     "accumulated": {"preset": "unisd_star", "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},

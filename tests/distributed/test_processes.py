@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tests.build import process_worker
+from tests.distributed import process_worker
 from tests.processes import ROOT, Stem, run_module
 
-MODULE = "tests.build.process_worker"
+MODULE = "tests.distributed.process_worker"
 
 
 @pytest.fixture(params=["forked", pytest.param("new", marks=pytest.mark.exhaustive)])
@@ -43,12 +43,13 @@ def assert_ends(process: int) -> None:
 def test_what_it_is_given(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UNISD_TEST_TOLD", "before")
+    monkeypatch.delenv("MPLBACKEND")  # which the tests have when the stem is made
     more = ["a", tmp_path] if how == "forked" else []
     for told in ("first", "second"):
         facts = json.loads(run_module(MODULE, "tell", *more, timeout=60, UNISD_TEST_TOLD=told))
         assert facts == {
             "arguments": list(map(str, more)),
-            "variable": told,
+            "variables": [told, None],
             "folder": str(ROOT),
             "threads": [1, 1],
             "interrupts": True,

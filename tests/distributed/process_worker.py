@@ -1,6 +1,6 @@
-"""What tests/build/test_processes.py runs in a process of its own.
+"""What tests/distributed/test_processes.py runs in a process of its own.
 
-python -m tests.build.process_worker WHAT [MORE]
+python -m tests.distributed.process_worker WHAT [MORE]
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def main(what: str, *more: str) -> None:
     if what == "tell":
         facts = {
             "arguments": more,
-            "variable": os.environ.get("UNISD_TEST_TOLD"),
+            "variables": [os.environ.get(name) for name in ("UNISD_TEST_TOLD", "MPLBACKEND")],
             "folder": os.getcwd(),
             "threads": [torch.get_num_threads(), threading.active_count()],
             "interrupts": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
             "group": os.getpgid(0) == os.getpid(),
-            "imported_by": sys.modules["tests.build.process_worker"].IMPORTED if more else None,
+            "imported_by": sys.modules["tests.distributed.process_worker"].IMPORTED if more else None,
         }
         print(json.dumps(facts))
     elif what == "raise":
