@@ -56,7 +56,7 @@ def target() -> nvcc.TorchTarget:
 
 @pytest.fixture(
     scope="module",
-    params=["sm_90", pytest.param("sm_80 sm_90 sm_100", marks=pytest.mark.exhaustive)],
+    params=["sm_90", "sm_80 sm_90 sm_100"],
 )
 def archs(request: pytest.FixtureRequest) -> set[str]:
     return set(request.param.split())
@@ -74,12 +74,14 @@ def built(target: nvcc.TorchTarget, archs: set[str], built_once) -> tuple[Path, 
     return folder / "_C_cuda.abi3.so", (folder / "printed.txt").read_text()
 
 
+@pytest.mark.exhaustive  # nvcc takes ten seconds
 def test_compiles_without_warnings(built):
     library, printed = built
     assert library.exists()
     assert "warning" not in printed
 
 
+@pytest.mark.exhaustive  # nvcc takes ten seconds
 def test_kernels_do_not_spill(built, archs):
     """Nor keep arrays in local memory; and static shared memory stays far below the 48 KiB that every launch has."""
     found = kernels(built[1])
@@ -94,6 +96,7 @@ def test_kernels_do_not_spill(built, archs):
         assert kernel.shared < 48 * 1024, kernel
 
 
+@pytest.mark.exhaustive  # nvcc takes ten seconds
 def test_the_operation_registers(built, target, tmp_path):
     """In a fresh process, where only the schemas (csrc/ops.cpp) and this library are loaded."""
     assert NVCC is not None
@@ -123,7 +126,8 @@ NEWER_THAN_2_10 = (
 )
 
 
-@pytest.mark.parametrize("version", [(2, 10), pytest.param((2, 13), marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("version", [(2, 10), (2, 13)])
 def test_both_ways_to_the_stream_compile(version, tmp_path):
     """stream.h differs by target; the library above covers only the one of the running torch. Headers of torch 2.10 are
     made from those of a newer one: without its newer names, which may not be mentioned."""

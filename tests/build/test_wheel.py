@@ -53,6 +53,7 @@ def built(built_once) -> Path:
     return built_once("wheel", build)
 
 
+@pytest.mark.exhaustive  # compiles the library for a minute
 def test_the_wheel_has_the_library_and_fits_every_python(built: Path, tmp_path: Path):
     assert f"built with the headers of {Path(torch.__file__).parent}" in (built / "printed.txt").read_text()
     (wheel,) = built.glob("*.whl")
@@ -77,6 +78,7 @@ def test_the_wheel_has_the_library_and_fits_every_python(built: Path, tmp_path: 
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the vector instruction sets are x86-64's")
+@pytest.mark.exhaustive  # compiles the library for a minute
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_no_symbol_is_shared_between_instruction_sets(isa: str, built: Path):
     """The linker keeps one of several weak definitions of the same function. If it were the one for a wide instruction

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,13 @@ def test_docstrings_begin_with_what_stands_alone():
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 text = ast.get_docstring(node) or ""
                 assert not text.startswith("Of "), f"{path}:{getattr(node, 'lineno', 1)}: {text.splitlines()[0]}"
+
+
+def test_pytest_enters_every_folder_of_tests(request):
+    """A folder named as one that it leaves out of its own accord, such as build, would never run."""
+    left_out = request.config.getini("norecursedirs")
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(folders) > 20
+    for folder in folders:
+        for part in folder.relative_to(ROOT).parts:
+            assert not any(fnmatch(part, pattern) for pattern in left_out), folder
