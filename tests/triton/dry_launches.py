@@ -150,21 +150,21 @@ def layouts() -> None:
 
 def variants() -> None:
     """Two calls of the same sizes that need kernels of their own, and two that need not."""
-    for dtype in (BF16, FP32):
-        for width in (48, 50, 1):  # of which 16 divides one, and one is a constant of the kernel
-            rows = torch.empty(9, 64, dtype=dtype, device="cuda")
-            for start in (0, 1, 8):  # off alignment, and not
-                scale_rows(rows[:, start : start + width], torch.empty(9, device="cuda"), dtype)
-        scale_rows(rows[:, :48].contiguous(), torch.empty(10, device="cuda")[1:], FP32)
+    for width in (48, 50, 1):  # of which 16 divides one, and one is a constant of the kernel
+        rows = torch.empty(9, 64, dtype=BF16, device="cuda")
+        for start in (0, 1, 8):  # off alignment, and not
+            scale_rows(rows[:, start : start + width], torch.empty(9, device="cuda"), BF16)
+    wide = torch.empty(9, 64, dtype=FP32, device="cuda")
+    scale_rows(wide[:, :48], torch.empty(10, device="cuda")[1:], BF16)
+    scale_rows(wide[:, :48], torch.empty(9, device="cuda"), BF16)
     for rows in (50, 100):  # the same sizes in other tiles
         Inputs(rows, 64, 300, BF16).score(entropy=False)
-    for options in ({}, {"bias": True}, {"softcap": 30.0}, {"logit_scale": 2.0}):
+    for options in ({}, {"bias": True, "softcap": 30.0}, {"logit_scale": 2.0}):
         for rows in (100, 112):
             inputs = Inputs(rows, 64, 96, BF16, **options)
-            for entropy in (True, False):
-                inputs.score(entropy)
-                inputs.ids = torch.empty(rows + 1, dtype=torch.int64, device="cuda")[1:]
-                inputs.score(entropy)
+            inputs.score(entropy=not options)
+            inputs.ids = torch.empty(rows + 1, dtype=torch.int64, device="cuda")[1:]
+            inputs.score(entropy=not options)
 
 
 def tf32() -> None:

@@ -53,7 +53,8 @@ def test_a_call_reaches_its_launches():
     assert max(grid[0] for _, grid in report["launches"]["many_rows"]) >= 75000
     # A launch like an earlier one is made without Triton's binder; each took the variant that Triton would take
     # (`stand_in.as_triton_would`).
-    assert report["found"]["headline"] > 20 < report["found"]["variants"]
+    assert report["found"]["headline"] > 20
+    assert report["found"]["variants"] > 10
     # An id outside of the vocabulary is seen by the kernel that reads it, and by no other.
     assert {kernel["kernel"] for kernel in report["compiled"] if kernel["asserts"]} == {"finish_scores_kernel"}
     # Another number of rows is no other kernel.
