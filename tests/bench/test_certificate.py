@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from bench.studies import certificate
-from unisd_kernels import LMHead
+from tests.certified.problems import sampled_problem
 
 
 def test_every_bound_holds_and_the_table_tells_them():
-    generator = torch.Generator().manual_seed(0)
-    channels = (1.5 * torch.randn(48, generator=generator)).exp()
-    head = LMHead(0.5 * torch.randn(800, 48, generator=generator) / channels)
-    base = torch.randn(30, 48, generator=generator)
-    views = torch.stack([(base + 0.1 * torch.randn(30, 48, generator=generator)) * channels for _ in range(3)])
-    ids = torch.randint(800, (30,), generator=generator)
-    rows = certificate.measure(head, [certificate.FileViews("rows.jsonl", views, ids)])
+    head, views = sampled_problem(30, 48, 800)
+    rows = certificate.measure(head, [views])
     assert [row["bound"] for row in rows] == list(certificate.BOUNDS)
     assert all(row["largest_outside"] <= 1e-4 for row in rows)
     assert rows[-1]["half_width_median"] < 0.1 * rows[0]["half_width_median"]

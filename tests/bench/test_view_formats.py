@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from bench.studies import view_formats
-from bench.studies.sampled_views import FileViews
 from bench.studies.view_bounds import Coordinates, RowScores
 from bench.studies.view_formats import E4M3, FORMATS, INT8, fp8_rows
-from tests.certified.problems import views_problem
-from unisd_kernels import LMHead, reference
+from tests.certified.problems import sampled_problem, views_problem
+from unisd_kernels import reference
 from unisd_kernels.certified.coordinates import directions_and_transform
 from unisd_kernels.certified.int8_head import Int8Head
 from unisd_kernels.reference.certified import int8_rows, logprob_bounds
@@ -87,12 +86,7 @@ def test_the_best_scale_leaves_the_shortest_error():
 
 @pytest.fixture(scope="module")
 def problem():
-    generator = torch.Generator().manual_seed(0)
-    channels = (1.5 * torch.randn(96, generator=generator)).exp()
-    head = LMHead(0.5 * torch.randn(700, 96, generator=generator) / channels)
-    base = torch.randn(60, 96, generator=generator)
-    views = torch.stack([(base + 0.1 * torch.randn(60, 96, generator=generator)) * channels for _ in range(3)])
-    return head, FileViews("rows.jsonl", views, torch.randint(700, (60,), generator=generator))
+    return sampled_problem(60, 96, 700)
 
 
 @pytest.fixture(scope="module")

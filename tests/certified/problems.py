@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from bench.studies.sampled_views import FileViews
 from unisd_kernels import LMHead
 
 
@@ -69,3 +70,13 @@ def views_problem(
     ids = torch.randint(0, head.num_columns, (num_rows,), generator=generator)
     middle = draw(0, num_rows)
     return ViewsProblem(tuple(views), others, head, ids, torch.tensor([0, middle, middle, num_rows]))
+
+
+def sampled_problem(rows: int, width: int, columns: int) -> tuple[LMHead, FileViews]:
+    """A head, and three near views of rows in float32, as `bench.studies.sampled_views` takes them from a model."""
+    generator = torch.Generator().manual_seed(0)
+    channels = (1.5 * torch.randn(width, generator=generator)).exp()
+    head = LMHead(0.5 * torch.randn(columns, width, generator=generator) / channels)
+    base = torch.randn(rows, width, generator=generator)
+    views = torch.stack([(base + 0.1 * torch.randn(rows, width, generator=generator)) * channels for _ in range(3)])
+    return head, FileViews("rows.jsonl", views, torch.randint(columns, (rows,), generator=generator))
