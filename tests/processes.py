@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
+
+from bench.studies.forked import forked, print_to
 
 ROOT = Path(__file__).parents[1]
 
@@ -122,10 +124,7 @@ def _serve(requests: Connection) -> None:
             request = requests.recv()
         except EOFError:
             return
-        child = os.fork()
-        if child == 0:
-            requests.close()
-            _become(request)
+        child = forked(partial(_run, request, requests))
         os.setpgid(child, child)
         ended = os.pidfd_open(child)
         # The pipe has something before the child has ended only if its other end is closed.
@@ -140,35 +139,22 @@ def _serve(requests: Connection) -> None:
             return
 
 
-def _become(request: Request) -> NoReturn:
-    """The module, in this process."""
-    status = 1
+def _run(request: Request, requests: Connection) -> int:
+    """The module in this process, which is the stem's child: its exit status."""
+    requests.close()
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(request.variables)
+    torch.set_num_threads(1)
+    with request.output.open("w") as output, request.errors.open("w") as errors:
+        print_to(output.fileno(), errors.fileno())
+    sys.argv = list(request.command)
     try:
-        os.setpgid(0, 0)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.chdir(ROOT)
-        os.environ.clear()
-        os.environ.update(request.variables)
-        torch.set_num_threads(1)
-        _redirect("stdout", 1, request.output)
-        _redirect("stderr", 2, request.errors)
-        sys.argv = list(request.command)
         runpy.run_module(request.command[0], run_name="__main__", alter_sys=True)
-        status = 0
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def _redirect(name: str, descriptor: int, path: Path) -> None:
-    """A handler that a logger was given before keeps its stream: pytest's, which shows it with the test."""
-    with path.open("w") as file:
-        os.dup2(file.fileno(), descriptor)
-    setattr(sys, name, os.fdopen(descriptor, "w", buffering=1, closefd=False))
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0

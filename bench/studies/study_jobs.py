@@ -7,22 +7,19 @@ command is a process of its own, as in `unisd sweep`.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench.studies.forked import forked, print_to
 from unisd.sweep.run import launch as in_a_new_process
 
 COSTS = ".costs.jsonl"
 """Beside a log: what each of its commands took."""
 FORKS = sys.platform == "linux"
-_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def warm() -> None:
@@ -46,7 +43,7 @@ def run_side_by_side(work: Sequence[tuple[str, Callable[[], int]]], jobs: int, s
     while pending or running:
         while pending and len(running) < jobs:
             name, function = pending.pop(0)
-            running[_child(function)] = (name, time.monotonic())
+            running[forked(function)] = (name, time.monotonic())
         pid, status = os.wait()
         name, began = running.pop(pid)
         done += 1
@@ -66,7 +63,7 @@ def launch(words: Sequence[str], log: Path) -> int:
     with log.open("a", encoding="utf-8") as stream:
         print("unisd " + " ".join(words), file=stream, flush=True)
         began = time.monotonic()
-        pid = _child(lambda: _command(words, stream.fileno()))
+        pid = forked(lambda: _command(words, stream.fileno()))
     _, status, used = os.wait4(pid, 0)
     took = {
         "command": words[0],
@@ -81,33 +78,10 @@ def launch(words: Sequence[str], log: Path) -> int:
 
 
 def _command(words: Sequence[str], log: int) -> int:
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(log, number)
-        setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", buffering=1, closefd=False))
+    print_to(log, log)
     import torch
 
     from unisd.cli import main
 
     torch.set_num_threads(1)
     return main(list(words))
-
-
-def _child(function: Callable[[], int]) -> int:
-    """Process id of a child that does this and no more, and ends where its parent does."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    parent = os.getpid()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
-        if os.getppid() == parent:
-            status = function()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)

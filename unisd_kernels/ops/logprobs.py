@@ -74,8 +74,7 @@ def linear_logprobs(
     check_workspace(workspace_bytes)
     implementation = resolve(impl, hidden.device, hidden.dtype)
     backend = None if implementation.backend is None else implementation.backend()
-    weight, bias = head.active_weight, head.active_bias
-    needs_grad = NeedsGrad.of(hidden, weight, bias)
+    needs_grad = NeedsGrad.of(hidden, head.active_weight, head.active_bias)
     # Of a slice of a vocabulary the kernel sees no id but its own.
     kernel_asserts = backend is not None and backend.score_asserts_ids and not needs_grad.any and head.shard is None
     check_target_ids(target_ids, hidden.shape[0], head.num_columns, hidden.device, kernel_asserts=kernel_asserts)

@@ -6,7 +6,7 @@ variant depends on is less than that. Of an address the dtype and whether 16 div
 its value, of a descriptor dtype and block, and all constants; what was compiled for these is kept, and launched as
 Triton's documentation launches it (`compiled[grid](...)`).
 
-That is what Triton specializes on for NVIDIA's GPUs; `tests/triton/test_variants.py` compares each launch's choice with
+That is what Triton specializes on for NVIDIA's GPUs; `tests/triton/dry_launches.py` compares each launch's choice with
 Triton's own. Others it asks for more (AMD's, how large a buffer is): there, and under the interpreter, every launch
 goes Triton's way.
 """
