@@ -111,10 +111,11 @@ def test_a_process_that_fails_waits_for_no_server():
     script = (
         "from unisd.server import Server\n"
         "Server('http://127.0.0.1:9', 'm', patience=600.0).post('/completions', [{}] * 3)\n"
-        "raise SystemExit('failed on its own')\n"
+        "raise SystemExit(7)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=30)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "failed on its own")
+    # Its own status, and no message: what the waiting threads say may come between, or behind.
+    assert done.returncode == 7, done.stderr
 
 
 def test_threads_are_few_and_go_with_their_server():
